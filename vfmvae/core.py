@@ -47,7 +47,9 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
 
 class Registry(Mapping):
     "Names to factories; `reg[name]` calls the factory. `kind` is the noun in error messages."
-    def __init__(self, kind: str): self.kind, self._f = kind, {}
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._f: dict[str, Callable] = {}
     def __getitem__(self, name: str) -> Any:
         if name not in self._f:
             raise UserError(f"no {self.kind} named {name!r};{nearest(name, self._f)} (known: {', '.join(self._f) or 'none'})")
