@@ -7,7 +7,7 @@ __all__ = ['UserError', 'home', 'data_dir', 'nearest', 'Registry', 'Gaussian', '
            'write_atomic', 'write_json', 'save_weights', 'load_weights', 'build_config']
 
 # %% ../nbs/00_core.ipynb #460b0f70
-import difflib, json, os, random, sys
+import difflib, importlib, json, os, random, sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,8 @@ def home() -> Path:
 # %% ../nbs/00_core.ipynb #6f23a837
 def data_dir() -> Path:
     "The bundled data: `data/` beside the package in a checkout, `vfmvae/data` in an installed wheel."
-    here = Path(__file__).resolve().parent
+    import vfmvae
+    here = Path(vfmvae.__file__).resolve().parent
     for p in (here.parent/'data', here/'data'):
         if (p/'README.md').exists(): return p
     raise UserError(f'the bundled data are missing beside {here}; reinstall with: pip install --force-reinstall vfmvae')
@@ -46,18 +47,22 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
     return f" nearest: {', '.join(close)}" if close else ''
 
 class Registry(Mapping):
-    "Names to factories; `reg[name]` calls the factory. `kind` is the noun in error messages."
-    def __init__(self, kind: str):
-        self.kind = kind
+    "Names to factories; `reg[name]` calls the factory. `kind` is the noun in error messages; `modules` register themselves when first asked for."
+    def __init__(self, kind: str, modules: tuple[str, ...] = ()):
+        self.kind, self._modules = kind, modules
         self._f: dict[str, Callable] = {}
+    def _all(self) -> dict[str, Callable]:
+        todo, self._modules = self._modules, ()
+        for m in todo: importlib.import_module(m)
+        return self._f
     def __getitem__(self, name: str) -> Any:
-        if name not in self._f:
-            raise UserError(f"no {self.kind} named {name!r};{nearest(name, self._f)} (known: {', '.join(self._f) or 'none'})")
-        return self._f[name]()
-    def __contains__(self, name: object) -> bool: return name in self._f
-    def __iter__(self) -> Iterator[str]: return iter(self._f)
-    def __len__(self) -> int: return len(self._f)
-    def __repr__(self) -> str: return f"{self.kind}s: {', '.join(self._f)}"
+        f = self._all()
+        if name not in f: raise UserError(f"no {self.kind} named {name!r};{nearest(name, f)} (known: {', '.join(f) or 'none'})")
+        return f[name]()
+    def __contains__(self, name: object) -> bool: return name in self._all()
+    def __iter__(self) -> Iterator[str]: return iter(self._all())
+    def __len__(self) -> int: return len(self._all())
+    def __repr__(self) -> str: return f"{self.kind}s: {', '.join(self._all())}"
     def register(self, name: str, factory: Callable | None = None) -> Callable:
         "Adds `factory` (no arguments) under `name`; without a factory, a decorator. A name is given once."
         if factory is None: return lambda f: self.register(name, f)

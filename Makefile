@@ -1,0 +1,73 @@
+# `make demo` needs nothing but Python 3.11; `make test` is what a change must pass. An active virtualenv is used as it is,
+# `make VENV=folder test` uses another one, otherwise .venv is made here.
+VENV    ?= $(or $(VIRTUAL_ENV),.venv)
+PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN     := $(VENV)/bin
+HERE    := $(shell pwd | cksum | cut -d' ' -f1)
+CORE    := $(VENV)/.vfmvae-core-$(HERE)
+DEV     := $(VENV)/.vfmvae-dev-$(HERE)
+RECIPE  := settings.ini setup.py pyproject.toml
+# for example a CPU-only torch: make env PIP_ARGS='--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple'
+PIP_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help env dev demo test lint notebooks pytest lab readme hooks export clean
+.DELETE_ON_ERROR:
+
+help:            ## this list
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 12
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo 'no Python >= 3.11 found; install one or call make PYTHON=...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# the newest stamp says for which recipe the environment was last made
+$(CORE): $(RECIPE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e .
+	@touch $@
+
+$(DEV): $(RECIPE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e '.[dev]'
+	@touch $(CORE) $@
+
+env: $(CORE)     ## the virtualenv with the library
+dev: $(DEV)      ## the same with all that tests and notebooks need
+
+demo: $(CORE)    ## a first look, on your images with IMAGES=folder
+	$(BIN)/vfmvae demo $(if $(IMAGES),--images "$(IMAGES)")
+
+# one after the other even under make -j, so that pytest has the last word
+test: $(DEV)     ## everything a change must pass
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory notebooks
+	@$(MAKE) --no-print-directory pytest
+
+lint: $(DEV)
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+notebooks: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+
+pytest: $(DEV)
+	$(BIN)/python -m pytest
+
+lab: $(DEV)      ## the notebooks in JupyterLab
+	$(BIN)/jupyter lab $(firstword $(wildcard nbs/index.ipynb nbs/00_core.ipynb))
+
+export: $(DEV)   ## notebooks to modules, notebooks clean
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+readme: $(DEV)   ## README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --log-level WARN \
+	  --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/index.ipynb
+
+hooks: $(DEV)    ## before each commit: export, clean, ruff
+	@printf '%s\n' '#!/bin/sh' '# made by: make hooks' 'before=$$(git diff | cksum)' '$(abspath $(BIN))/nbdev-export && $(abspath $(BIN))/nbdev-clean && $(abspath $(BIN))/ruff check --quiet || exit 1' \
+	  'test "$$before" = "$$(git diff | cksum)" || { echo "notebooks were exported or cleaned: git add them and commit again"; exit 1; }' > "$$(git rev-parse --git-path hooks)/pre-commit"
+	@chmod +x "$$(git rev-parse --git-path hooks)/pre-commit"
+
+clean:           ## build products away; the environment and the runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache _proc _docs
+	find nbs vfmvae tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

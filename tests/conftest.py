@@ -1,0 +1,39 @@
+"""What every test shares: where the golden numbers lie, a private home folder, a sane number of threads."""
+import os
+from pathlib import Path
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get('VFMVAE_SHARED') or ROOT.parent/'shared')
+
+if 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(min(4, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _home(tmp_path_factory):
+    "Runs and latents of the tests go to a temporary home, never to the user's."
+    old, os.environ['VFMVAE_HOME'] = os.environ.get('VFMVAE_HOME'), str(tmp_path_factory.mktemp('home'))
+    yield
+    if old is None: del os.environ['VFMVAE_HOME']
+    else: os.environ['VFMVAE_HOME'] = old
+
+
+@pytest.fixture(scope='session')
+def shared() -> Path:
+    "The folder of golden numbers and photographs; a test that needs it is skipped without it."
+    if not (SHARED/'golden').is_dir(): pytest.skip(f'no golden numbers in {SHARED}; set VFMVAE_SHARED')
+    return SHARED
+
+
+@pytest.fixture(scope='session')
+def golden(shared):
+    "golden('vfmvae/evaluation') -> dict of tensors of that file below golden/."
+    from safetensors.torch import load_file
+    return lambda name: load_file(shared/'golden'/f'{name}.safetensors')
+
+
+@pytest.fixture(scope='session')
+def photos(shared) -> Path:
+    "640 photographs of 256 x 256 in one flat folder."
+    return shared/'data/photos256'

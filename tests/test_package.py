@@ -1,0 +1,68 @@
+"""What a user installs: the source archive holds all that the wheel needs, the wheel holds the data and the command."""
+import os, shutil, subprocess, sys, tarfile, zipfile
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command, cwd, **env) -> str:
+    "Runs a command and returns its output; a failure shows what it said."
+    out = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
+    assert out.returncode == 0, f'{command}\n{out.stdout[-1500:]}\n{out.stderr[-3000:]}'
+    return out.stdout.strip()
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    "The wheel of the source archive of a copy of the repository: (names in the wheel, its folder unpacked, names in the archive)."
+    tmp = tmp_path_factory.mktemp('package')
+    skip = shutil.ignore_patterns('.*', 'venv', 'outputs', 'build', 'dist', '*.egg-info', '__pycache__', 'nbs', 'tests')
+    shutil.copytree(ROOT, tmp/'copy', ignore=skip)
+    build = "from setuptools import build_meta; import sys; print(build_meta.build_sdist(sys.argv[1]))"
+    archive = tmp/'sdist'/run(sys.executable, '-c', build, tmp/'sdist', cwd=tmp/'copy').splitlines()[-1]
+    with tarfile.open(archive) as t:
+        sources = ['/'.join(n.split('/')[1:]) for n in t.getnames()]
+        t.extractall(tmp/'source', filter='data')
+    source, = (tmp/'source').iterdir()
+    run(sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', tmp/'wheel', source, cwd=tmp)
+    wheel, = (tmp/'wheel').glob('vfmvae-*.whl')
+    with zipfile.ZipFile(wheel) as z:
+        z.extractall(tmp/'site')
+        return z.namelist(), tmp/'site', sources
+
+
+def test_the_source_archive_can_build(built):
+    assert {'settings.ini', 'README.md', 'LICENSE', 'setup.py', 'pyproject.toml', 'data/README.md'} <= set(built[2])
+
+
+def test_the_wheel_holds_every_module_and_all_data(built):
+    names = set(built[0])
+    assert {f'vfmvae/{p.name}' for p in (ROOT/'vfmvae').glob('*.py')} <= names
+    hidden = [p for p in (ROOT/'data').rglob('*') if p.is_file() and not any(s.startswith('.') for s in p.relative_to(ROOT).parts)]
+    assert {f'vfmvae/{p.relative_to(ROOT).as_posix()}' for p in hidden} <= names
+    assert not [n for n in names if n.startswith(('nbs/', 'tests/', 'data/'))]
+
+
+def test_the_wheel_has_the_command(built):
+    info, = built[1].glob('vfmvae-*.dist-info')
+    assert 'vfmvae = vfmvae.cli:main' in (info/'entry_points.txt').read_text()
+
+
+def test_the_metadata_come_from_settings_ini(built):
+    from configparser import ConfigParser
+    from email import message_from_string
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(ROOT/'settings.ini')
+    info, = built[1].glob('vfmvae-*.dist-info')
+    meta = message_from_string((info/'METADATA').read_text())
+    assert meta['Summary'] == cfg['DEFAULT']['description'] and meta['Requires-Python'] == f">={cfg['DEFAULT']['min_python']}"
+    core = {r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r}
+    assert len(core) == len(cfg['DEFAULT']['requirements'].split()) and any(r.startswith('torch>=') for r in core)
+    assert set(meta.get_all('Provides-Extra')) == {'widgets', 'notebooks', 'eval', 'scale', 'dev'}
+
+
+def test_the_unpacked_wheel_finds_its_data(built, tmp_path):
+    probe = 'from vfmvae.core import data_dir; import vfmvae; print(vfmvae.__file__); print(data_dir())'
+    package, data = run(sys.executable, '-c', probe, cwd=tmp_path, PYTHONPATH=str(built[1])).splitlines()
+    assert Path(package).parent == built[1]/'vfmvae' and Path(data) == built[1]/'vfmvae'/'data'

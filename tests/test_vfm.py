@@ -1,0 +1,187 @@
+"VFM against plain timm, family by family, and against the golden SigLIP features."
+import json, pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vfmvae.core import UserError, save_weights
+from vfmvae.vfm import _ALIASES, VFM, _at_size, _hf_shapes, tiny_vit, vfm_from_hf_siglip, vfms
+
+# family -> (name, arguments): class token or not, registers, rotary, relative bias, pre-norm, distillation token, patch 14, hybrid stem
+SMALL = {
+    'tiny': ('tiny', {}),
+    'vit': ('test_vit', {}),
+    'vit-registers': ('test_vit3', {}),
+    'deit-distilled': ('deit_tiny_distilled_patch16_224', dict(depth=2)),
+    'deit3': ('deit3_small_patch16_224', dict(depth=2)),
+    'dinov2': ('vit_small_patch14_dinov2', dict(depth=2, img_size=112)),
+    'dinov2-registers': ('vit_small_patch14_reg4_dinov2', dict(depth=2, img_size=112)),
+    'dinov3': ('vit_tiny_patch16_dinov3_qkvb', dict(depth=2)),
+    'eva02': ('eva02_tiny_patch14_224', dict(depth=2)),
+    'pe': ('vit_pe_core_tiny_patch16_384', dict(depth=2, img_size=128)),
+    'beit': ('beit_base_patch16_224', dict(depth=2, img_size=96)),
+    'mae': ('vit_base_patch16_224.mae', dict(depth=2)),
+    'clip': ('vit_xsmall_patch16_clip_224', dict(depth=2)),
+    'siglip': ('vit_base_patch16_siglip_224', dict(depth=2)),
+    'relative': ('test_vit_relpos', {}),
+    'hybrid': ('vit_tiny_r_s16_p8_224', dict(depth=2)),
+}
+
+def make(family: str) -> VFM:
+    torch.manual_seed(0)
+    name, kwargs = SMALL[family]
+    vfm = VFM(name, pretrained=False, **kwargs)
+    for p in vfm.net.parameters():  # zero-initialised class tokens, biases and layer scales would hide mistakes
+        if p.abs().max() < 1e-3: nn.init.normal_(p, std=.1)
+    return vfm
+
+def image(*size: int) -> torch.Tensor: return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))*2 - 1
+
+def hooked(vfm: VFM, x: torch.Tensor) -> list[torch.Tensor]:
+    "Every layer by hooks on a plain timm forward pass: embedding, blocks, final norm."
+    net, seen, hooks = vfm.net, [], []
+    first = net.norm_pre if hasattr(net, 'norm_pre') else net.blocks[0]
+    hooks.append(first.register_forward_pre_hook(lambda m, args: seen.append(args[0])))
+    hooks += [b.register_forward_hook(lambda m, args, out: seen.append(out)) for b in net.blocks]
+    with torch.no_grad(): last = net.forward_features(((x+1)/2 - torch.tensor(vfm.mean).view(3, 1, 1))/torch.tensor(vfm.std).view(3, 1, 1))
+    for h in hooks: h.remove()
+    return [h[:, net.num_prefix_tokens:] for h in (*seen, last)]
+
+@pytest.mark.parametrize('family', SMALL)
+def test_layers_are_those_of_plain_timm(family):
+    vfm = make(family)
+    x = image(*vfm.net.patch_embed.img_size)
+    want, depth = hooked(vfm, x), vfm.depth
+    assert len(want) == depth+2 and vfm.layers == (*range(depth+1), -1)
+    got = vfm.features(x, [*vfm.layers, -2, -3])
+    for i in range(depth+1): assert torch.allclose(got[i], want[i], atol=1e-5)
+    assert torch.allclose(got[-1], want[-1], atol=1e-5)
+    assert torch.equal(got[-2], got[depth]) and torch.equal(got[-3], got[depth-1])
+    n = x.shape[2]//vfm.patch * (x.shape[3]//vfm.patch)
+    assert all(h.shape == (2, n, vfm.dim) and h.dtype == torch.float32 for h in got.values())
+    assert torch.equal(vfm.features(x, [1])[1], got[1])  # stopping early changes nothing
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('family', SMALL)
+def test_other_sizes_errors_and_frozenness(family):
+    vfm = make(family)
+    p = vfm.patch
+    x = image(4*p, 6*p)
+    h = vfm.features(x, [0, -1])
+    assert h[0].shape == h[-1].shape == (2, 24, vfm.dim)
+    again = vfm.features(image(*vfm.net.patch_embed.img_size), [-1])[-1]
+    assert torch.equal(vfm.features(x, [-1])[-1], h[-1]) and again.shape[1] == vfm.net.patch_embed.num_patches  # one size leaves no trace on another
+    for bad in (image(4*p, 6*p+1), image(4*p, 6*p)[0], image(4*p, 6*p)[:, :1]):
+        with pytest.raises(UserError) as e: vfm.features(bad)
+        assert '\n' not in str(e.value)
+    for layer in (vfm.depth+1, -vfm.depth-3, 'last', True):
+        with pytest.raises(UserError, match='no layer'): vfm.features(x, [layer])
+    before = {k: v.clone() for k, v in vfm.state_dict().items()}
+    vfm.train()
+    assert not any(m.training for m in vfm.modules()) and not any(q.requires_grad for q in vfm.parameters())
+    vfm.features(x)
+    assert all(torch.equal(v, before[k]) for k, v in vfm.state_dict().items())
+
+@pytest.mark.parametrize('family', ['tiny', 'vit-registers', 'dinov3', 'eva02', 'beit', 'clip'])
+def test_gradient_to_the_image_is_plain_autograd(family):
+    vfm = make(family)
+    a, b = (image(*vfm.net.patch_embed.img_size).requires_grad_() for _ in range(2))
+    vfm.features(a, [-1], grad=True)[-1].square().mean().backward()
+    x = ((b+1)/2 - torch.tensor(vfm.mean).view(3, 1, 1))/torch.tensor(vfm.std).view(3, 1, 1)
+    vfm.net.forward_features(x)[:, vfm.net.num_prefix_tokens:].square().mean().backward()
+    assert a.grad.abs().max() > 0 and torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4*b.grad.abs().max())
+    assert all(p.grad is None for p in vfm.parameters()) and not vfm.features(a, [-1])[-1].requires_grad
+
+def test_autocast_is_for_accelerators_and_never_in_the_gradient(monkeypatch):
+    vfm, x = make('tiny'), image(64, 64)
+    full = vfm(x)
+    monkeypatch.setattr('vfmvae.vfm._AMP', ('cpu',))  # the same switch, on the device at hand
+    rough, exact = vfm(x), vfm.features(x, [-1], grad=True)[-1]
+    assert rough.dtype == torch.float32 and torch.equal(exact, full) and not torch.equal(rough, full) and torch.allclose(rough, full, atol=.1)
+
+def test_resampled_copies_follow_weights_and_dtype():
+    vfm = VFM('tiny', net=tiny_vit(), pos_antialias=False)
+    x = image(32, 48)
+    before = vfm(x)
+    vfm.load_state_dict({k: v*2 if k.endswith('pos_embed') else v for k, v in vfm.state_dict().items()})
+    table = F.interpolate(vfm.net.pos_embed.unflatten(1, (8, 8)).permute(0, 3, 1, 2), size=(4, 6), mode='bicubic').flatten(2).mT
+    want = vfm.net.patch_embed(vfm.normalize(x)).flatten(1, 2) + table
+    assert torch.allclose(vfm.features(x, [0])[0], want, atol=1e-5) and not torch.allclose(vfm(x), before)
+    assert vfm.double()(x.double()).dtype == torch.float32
+    assert torch.allclose(pickle.loads(pickle.dumps(vfm))(x), vfm(x))
+
+def test_strict_loading(tmp_path):
+    net = tiny_vit()
+    path = save_weights(tmp_path/'a.safetensors', net.state_dict(), {'licence': 'Apache-2.0'})
+    assert VFM('tiny', path).spec['licence'] == 'Apache-2.0' and VFM('tiny', path).spec['source'] == str(path)
+    assert torch.equal(VFM('tiny', path)(image(64, 64)), VFM('tiny', net=net)(image(64, 64)))
+    torch.save({'model': net.state_dict() | {'head.weight': torch.zeros(2, 128)}}, tmp_path/'b.pth')
+    assert torch.equal(VFM('tiny', tmp_path/'b.pth')(image(64, 64)), VFM('tiny', net=net)(image(64, 64)))
+    sd = net.state_dict()
+    lost = sd.pop('norm.weight')
+    save_weights(tmp_path/'c.safetensors', sd | {'extra': lost.clone(), 'norm.bias': torch.zeros(7)}, {})
+    with pytest.raises(UserError, match=r'missing norm.weight; unknown extra; misshaped norm.bias \(7,\) for \(128,\)'): VFM('tiny', tmp_path/'c.safetensors')
+    (tmp_path/'d.pth').write_bytes(b'no')
+    for f in ('d.pth', 'none.pth', 'none.safetensors'):
+        with pytest.raises(UserError): VFM('tiny', tmp_path/f)
+
+def test_names(monkeypatch):
+    import huggingface_hub.constants as hub
+    monkeypatch.setattr(hub, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(hub, 'HF_HUB_CACHE', '/nonexistent')
+    def refused(*a, **k):
+        with pytest.raises(UserError) as e: VFM(*a, **k)
+        assert '\n' not in str(e.value)
+        return str(e.value)
+    assert 'dinov2-b' in refused('dinov2b', False) and 'tiny' in refused('tinny', False)
+    assert 'lvd142m' in refused('vit_small_patch14_dinov2.lvd', False) and 'plain vision transformer' in refused('convnext_tiny', False)
+    assert 'check the arguments' in refused('test_vit', False, depht=2)
+    assert all(w in refused('vit_tiny_patch16_224') for w in ("pretrained='path'", 'pretrained=False', "VFM('tiny')"))
+    assert hub.HF_HUB_OFFLINE is True
+
+def test_short_names_exist_in_timm():
+    import timm
+    assert set(_ALIASES.values()) <= set(timm.list_pretrained()) and set(vfms) == {'tiny', *_ALIASES}
+
+def tower(depth=2, dim=64, hidden=100, patch=8, n=16, prefix='vision_model.'):
+    g = torch.Generator().manual_seed(0)
+    return {prefix+k: torch.randn(s, generator=g)/8 for k, s in _hf_shapes(depth, dim, hidden, patch, n).items()}
+
+@pytest.mark.parametrize('prefix', ['', 'vision_model.', 'vfm_encoder.encoder.vision_model.vision_model.'])
+def test_siglip_prefixes_and_optional_head(prefix):
+    want = vfm_from_hf_siglip(tower(), num_heads=4)(image(32, 32))
+    sd = tower(prefix=prefix)
+    assert torch.equal(vfm_from_hf_siglip(sd, num_heads=4)(image(32, 32)), want)
+    assert torch.equal(vfm_from_hf_siglip({k: v for k, v in sd.items() if f'{prefix}head.' not in k}, 4)(image(32, 32)), want)
+    vfm = vfm_from_hf_siglip(sd)
+    assert (vfm.spec['num_heads'], vfm.patch, vfm.depth, vfm.mean, vfm.std, vfm.interpolation) == (1, 8, 2, (.5,)*3, (.5,)*3, 'bilinear')
+
+def test_siglip_refuses_what_it_does_not_know():
+    sd, e = tower(), 'vision_model.encoder.layers.1.'
+    for bad, say in [({k: v for k, v in sd.items() if k != e+'mlp.fc1.bias'}, 'missing encoder.layers.1.mlp.fc1.bias'),
+                     (sd | {'logit_scale': torch.zeros(1)}, 'unknown logit_scale'), (sd | {'vision_model.head.extra': torch.zeros(1)}, 'unknown head.extra'),
+                     (sd | {e+'layer_norm1.bias': torch.zeros(3)}, r'misshaped encoder.layers.1.layer_norm1.bias \(3,\) for \(64,\)'),
+                     ({}, 'not a SigLIP'), (tower(n=15), 'square')]:
+        with pytest.raises(UserError, match=say): vfm_from_hf_siglip(bad, num_heads=4)
+    with pytest.raises(UserError, match='give num_heads'): vfm_from_hf_siglip(tower(dim=32))
+
+def test_siglip_shrinks_its_table_without_antialiasing():
+    vfm = vfm_from_hf_siglip(tower(n=64), num_heads=4)
+    got = _at_size(vfm.net, (24, 16), antialias=False).pos_embed
+    want = F.interpolate(vfm.net.pos_embed.mT.unflatten(2, (8, 8)), size=(3, 2), mode='bicubic', align_corners=False).flatten(2).mT
+    assert torch.equal(got, want)
+
+@pytest.mark.parametrize('stem', ['tiny_a_legacy', 'tiny_a_nolegacy', 'tiny_b_eq', 'tiny_d_discrete'])
+def test_golden_siglip(stem, shared):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+    folder = shared/'golden'/'vfmvae'
+    tower, main = (load_file(folder/f'{stem}{end}') for end in ('.vfm.safetensors', '.safetensors'))
+    with safe_open(folder/f'{stem}.safetensors', 'pt') as f: meta = {k: json.loads(f.metadata()[k]) for k in ('config', 'vfm')}
+    vfm = vfm_from_hf_siglip({k: v for k, v in tower.items() if k.startswith('vision_model.')}, meta['vfm']['num_attention_heads'])
+    assert (vfm.dim, vfm.depth, vfm.patch) == tuple(meta['vfm'][k] for k in ('hidden_size', 'num_hidden_layers', 'patch_size'))
+    for x, want in ((tower['in.img'], [tower[f'out.feat.{i}'] for i in range(3)]), (main['in.img'], [main[f'vfm.feat.{i}'] for i in range(3)])):
+        got = vfm.features(F.interpolate(x, scale_factor=2., mode='bilinear')*2 - 1, meta['config']['patch_from_layers'])
+        for g, w in zip(got.values(), want, strict=True): assert (g-w).abs().max() < 1e-5
