@@ -60,9 +60,8 @@ def factors(seed: int,            # which world
            ) -> dict[str, Tensor]:
     """Every factor of the images: (b,) or (b,3) tensors by name. Angles in radians, lengths in half image widths, colours RGB in [0, 1].
     `label` = shape*4 + texture = index % 16; `aspect`, `width`, `frequency`, `phase` shape the object; the rest are nuisances."""
-    index = np.asarray(index)
     u, turn = uniforms(seed, index, 40).T, 2*math.pi
-    label = torch.from_numpy(index.astype(np.int64) % len(CLASSES))
+    label = torch.from_numpy(np.asarray(index).astype(np.int64) % len(CLASSES))
     what = dict(label=label, shape=label//4, texture=label % 4,
                 aspect=_between(u[13], .88, 1.14), width=u[14], frequency=_between(u[15], 1.3, 1.9), phase=u[16])
     pose = dict(angle=u[9]*turn, radius=_between(u[10], .6, .85), x=_between(u[11], -.15, .15), y=_between(u[12], -.15, .15))

@@ -53,11 +53,6 @@ def _figure_class() -> type:
     _draw_in_notebook(PaperFigure)
     return PaperFigure
 
-def _draw_in_notebook(cls: type) -> None:
-    # a notebook's own hook for Figure would draw at twice the size, cropped; outside a notebook there is no get_ipython
-    shell = getattr(builtins, 'get_ipython', lambda: None)()
-    if shell is not None: shell.display_formatter.formatters['image/png'].for_type(cls, lambda fig: base64.b64encode(to_png(fig)).decode())
-
 def to_png(fig: 'Figure', # any figure of this module
            dpi: int = 100 # pixels per inch
           ) -> bytes:
@@ -65,6 +60,23 @@ def to_png(fig: 'Figure', # any figure of this module
     f = io.BytesIO()
     with _style(): fig.savefig(f, format='png', dpi=dpi, metadata={'Software': None})
     return f.getvalue()
+
+# %% ../nbs/01_plots.ipynb #57afdc6f
+def _in_notebook(fig: 'Figure', kind: str) -> str | None:
+    "Base64 of the figure if it is of this kind ('jpeg': holds colour images, 'png': does not), else None."
+    from PIL import Image
+    images = any(im.get_array().ndim == 3 for ax in fig.axes for im in ax.images)
+    if images != (kind == 'jpeg'): return None
+    im, f = Image.open(io.BytesIO(to_png(fig, 72 if images else 100))).convert('RGB'), io.BytesIO()
+    if images: im.save(f, 'JPEG', quality=80, optimize=True)
+    else: im.quantize(256, dither=Image.Dither.NONE).save(f, 'PNG', optimize=True)
+    return base64.b64encode(f.getvalue()).decode()
+
+def _draw_in_notebook(cls: type) -> None:
+    # a notebook's own hook for Figure would draw at twice the size, cropped; outside a notebook there is no get_ipython
+    shell = getattr(builtins, 'get_ipython', lambda: None)()
+    for kind in ('png', 'jpeg') if shell is not None else ():
+        shell.display_formatter.formatters[f'image/{kind}'].for_type(cls, lambda fig, kind=kind: _in_notebook(fig, kind))
 
 # %% ../nbs/01_plots.ipynb #489536b7
 def panels(rows: int = 1, cols: int = 1,

@@ -7,15 +7,14 @@ __all__ = ['LOSSES', 'RECONSTRUCTION', 'FIRST', 'TINY', 'Stage', 'tokenizer_loss
 
 # %% ../nbs/11_tok_train.ipynb #575992c7
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 # %% ../nbs/11_tok_train.ipynb #e38d7fdf
 import torch
 from torch import Tensor, nn
 
 # %% ../nbs/11_tok_train.ipynb #1d766106
-from .core import Gaussian, UserError, nearest, to_grid
+from .core import UserError, nearest
 from .losses import adaptive_weight, align_loss, multiscale, pixel, ssim_loss
 from .train import EMA
 from .vae import VFMVAE, VFMVAEConfig
@@ -57,22 +56,22 @@ def tokenizer_losses(model: VFMVAE,       # in train mode
     z = code.posterior.sample()
     images = model.decode_scales(z)
     mode = getattr(model.vfm, 'interpolation', 'bilinear')
-    terms: dict[str, Callable[[], Tensor]] = dict(
+    terms: dict[str, Callable] = dict(
         l1=lambda: pixel(images[0], x), l2=lambda: pixel(images[0], x, p=2), ssim=lambda: ssim_loss(images[0], x),
-        perceptual=lambda: perceptual(images[0], x), multiscale=lambda: torch.stack(multiscale(images[1:], x, mode)).sum(),
+        perceptual=lambda: perceptual and perceptual(images[0], x), multiscale=lambda: torch.stack(multiscale(images[1:], x, mode)).sum(),
         kl=lambda: code.raw.kl().mean(), vq=lambda: code.codes.vq, entropy=lambda: code.codes.entropy,
-        vf=lambda: align_loss(model.align_features(z), to_grid(code.features[-1], z.shape[2]*model.config.shuffle)))
+        vf=lambda: align_loss(model.align_features(z), model.align_target(code)))
     out = {k: terms[k]() for k in w}
-    total = sum(w[k]*v for k, v in out.items() if k != 'vf')
+    total = torch.stack([w[k]*v for k, v in out.items() if k != 'vf']).sum()
     if 'vf' in w:
-        rec = sum(w[k]*out[k] for k in RECONSTRUCTION if k in w)
+        rec = torch.stack([w[k]*out[k] for k in RECONSTRUCTION if k in w]).sum()
         scale = adaptive_weight(rec, out['vf'], model.last_weight, 1.) if stage.adaptive else torch.ones_like(out['vf'])
         total, out['vf_scale'] = total + w['vf']*scale*out['vf'], scale
     return dict(out, loss=total)
 
 # %% ../nbs/11_tok_train.ipynb #09e324e5
 TINY = VFMVAEConfig(vfm='tiny', patch=8, scale=1., layers=(0, 2, -1), in_dims=(128,)*3, out_dims=(64,)*3, img_size=64, stride=8, channels=16, widen=8,
-                    blocks=4, channel_base=4096, channel_max=128, res_blocks=1, extra_convs=False, fusion=(128, 64, 32, 16), attention=(1, 1), w_dim=64)
+                    blocks=4, channel_base=4096, channel_max=128, res_blocks=0, fusion=(128, 64, 32, 16), attention=(1,), w_dim=64)
 
 # %% ../nbs/11_tok_train.ipynb #80996fd7
 def select(model: VFMVAE, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -103,7 +102,8 @@ class TokenizerTask:
                     half_life=self.half_life, clip=self.clip)
     def step(self, micro: list[dict], backward: Callable, sync: Callable, seen: int) -> dict[str, float]:
         "One optimiser step. A loss that is not finite stops the run with its name before any weight is touched."
-        opt, logs = self.optimizers['model'], {}
+        opt = self.optimizers['model']
+        logs: dict[str, float] = {}
         opt.zero_grad(set_to_none=True)
         for b in micro:
             losses = tokenizer_losses(self.model, b['image'], self.stage, self.perceptual, seen)

@@ -110,4 +110,4 @@ class LatentFeatures:
         return {'latent': to_tokens(self.tokenizer.encode(x).mode())}
 
 # %% ../nbs/06_tokenizer.ipynb #5fe2f2b0
-tokenizers = Registry('tokenizer')
+tokenizers = Registry('tokenizer', modules=('vfmvae.vae',))

@@ -100,7 +100,7 @@ def load_task_state(task: Task, tensors: Mapping[str, Tensor], plain: dict) -> N
     for k, o in task.optimizers.items():
         o.load_state_dict(dict(tree['optimizers'][k], state={int(i): s for i, s in tree['optimizers'][k]['state'].items()}))
     if task.ema: _load_trained(task.ema.net, tree['ema'])
-    if hasattr(task, 'state'): task.load_state(tree['extra'])
+    if tree['extra'] is not None: getattr(task, 'load_state')(tree['extra'])  # noqa: B009
 
 # %% ../nbs/10_train.ipynb #e7015d8c
 class Run:
@@ -181,15 +181,15 @@ def average_gradients(task: Task, accelerator: Any) -> None:
         for g in o.param_groups:
             for p in g['params']:
                 if p.grad is not None: grads.setdefault(p.grad.dtype, []).append(p.grad)
-    for gs in grads.values():
-        flat = accelerator.reduce(torch.cat([g.flatten() for g in gs]), reduction='mean')
-        for g, new in zip(gs, flat.split([g.numel() for g in gs]), strict=True): g.copy_(new.view_as(g))
+    for same in grads.values():
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in same]), reduction='mean')
+        for grad, new in zip(same, flat.split([g.numel() for g in same]), strict=True): grad.copy_(new.view_as(grad))
 
 def _same_start(task: Task, accelerator: Any) -> None:
     if accelerator.num_processes == 1: return
     from accelerate.utils import broadcast
     for n in task.nets.values():
-        for t in [*n.parameters(), *n.buffers()]: t.data.copy_(broadcast(t.data))
+        for t in [*n.parameters(), *n.buffers()]: t.data.copy_(torch.as_tensor(broadcast(t.data)))
 
 def _means(sums: dict[str, float], count: int, accelerator: Any) -> dict[str, float]:
     "Means of a logging window over steps and processes."
@@ -225,7 +225,8 @@ def fit(task: Task,               # nets, optimizers, one step
     steps, first = images//per_step, run.load(task) if run else 0
     history = run.history(before=first) if run else []
     if run and acc.is_main_process: write_json(run.dir/'config.json', dict(task=task.config(), images=images, batch=per_step, seed=seed, made=provenance()))
-    bar, sums, count, clock = progress(total=max(0, steps-first), desc='train'), {}, 0, time.time()
+    sums: dict[str, float] = {}
+    bar, count, clock = progress(total=max(0, steps-first), desc='train'), 0, time.time()
     for step in range(first, steps):
         seed_all(seed*1_000_003 + step*acc.num_processes + acc.process_index)
         if lr:

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['VFMVAEConfig', 'Codes', 'Codebook', 'Quantizer', 'Adapter', 'Mapping', 'fusion_branch', 'Block', 'Synthesis',
-           'Encoded', 'VFMVAE', 'complain']
+           'Encoded', 'VFMVAE', 'complain', 'save_vfmvae', 'open_vfmvae']
 
 # %% ../nbs/07_vae.ipynb #96e2a8ee
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 # %% ../nbs/07_vae.ipynb #4f71b94b
@@ -18,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/07_vae.ipynb #6c7b9145
-from .core import Gaussian, UserError, to_grid, to_tokens
+from .core import Gaussian, UserError, build_config, data_dir, load_weights, save_weights, to_grid, to_tokens
 from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, EqualLinear, GridAttention, ToRGB, Upsample, dwsep,
                            norm_groups, pointwise, unit_moment)
-from .tokenizer import LatentStats
+from .tokenizer import LatentStats, tokenizers
+from .vfm import VFM
 
 # %% ../nbs/07_vae.ipynb #1feef848
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def _rules(c: VFMVAEConfig) -> Iterator[tuple[str, bool, str]]:
     "(field, holds, what to do otherwise), cheapest first; later rules rely on earlier ones."
     n = len(c.layers)
     for k in ('patch', 'scale', 'img_size', 'stride', 'channels', 'vocab', 'codebooks', 'quant_layers', 'post_layers', 'widen', 'blocks',
-              'res_blocks', 'w_dim', 'pooled'):
+              'w_dim', 'pooled'):
         yield k, getattr(c, k) > 0, f'{getattr(c, k)} is not positive'
+    yield 'res_blocks', c.res_blocks >= 0, f'{c.res_blocks} is negative; 0 means one ConvNeXt layer per block'
     yield 'layers', n > 0 and len(c.in_dims) == len(c.out_dims) == n, f'{n} layers need {n} in_dims and {n} out_dims'
     yield 'mode', c.mode in ('kl', 'discrete'), f"{c.mode!r} is not 'kl' or 'discrete'"
     yield 'projection', c.projection in ('attnproj', 'conv'), f"{c.projection!r} is not 'attnproj' or 'conv'"
@@ -280,6 +284,7 @@ class VFMVAE(nn.Module):
         self.ldm_adapter, self.synthesis = Adapter(config), Synthesis(config)
         self.mapping = Mapping(config.channels*config.widen, config.w_dim, config.pooled)
         self.stats = LatentStats(config.channels)
+        self.meta: dict = {}
         self.attach(vfm)
 
     def attach(self, vfm: Any) -> None:
@@ -395,3 +400,30 @@ def complain(want: dict[str, Tensor],        # what the model has
              'misshaped': [f'{k} {tuple(got[k].shape)} for {tuple(v.shape)}' for k, v in want.items() if k in got and got[k].shape != v.shape]}
     said = [f"{len(v)} {k}: {', '.join(v[:4])}{', ...' if len(v) > 4 else ''}" for k, v in lists.items() if v]
     if said: raise UserError(f"{what} do not fit this tokenizer; {'; '.join(said)}; check the configuration")
+
+# %% ../nbs/07_vae.ipynb #693284c5
+def save_vfmvae(path: str | Path,  # `*.safetensors`
+                model: VFMVAE,
+                **meta             # measured numbers, recipe, licence, provenance
+               ) -> Path:
+    "Writes `own_state` and JSON with the configuration, atomically."
+    return save_weights(path, model.own_state(), dict(family='vfmvae', name=model.name, config=asdict(model.config), **meta))
+
+def open_vfmvae(path: str | Path,   # written by `save_vfmvae`
+                vfm: Any = None,    # a VFM; None: `VFM(config.vfm)`, which may need a network; False: no VFM, decode only
+                name: str | None = None # its name; None: from the file
+               ) -> VFMVAE:
+    "Builds a saved tokenizer, in eval mode. UserError if the file is damaged, is not a VFM-VAE, or does not fit its own configuration."
+    tensors, meta = load_weights(path)
+    if meta.get('family') != 'vfmvae' or 'config' not in meta:
+        raise UserError(f'{path} has no VFM-VAE configuration beside it ({Path(path).with_suffix(".json").name}); published checkpoints open with load_vfmvae')
+    model = VFMVAE(build_config(VFMVAEConfig, meta['config']), None)
+    model.load_own_state(tensors)
+    model.name, model.meta = name or meta.get('name') or model.name, meta
+    if vfm is not False: model.attach(VFM(model.config.vfm) if vfm is None else vfm)
+    return model.eval()
+
+# %% ../nbs/07_vae.ipynb #ad4954aa
+def _bundled(name: str) -> VFMVAE: return open_vfmvae(data_dir()/'weights'/f'{name}.safetensors', name=name)
+
+tokenizers.register('vfmvae-tiny-f8d16', partial(_bundled, 'vfmvae-tiny-f8d16'))
