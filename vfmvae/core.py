@@ -170,6 +170,9 @@ def write_atomic(path: Path,    # the final name; its folder is made
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         write(tmp)
+        umask = os.umask(0)
+        os.umask(umask)
+        tmp.chmod(0o666 & ~umask)      # some writers make private files; the result should be readable like any other
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path

@@ -7,8 +7,8 @@ __all__ = ['PRESETS', 'open_data', 'open_tokenizer', 'evaluate_tokenizer', 'Pres
            'train_tokenizer', 'encode_images', 'decode_latents', 'fresh_decoder', 'demo']
 
 # %% ../nbs/18_recipes.ipynb #eea65592
-import base64, html, json, time
-from collections.abc import Callable, Sequence
+import base64, html, time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/18_recipes.ipynb #fe90f76b
-from .core import UserError, load_weights, nearest, progress, save_weights, seed_all, write_atomic
+from .core import UserError, load_weights, nearest, progress, save_weights, seed_all, write_atomic, write_json
 from .data import World, folder, loader, shards, to_pil
 from .losses import lpips, perceptual, vfm_taps
 from .metrics import psnr, ssim
@@ -135,14 +135,16 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
                     workers: int = 0,                # threads that read images
                     **fit_kwargs                     # for `fit`: log_every, save_every, show
                    ) -> tuple[VFMVAE, list[dict]]:
-    "Trains, averages, fits the latent stats on training images; returns (tokenizer in eval mode, log rows). Run it under `accelerate launch` for many processes."
+    """Trains, averages, fits the latent stats on training images; returns (tokenizer in eval mode, log rows).
+    Under `accelerate launch` it uses every process. UserError: unknown preset or data, a batch that does not split."""
     from accelerate import Accelerator
     if isinstance(preset, str) and preset not in PRESETS: raise UserError(f"no preset {preset!r};{nearest(preset, PRESETS)} (known: {', '.join(PRESETS)})")
     p = PRESETS[preset] if isinstance(preset, str) else preset
     acc = Accelerator()
     net = vfm if isinstance(vfm, VFM) else VFM(vfm or p.config.vfm)
     batch, images, config = batch or p.batch, images or p.images, p.config if vfm is None else config_for(net, p.config)
-    if batch % (acc.num_processes*accumulate): raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes x {accumulate} micro-batches')
+    if batch % (acc.num_processes*accumulate):
+        raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes and {accumulate} micro-batches; give a multiple')
     if images < batch: raise UserError(f'images={images} is less than one batch of {batch}; train on more or use a smaller batch')
     ds = open_data(data, size=config.img_size, augment=True)
     seed_all(seed)
@@ -156,7 +158,9 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
     done = task.ema.net.eval()
     fit_stats(done, (feed.batch_at(i)['image'] for i in range(max(1, min(len(feed), 512//batch)))))
     if out and acc.is_main_process:
-        save_vfmvae(out, done, recipe=dict(stage=asdict(replace(stage, weights=dict(stage.weights))), images=images, batch=batch, data=data, seed=seed), made=provenance(seed=seed))
+        recipe = dict(stage=asdict(stage), images=images, batch=batch, data=str(data), seed=seed,
+                      half_life=p.half_life, betas=p.betas, clip=p.clip, cosine=p.cosine)
+        save_vfmvae(out, done, recipe=recipe, made=provenance(seed=seed))
     return done, history
 
 # %% ../nbs/18_recipes.ipynb #803501d4
@@ -179,12 +183,13 @@ def decode_latents(tokenizer: Any, latents: str | Path, out: str | Path, batch_s
     "Writes one PNG per latent of an `encode_images` file into the folder `out`. UserError if another tokenizer made them."
     tensors, meta = load_weights(latents)
     if 'mean' not in tensors: raise UserError(f'{latents} holds no latents (no tensor "mean"); write them with: vfmvae encode')
-    if meta.get('tokenizer') not in (None, tokenizer.name): raise UserError(f"{latents} was written by {meta['tokenizer']}, not by {tokenizer.name}; decode it with that one")
+    if meta.get('tokenizer') not in (None, tokenizer.name):
+        raise UserError(f"{latents} was written by {meta['tokenizer']}, not by {tokenizer.name}; decode it with that one")
     z, files = tensors['mean'], []
     names = meta.get('names') or [f'{i:06d}' for i in range(len(z))]
     for i in progress(range(0, len(z), batch_size), desc='decode'):
         for name, x in zip(names[i:i+batch_size], tokenizer.decode(z[i:i+batch_size].to(tokenizer.stats.mean.device)).cpu(), strict=False):
-            files.append(write_atomic(Path(out)/f'{Path(name).with_suffix("")}.png', lambda p, x=x: to_pil(x).save(p, format='PNG')))
+            files.append(write_atomic(Path(out)/f'{Path(name).with_suffix("")}.png', partial(to_pil(x).save, format='PNG')))
     return files
 
 # %% ../nbs/18_recipes.ipynb #94377ddd
@@ -201,7 +206,8 @@ def fresh_decoder(tokenizer: VFMVAE, # left as it is
 # %% ../nbs/18_recipes.ipynb #d0db7ea2
 _DECODER = ('ldm_adapter.post_quant', 'mapping', 'synthesis')
 _STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-img{max-width:100%}table{border-collapse:collapse}td,th{padding:.3rem 1rem;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
+img{max-width:100%}table{border-collapse:collapse}
+td,th{padding:.3rem 1rem;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}img{background:#fff}}'''
 
 def _picture(fig: Any, alt: str) -> str:
@@ -209,8 +215,9 @@ def _picture(fig: Any, alt: str) -> str:
 
 def _table(rows: dict[str, dict[str, float]]) -> str:
     head = '<tr><th></th><th>PSNR (dB)</th><th>SSIM</th><th>L1</th><th>images</th></tr>'
-    return f'<table>{head}' + ''.join(f"<tr><td>{html.escape(k)}</td><td>{r['psnr']:.2f}</td><td>{r['ssim']:.3f}</td><td>{r['l1']:.4f}</td><td>{r['n']}</td></tr>"
-                                      for k, r in rows.items()) + '</table>'
+    def row(*cells): return '<tr>' + ''.join(f'<td>{c}</td>' for c in cells) + '</tr>'
+    body = (row(html.escape(k), f"{r['psnr']:.2f}", f"{r['ssim']:.3f}", f"{r['l1']:.4f}", r['n']) for k, r in rows.items())
+    return f"<table>{head}{''.join(body)}</table>"
 
 def _rows(*images: Tensor, **kw) -> Any: return show_images([i for row in images for i in row], ncols=len(images[0]), size=1.1, **kw)
 
@@ -240,18 +247,19 @@ def demo(images: str | Path | None = None,   # a folder of one's own pictures; N
     after = task.ema.net.eval()
     rows = {'bundled decoder': evaluate_tokenizer(tiny, test, 128), **young, f'the same after {steps*16} images': evaluate_tokenizer(after, test, 128)}
     if mine: rows[f'bundled decoder, {Path(str(images)).name}'] = evaluate_tokenizer(tiny, mine, 128)
-    note = ('' if not mine else '<p>The bundled tokenizer has only ever seen procedural pictures of 64 pixels: on photographs it keeps layout and colour, not detail.</p>')
-    page = f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>vfmvae demo</title><style>{_STYLE}</style>
+    caveat = '<p>The bundled tokenizer has only ever seen procedural pictures of 64 pixels: of photographs it keeps layout and colour, not detail.</p>'
+    page = f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>vfmvae demo</title><style>{_STYLE}</style>
 <h1>A frozen vision foundation model as a tokenizer</h1>
 <p>{tiny.name}: a frozen VFM, a small projection to a latent of 16&times;8&times;8 numbers (12 times fewer than the image has), and a decoder.</p>
 <h2>Reconstructions</h2><p>Pictures above, their reconstructions by the bundled decoder below.</p>
-{_picture(_rows(show, _look(tiny, show)), 'images above, reconstructions by the bundled decoder below')}{note}
+{_picture(_rows(show, _look(tiny, show)), 'images above, reconstructions by the bundled decoder below')}{caveat if mine else ''}
 <h2>A decoder learns</h2><p>A decoder that starts from random weights, on held-out images: the images, before training, after {steps*16} images.</p>
 {_picture(_rows(x, before, _look(after, x)), 'held-out images, reconstructions before and after training')}
 {_picture(loss_curves(history, ('loss', 'l1', 'multiscale')), 'training losses against images seen')}
 <h2>Numbers</h2>{_table(rows)}<p>Held-out images, reconstructed from the mode of the posterior. Made in {time.time()-start:.0f} s, seed {seed}.</p></html>'''
     path = write_atomic(out/'index.html', lambda p: p.write_text(page, encoding='utf-8'))
-    write_atomic(out/'results.json', lambda p: p.write_text(json.dumps(dict(rows=rows, history=history, made=provenance(seed=seed)), indent=1), encoding='utf-8'))
+    write_json(out/'results.json', dict(rows=rows, history=history, made=provenance(seed=seed)))
     for k, r in rows.items(): say(f"{k}: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}")
     say(f'the page: {path.resolve()}')
     return path

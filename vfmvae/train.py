@@ -23,9 +23,18 @@ from .plots import curves
 # %% ../nbs/10_train.ipynb #eec3455d
 class Task(Protocol):
     "What `fit` trains. Neither subclassed nor wrapped: any object with these members is a task."
-    nets: dict[str, nn.Module]                          # by name; their trainable parameters are saved
-    optimizers: dict[str, torch.optim.Optimizer]        # by name
-    ema: 'EMA | None'
+    @property
+    def nets(self) -> Mapping[str, nn.Module]:
+        "By name; all but a frozen VFM is saved."
+        ...
+    @property
+    def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:
+        "By name."
+        ...
+    @property
+    def ema(self) -> 'EMA | None':
+        "The average to save and evaluate, if any."
+        ...
     def step(self, micro: list[dict], backward: Callable, sync: Callable, seen: int) -> dict[str, float]:
         "One step on a list of micro-batches: `backward(loss)` for each, `sync()` before an optimizer steps; `seen` images after it. Returns what to log."
         ...
@@ -41,7 +50,9 @@ class EMA:
         from timm.utils import ModelEmaV3
         self._ema, self.half_life, self.rampup = ModelEmaV3(net, exclude_buffers=True), half_life, rampup
     @property
-    def net(self) -> nn.Module: return self._ema.module
+    def net(self) -> Any:
+        "The averaged module, of the class that was given."
+        return self._ema.module
     def decay(self, batch: int, seen: int) -> float:
         "The decay of this step; `batch` images a step, `seen` images so far."
         n = self.half_life if self.rampup is None else min(self.half_life, self.rampup*seen)

@@ -1,0 +1,131 @@
+"""Recipes and the command line: the main job, and one clear line for every mistake a user can make."""
+import json
+import numpy as np
+import pytest, torch
+from PIL import Image
+from vfmvae.cli import main
+from vfmvae.core import UserError
+from vfmvae.data import World, to_pil
+from vfmvae.recipes import evaluate_tokenizer, open_tokenizer, train_tokenizer
+from vfmvae.tokenizer import Tokenizer, reconstruct, tokenizers
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    d = tmp_path_factory.mktemp('pictures')
+    for i, x in enumerate(World(3, seed=9, size=80).batch(range(3))['image']): to_pil(x).save(d/f'{i}.png')
+    return d
+
+
+def one_line(capsys, *argv):
+    "The single line on stderr of a command that must fail with status 2."
+    assert main([str(a) for a in argv]) == 2
+    out = capsys.readouterr()
+    lines = [x for x in out.err.splitlines() if x.startswith('vfmvae: ')]
+    assert len(lines) == 1 and 'Traceback' not in out.err, out.err
+    return lines[0]
+
+
+@pytest.mark.parametrize('name', list(tokenizers))
+def test_every_registered_tokenizer_keeps_the_protocol(name):
+    tok, x = tokenizers[name], World(4, seed=9).batch(range(4))['image']
+    g = tok.encode(x)
+    assert isinstance(tok, Tokenizer) and tok.name == name
+    assert g.mean.shape == (4, tok.channels, 64//tok.stride, 64//tok.stride) == tok.decode(g.mode()).shape[:1] + g.mean.shape[1:]
+    assert torch.equal(reconstruct(tok, x), tok.decode(g.mode()))
+    assert torch.equal(g.sample(torch.Generator().manual_seed(3)), g.sample(torch.Generator().manual_seed(3)))
+    assert .5 < g.mean.std() < 1.5                                   # unit scale
+    small = tok.encode(torch.nn.functional.avg_pool2d(x, 2))
+    assert small.mean.shape[2:] == (32//tok.stride,)*2
+
+
+def test_reconstruction_does_not_depend_on_the_batch():
+    tok, x = open_tokenizer('vfmvae-tiny-f8d16'), World(5, seed=9).batch(range(5))['image']
+    with torch.no_grad(): torch.testing.assert_close(reconstruct(tok, x), torch.cat([reconstruct(tok, i[None]) for i in x]), atol=1e-4, rtol=1e-4)
+
+
+def test_bundled_tokenizer_keeps_layout_and_colours():
+    r = evaluate_tokenizer(open_tokenizer('vfmvae-tiny-f8d16'), World(10_000, seed=31), n=96)
+    assert r['psnr'] >= 24, r
+
+
+def test_demo_leaves_one_page(tmp_path, pictures, capsys):
+    assert main(['demo', '--images', str(pictures), '--out', str(tmp_path), '--train-images', '64']) == 0
+    page, results = (tmp_path/'index.html').read_text(), json.loads((tmp_path/'results.json').read_text())
+    assert str(tmp_path/'index.html') in capsys.readouterr().out
+    assert page.count('data:image/png;base64') == 3 and page.count('<tr>') == 1+4 and len(results['rows']) == 4
+    untrained, trained = (r['psnr'] for k, r in results['rows'].items() if 'decoder,' in k and 'new' in k or 'after' in k)
+    assert trained > untrained
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['index.html', 'results.json']
+
+
+def test_train_resume_and_use_from_the_command_line(tmp_path, pictures, capsys):
+    args = ['train-tokenizer', '--data', str(pictures), '--batch', '2', '--run', str(tmp_path/'run'), '--out', str(tmp_path/'mine.safetensors')]
+    assert main([*args, '--images', '4']) == 0 and main([*args, '--images', '8']) == 0
+    assert main(['reconstruct', '--tokenizer', str(tmp_path/'mine.safetensors'), '--images', str(pictures), '--out', str(tmp_path/'out')]) == 0
+    assert len(list((tmp_path/'out').glob('*.png'))) == 3
+    assert 'training images' in capsys.readouterr().out
+
+
+def test_another_vfm_takes_the_place_of_the_presets():
+    from vfmvae.vfm import VFM
+    tok, _ = train_tokenizer('tiny', vfm=VFM('vit_tiny_patch16_224', pretrained=False, depth=2), images=4, batch=2)
+    assert (tok.config.scale, tok.config.in_dims, tok.config.layers) == (2, (192,)*3, (0, 1, -1))
+    assert tok.encode(World()[0]['image'][None]).mean.shape == (1, 16, 8, 8)
+    with pytest.raises(UserError, match='out_dims'): train_tokenizer('tiny', vfm=VFM('test_vit3', pretrained=False), images=4, batch=2)
+
+
+BAD = {
+    'no folder': (('encode', '--images', '{tmp}/none'), 'none'),
+    'empty folder': (('encode', '--images', '{tmp}/empty'), 'empty'),
+    'truncated image': (('encode', '--images', '{tmp}/torn'), 'half.png'),
+    'not an image': (('encode', '--images', '{tmp}/text'), 'note.png'),
+    'unknown tokenizer': (('encode', '--images', 'world', '--tokenizer', 'vfmvae-tiny-f8d61'), 'nearest: vfmvae-tiny-f8d16'),
+    'unknown VFM': (('train-tokenizer', '--vfm', 'vit_large_patch16_siglip_513'), 'siglip'),
+    'no network': (('train-tokenizer', '--vfm', 'vit_base_patch16_siglip_224.v2_webli'), 'pretrained'),
+    'size off the grid': (('encode', '--images', '{tmp}/fine', '--size', '60'), '60'),
+    'latents of nothing': (('decode', '--latents', '{tmp}/none.safetensors'), 'none.safetensors'),
+    'a file that is no tokenizer': (('encode', '--images', 'world', '--tokenizer', '{tmp}/fine/a.png'), 'a.png'),
+    'published without YAML': (('encode', '--images', 'world', '--tokenizer', '{tmp}/x.pth'), 'x.pth'),
+    'unknown preset': (('train-tokenizer', '--preset', 'tini'), 'nearest: tiny'),
+    'no shards': (('train-tokenizer', '--data', '{tmp}/none-*.tar'), 'none-'),
+}
+
+
+@pytest.mark.parametrize('case', list(BAD))
+def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    for d in ('empty', 'torn', 'text', 'fine'): (tmp_path/d).mkdir()
+    to_pil(World()[0]['image']).save(tmp_path/'fine/a.png')
+    (tmp_path/'torn/half.png').write_bytes((tmp_path/'fine/a.png').read_bytes()[:900])
+    (tmp_path/'text/note.png').write_text('not a picture')
+    argv, says = BAD[case]
+    argv = [a.format(tmp=tmp_path) for a in argv]
+    if argv[0] in ('encode', 'train-tokenizer'): argv += ['--out', str(tmp_path/'out.safetensors')]
+    if argv[0] == 'decode': argv += ['--out', str(tmp_path/'out')]
+    assert says in one_line(capsys, *argv)
+    assert not list(tmp_path.glob('out*')) and not list(tmp_path.rglob('*.tmp'))
+
+
+def test_a_tokenizer_file_of_another_model_is_refused(tmp_path):
+    from vfmvae.core import load_weights, save_weights
+    from vfmvae.vae import save_vfmvae
+    tok = open_tokenizer('vfmvae-tiny-f8d16')
+    f = save_vfmvae(tmp_path/'a.safetensors', tok)
+    tensors, meta = load_weights(f)
+    del tensors['mapping.x_avg']
+    save_weights(f, tensors, meta)
+    with pytest.raises(UserError, match='1 missing: mapping.x_avg'): open_tokenizer(f)
+    save_weights(f, dict(x=torch.zeros(1)), {})
+    with pytest.raises(UserError, match='no VFM-VAE configuration'): open_tokenizer(f)
+
+
+def test_grey_alpha_and_palette_pictures_are_read(tmp_path):
+    x = np.arange(80*80, dtype=np.uint8).reshape(80, 80)
+    for mode in ('L', 'RGBA', 'P', 'LA'): Image.fromarray(x).convert('RGB').convert(mode).save(tmp_path/f'{mode}.png')
+    assert main(['encode', '--images', str(tmp_path), '--out', str(tmp_path/'z.safetensors')]) == 0
+
+
+def test_doctor_recognises_the_torchvision_mix():
+    from vfmvae.cli import diagnose
+    assert 'one index' in diagnose('RuntimeError: operator torchvision::nms does not exist')
