@@ -167,13 +167,13 @@ def _draw(k: Kept) -> 'Figure':
     fig, axes = panels(1, 6, width='full', height=1.75)
     shown = [(k.clean/2+.5, f'image {k.state.image}\n{k.name}'), (k.changed/2+.5, f'{_title(k.state)}\n{k.changed.shape[1]} x {k.changed.shape[2]} px'),
              (k.again.clamp(-1, 1)/2+.5, f'reconstruction\n{k.psnr:.1f} dB'), (k.error, f'error\n0 to {_WORST:g}'),
-             (k.colours[0], 'latent\nof the image'), (k.colours[1], f'latent, {_title(k.state)}\ncosine {cos["latent"]:.2f}')]
+             (k.colours[0], 'latent\nof the image'), (k.colours[1], 'latent of the\ntransformed image')]
     for ax, (im, title) in zip(axes, shown, strict=True):
         ax.set_axis_off()
-        ax.set_title(title)
-        ax.imshow(im.permute(1, 2, 0) if im.ndim == 3 else im, cmap='cividis', vmin=0, vmax=_WORST)
+        ax.set_title(title, fontsize=7)
+        ax.imshow(im.permute(1, 2, 0) if im.ndim == 3 else im, cmap='cividis', vmin=0, vmax=_WORST, interpolation='nearest')
     fig.supxlabel(f'cosine to the transformed image: latent {cos["latent"]:.2f}, VFM {cos["VFM"]:.2f};   '
-                  f'to 32 others: latent {far["latent"]:.2f}, VFM {far["VFM"]:.2f}', fontsize=8)
+                  f'to 32 others: latent {far["latent"]:.2f}, VFM {far["VFM"]:.2f}', fontsize=7)
     fig.data += [dict(image=k.state.image, transform=k.state.transform, strength=k.state.strength, psnr=k.psnr, psnr_clean=k.psnr_clean,
                       **{f'cosine {n}': v for n, v in cos.items()}, **{f'cosine {n} of others': v for n, v in far.items()})]
     return fig
@@ -247,6 +247,7 @@ class KeepsLab:
         self.controls: dict[str, Any] = {}
         self._box: Any = None
         self._quiet = False
+    def __repr__(self) -> str: return f'KeepsLab({self.state})'
     def set(self, **changes: Any # fields of `KeepsState`; a new transform without a strength takes the middle of its grid
            ) -> 'KeepsLab':
         "Changes the state, and the widget with it. UserError: no such field, or a value that cannot be shown; then nothing changes."

@@ -1,0 +1,214 @@
+"Laws of the labs: colours, states, the figure as a pure function, and controls that are moved without a browser."
+import asyncio, builtins, threading
+from dataclasses import replace
+import pytest
+import torch
+from vfmvae.core import UserError, data_dir
+from vfmvae.data import TRANSFORMS, World
+from vfmvae.plots import to_png
+from vfmvae.widgets import KeepsLab, KeepsState, _Latest, keeps, keeps_figure, keeps_text, pca_colours
+
+NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16')
+MISSING = [n for n in NAMES if not (data_dir()/'weights'/f'{n}.safetensors').is_file()]
+weights = pytest.mark.skipif(bool(MISSING), reason=f"the bundled weights {', '.join(MISSING)} are not there; nbs/train makes them")
+
+
+def latents(*shape, seed=0):
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return z*torch.linspace(4, 1, shape[1])[:, None, None]   # well separated axes
+
+
+# colours ---------------------------------------------------------------------------------------------------------------------------------------
+
+def test_colours_do_not_depend_on_how_latents_are_grouped():
+    z = latents(6, 16, 4, 8)
+    torch.testing.assert_close(torch.cat(pca_colours([z[:1], z[1:4], z[4:]])), pca_colours(z), rtol=0, atol=1e-5)
+
+
+def test_colours_of_tokens_are_those_of_the_grid():
+    z = latents(3, 8, 5, 5)
+    assert torch.equal(pca_colours(z.flatten(2).transpose(1, 2)), pca_colours(z))
+
+
+@pytest.mark.parametrize('scale, shift', [(1e-3, 0.), (50., 0.), (1., 1000.)])
+def test_colours_know_neither_unit_nor_origin(scale, shift):
+    z = latents(4, 8, 6, 6).double()
+    torch.testing.assert_close(pca_colours(z*scale+shift), pca_colours(z), rtol=0, atol=1e-5)
+
+
+def test_colours_of_grids_of_several_sizes_share_one_full_range():
+    parts = pca_colours([latents(1, 8, 8, 8), latents(2, 8, 2, 2, seed=1), latents(1, 8, 4, 6, seed=2)])
+    assert [tuple(p.shape) for p in parts] == [(1, 3, 8, 8), (2, 3, 2, 2), (1, 3, 4, 6)]
+    flat = torch.cat([p.transpose(0, 1).flatten(1) for p in parts], 1)
+    assert flat.amin(1).tolist() == [0, 0, 0] and flat.amax(1).tolist() == [1, 1, 1]
+
+
+def test_the_first_component_is_the_strongest_direction_with_its_largest_entry_up():
+    z = torch.zeros(1, 5, 4, 4)
+    z[0, 2] = -torch.arange(16.).view(4, 4)*10
+    z[0, 4] = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))*1e-3
+    red = pca_colours(z)[0, 0].flatten()
+    assert (red.diff() < 0).all()   # channel 2 falls, and the axis points along +channel 2
+
+
+@pytest.mark.parametrize('bad', [[], torch.zeros(3, 4), [torch.zeros(1, 4, 2, 2), torch.zeros(1, 3, 2, 2)], torch.full((1, 4, 2, 2), float('inf'))])
+def test_colours_of_nonsense_are_refused_in_one_line(bad):
+    with pytest.raises(UserError, match=r'^[^\n]+$'): pca_colours(bad)
+
+
+# the newest question -----------------------------------------------------------------------------------------------------------------------------
+
+def test_stale_questions_are_dropped_and_the_loop_stays_free():
+    computed, shown, gate = [], [], threading.Event()
+    def work(n):
+        gate.wait(10)
+        computed.append(n)
+        return -n
+    async def drag():
+        q = _Latest(work, shown.append)
+        for n in range(20):
+            q.ask(n)
+            await asyncio.sleep(0)
+        await asyncio.sleep(.02)
+        assert shown == []            # we are here while the work hangs: the loop is not blocked
+        gate.set()
+        await q.task
+        q.ask(99)
+        await q.task
+    asyncio.run(drag())
+    assert shown == [-19, -99] and len(computed) <= 3
+
+
+def test_an_answer_that_was_overtaken_by_settle_is_not_shown_again():
+    shown, gate, first = [], threading.Event(), []
+    def work(n):
+        if not first:
+            first.append(n)
+            gate.wait(10)
+        return n
+    async def go():
+        q = _Latest(work, shown.append)
+        q.ask('old')
+        while not first: await asyncio.sleep(.001)
+        q.settle()
+        gate.set()
+        await q.task
+    asyncio.run(go())
+    assert shown == ['old']
+
+
+def test_a_user_error_is_shown_and_the_next_question_is_answered():
+    shown = []
+    def work(n):
+        if n < 0: raise UserError('negative')
+        return n
+    q = _Latest(work, shown.append)
+    q.ask(-1)
+    q.ask(2)
+    assert str(shown[0]) == 'negative' and shown[1] == 2
+
+
+# state -> figure ---------------------------------------------------------------------------------------------------------------------------------
+
+@weights
+@pytest.mark.parametrize('name', TRANSFORMS)
+def test_every_transform_at_every_strength_has_numbers(name):
+    t = TRANSFORMS[name]
+    for strength in (t.identity, t.grid[0], t.grid[-1]):
+        k = keeps(KeepsState(11, name, strength))
+        assert 3 < k.psnr < 60 and all(-1 <= v <= 1.0001 for v in (*k.cosine.values(), *k.strangers.values()))
+        assert all(0 <= c.min() and c.max() <= 1 for c in k.colours) and 0 <= k.error.min() <= k.error.max() <= 1
+        if strength == t.identity: assert torch.equal(k.clean, k.changed) and k.psnr == k.psnr_clean
+
+
+@weights
+def test_figure_and_text_are_pure_functions_of_the_state():
+    s = KeepsState(3, 'translation', .2, seed=7)
+    assert to_png(keeps_figure(s)) == to_png(keeps_figure(replace(s))) and keeps_text(s) == keeps_text(replace(s))
+    for change in (dict(image=4), dict(transform='occlusion'), dict(strength=.3), dict(seed=8)):
+        assert to_png(keeps_figure(replace(s, **change))) != to_png(keeps_figure(s)), change
+
+
+@weights
+def test_what_the_figure_shows_the_text_says():
+    s = KeepsState(8, 'blur', 2)
+    row, said = keeps_figure(s).data[0], keeps_text(s)
+    for number in (f"{row['psnr']:.1f} dB", f"{row['cosine latent']:.3f}", f"{row['cosine VFM']:.3f}", f"{row['cosine VFM of others']:.3f}",
+                   'Image 8', 'blur 2'):
+        assert number in said
+
+
+@weights
+def test_a_size_that_fits_no_grid_is_enlarged_and_said():
+    k = keeps(KeepsState(transform='scale', strength=.6))
+    assert k.enlarged == (38, 38) and k.changed.shape == (3, 48, 48) and 'left 38x38 px, enlarged to 48x48 px' in keeps_text(k.state)
+    assert keeps(KeepsState(transform='scale', strength=.5)).enlarged is None
+    assert keeps(KeepsState(), World(40, seed=1, size=50)).clean.shape == (3, 64, 64)
+
+
+@weights
+@pytest.mark.parametrize('bad', [dict(image=-1), dict(image=1.), dict(image=True), dict(seed='a'), dict(transform='nose'), dict(strength=361),
+                                 dict(strength=None), dict(transform='hflip', strength=.5), dict(tokenizer='vfmvae'), dict(strength=float('inf'))])
+def test_a_state_that_cannot_be_shown_is_refused_in_one_line(bad):
+    with pytest.raises(UserError, match=r'^[^\n]+$'): KeepsState(**bad)
+    lab = KeepsLab()
+    with pytest.raises(UserError, match=r'^[^\n]+$'): lab.set(**bad)
+    assert lab.state == KeepsState()
+
+
+# the widget --------------------------------------------------------------------------------------------------------------------------------------
+
+MOVES = dict(image=5, transform='noise', strength=45., seed=3)
+
+
+@weights
+@pytest.mark.parametrize('name', MOVES)
+def test_each_control_moves_state_picture_and_words(name):
+    pytest.importorskip('ipywidgets')
+    lab = KeepsLab(KeepsState(transform='rotation') if name != 'seed' else KeepsState(transform='noise', strength=.3))
+    lab.widget()
+    picture, words = lab.picture.value, lab.readout.value
+    lab.controls[name].value = MOVES[name]
+    assert getattr(lab.state, name) == MOVES[name]
+    assert picture != lab.picture.value == to_png(lab.figure(), 130)
+    assert words != lab.readout.value and lab.picture.tooltip == lab.text()
+
+
+@weights
+def test_a_line_of_code_moves_the_controls_and_draws_once():
+    pytest.importorskip('ipywidgets')
+    lab = KeepsLab()
+    lab.widget()
+    shows, show = [], lab._latest.show
+    lab._latest.show = lambda answer: (shows.append(answer), show(answer))
+    lab.set(image=2, transform='scale', strength=.25, seed=9)
+    assert {k: c.value for k, c in lab.controls.items()} == dict(image=2, transform='scale', strength=.25, tokenizer='vfmvae-tiny-f8d16', seed=9)
+    assert len(shows) == 1 and shows[0].state == lab.state
+
+
+@weights
+def test_under_an_event_loop_only_the_last_of_many_moves_is_drawn():
+    pytest.importorskip('ipywidgets')
+    async def drag():
+        lab = KeepsLab()
+        lab.widget()
+        drawn, show = [], lab._latest.show
+        lab._latest.show = lambda answer: (drawn.append(answer.state.strength), show(answer))
+        for strength in (15., 45., 180., 270.): lab.controls['strength'].value = strength
+        assert 'computing' in lab.readout.value
+        await lab._latest.task
+        return lab, drawn
+    lab, drawn = asyncio.run(drag())
+    assert drawn == [270.] and lab.picture.value == to_png(lab.figure(), 130) and 'computing' not in lab.readout.value
+
+
+@weights
+def test_without_ipywidgets_the_module_works_and_the_widget_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+    def without(name, *args, **kwargs):
+        if name.split('.')[0] == 'ipywidgets': raise ImportError(name)
+        return real(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, '__import__', without)
+    lab = KeepsLab()
+    assert 'dB' in lab.text()
+    with pytest.raises(UserError, match='pip install ipywidgets'): lab.widget()
