@@ -170,7 +170,7 @@ def test_each_control_moves_state_picture_and_words(name):
     picture, words = lab.picture.value, lab.readout.value
     lab.controls[name].value = MOVES[name]
     assert getattr(lab.state, name) == MOVES[name]
-    assert picture != lab.picture.value == to_png(lab.figure(), 130)
+    assert picture != lab.picture.value == to_png(lab.figure())
     assert words != lab.readout.value and lab.picture.tooltip == lab.text()
 
 
@@ -199,7 +199,7 @@ def test_under_an_event_loop_only_the_last_of_many_moves_is_drawn():
         await lab._latest.task
         return lab, drawn
     lab, drawn = asyncio.run(drag())
-    assert drawn == [270.] and lab.picture.value == to_png(lab.figure(), 130) and 'computing' not in lab.readout.value
+    assert drawn == [270.] and lab.picture.value == to_png(lab.figure()) and 'computing' not in lab.readout.value
 
 
 @weights

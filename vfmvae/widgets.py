@@ -164,16 +164,16 @@ def _title(s: KeepsState) -> str: return f'{s.transform} {s.strength:g}'
 def _draw(k: Kept) -> 'Figure':
     cos, far = k.cosine, k.strangers
     fig: Any
-    fig, axes = panels(1, 6, width='full', height=1.75)
+    fig, axes = panels(1, 6, width=8.6, height=2.1)
     shown = [(k.clean/2+.5, f'image {k.state.image}\n{k.name}'), (k.changed/2+.5, f'{_title(k.state)}\n{k.changed.shape[1]} x {k.changed.shape[2]} px'),
              (k.again.clamp(-1, 1)/2+.5, f'reconstruction\n{k.psnr:.1f} dB'), (k.error, f'error\n0 to {_WORST:g}'),
              (k.colours[0], 'latent\nof the image'), (k.colours[1], 'latent of the\ntransformed image')]
     for ax, (im, title) in zip(axes, shown, strict=True):
         ax.set_axis_off()
-        ax.set_title(title, fontsize=7)
+        ax.set_title(title, fontsize=8)
         ax.imshow(im.permute(1, 2, 0) if im.ndim == 3 else im, cmap='cividis', vmin=0, vmax=_WORST, interpolation='nearest')
     fig.supxlabel(f'cosine to the transformed image: latent {cos["latent"]:.2f}, VFM {cos["VFM"]:.2f};   '
-                  f'to 32 others: latent {far["latent"]:.2f}, VFM {far["VFM"]:.2f}', fontsize=7)
+                  f'to 32 others: latent {far["latent"]:.2f}, VFM {far["VFM"]:.2f}', fontsize=8.5)
     fig.data += [dict(image=k.state.image, transform=k.state.transform, strength=k.state.strength, psnr=k.psnr, psnr_clean=k.psnr_clean,
                       **{f'cosine {n}': v for n, v in cos.items()}, **{f'cosine {n} of others': v for n, v in far.items()})]
     return fig
@@ -310,5 +310,5 @@ class KeepsLab:
     def _show(self, answer: Any) -> None:
         "Puts the picture and its words in place, or the reason why there is none."
         words = str(answer) if isinstance(answer, Exception) else _say(answer)
-        if not isinstance(answer, Exception): self.picture.value, self.picture.tooltip = to_png(_draw(answer), 130), words
+        if not isinstance(answer, Exception): self.picture.value, self.picture.tooltip = to_png(_draw(answer)), words
         self.readout.value = f'<p role="status" aria-live="polite">{html.escape(words)}</p>'
