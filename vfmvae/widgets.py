@@ -164,7 +164,7 @@ def _title(s: KeepsState) -> str: return f'{s.transform} {s.strength:g}'
 def _draw(k: Kept) -> 'Figure':
     cos, far = k.cosine, k.strangers
     fig: Any
-    fig, axes = panels(1, 6, width=8.6, height=2.1)
+    fig, axes = panels(1, 6, width=8.6, height=2.25)
     shown = [(k.clean/2+.5, f'image {k.state.image}\n{k.name}'), (k.changed/2+.5, f'{_title(k.state)}\n{k.changed.shape[1]} x {k.changed.shape[2]} px'),
              (k.again.clamp(-1, 1)/2+.5, f'reconstruction\n{k.psnr:.1f} dB'), (k.error, f'error\n0 to {_WORST:g}'),
              (k.colours[0], 'latent\nof the image'), (k.colours[1], 'latent of the\ntransformed image')]
