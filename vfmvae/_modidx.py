@@ -484,6 +484,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'vfmvae.vfm.vfm_from_hf_siglip': ('vfm.html#vfm_from_hf_siglip', 'vfmvae/vfm.py')},
             'vfmvae.widgets': { 'vfmvae.widgets.KeepsLab': ('widgets.html#keepslab', 'vfmvae/widgets.py'),
                                 'vfmvae.widgets.KeepsLab.__init__': ('widgets.html#keepslab.__init__', 'vfmvae/widgets.py'),
+                                'vfmvae.widgets.KeepsLab.__repr__': ('widgets.html#keepslab.__repr__', 'vfmvae/widgets.py'),
                                 'vfmvae.widgets.KeepsLab._build': ('widgets.html#keepslab._build', 'vfmvae/widgets.py'),
                                 'vfmvae.widgets.KeepsLab._moved': ('widgets.html#keepslab._moved', 'vfmvae/widgets.py'),
                                 'vfmvae.widgets.KeepsLab._show': ('widgets.html#keepslab._show', 'vfmvae/widgets.py'),
