@@ -60,7 +60,7 @@ export: $(DEV)   ## notebooks to modules, notebooks clean
 	$(BIN)/nbdev-clean
 
 readme: $(DEV)   ## README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --log-level WARN \
+	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --NbConvertApp.output_files_dir=data/readme --log-level WARN \
 	  --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/index.ipynb
 
 hooks: $(DEV)    ## before each commit: export, clean, ruff

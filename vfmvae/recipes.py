@@ -98,6 +98,7 @@ class Preset:
 
 PRESETS = {
     'tiny': Preset(TINY, Stage('tiny', dict(l1=1., l2=2., multiscale=.1, kl=1e-6, vf=2.), lr=2e-3, adaptive=False), 96_000, 16, 4_000, (.9, .99), 1., True),
+            # 25.8 dB, class probe of the pooled latent .975: data/results/tiny_vfmvae.json
     'f16d32': Preset(VFMVAEConfig(), FIRST, 20_000_000, 512),   # published shape and weights, without the adversarial terms; not run here
 }
 
