@@ -103,10 +103,9 @@ def test_discrete_mode_trains():
 TOY = '''
 import sys, torch
 from torch import nn
-from accelerate import Accelerator
 from vfmvae.core import save_weights
 from vfmvae.data import World, loader
-from vfmvae.train import EMA, fit
+from vfmvae.train import EMA, fit, processes
 class Toy:
     def __init__(self, seed):
         torch.manual_seed(seed)                # differs by rank: the loop must make the start the same
@@ -119,7 +118,7 @@ class Toy:
         loss = sum((net(b['image'])-b['image']).pow(2).mean() for b in micro)/len(micro)
         backward(loss); sync(); opt.step(); self.ema.update(net, 8, seen)
         return dict(loss=loss.item())
-acc = Accelerator(cpu=True)
+acc = processes()
 toy = Toy(acc.process_index)
 h = fit(toy, loader(World(64), 8, rank=acc.process_index, world=acc.num_processes), 48, log_every=1, show=lambda h: None, accelerator=acc)
 if acc.is_main_process: save_weights(sys.argv[1], toy.nets['net'].state_dict(), dict(loss=[r['loss'] for r in h], processes=acc.num_processes))

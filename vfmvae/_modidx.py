@@ -389,6 +389,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vfmvae.train.fit': ('train.html#fit', 'vfmvae/train.py'),
                               'vfmvae.train.load_task_state': ('train.html#load_task_state', 'vfmvae/train.py'),
                               'vfmvae.train.loss_curves': ('train.html#loss_curves', 'vfmvae/train.py'),
+                              'vfmvae.train.processes': ('train.html#processes', 'vfmvae/train.py'),
                               'vfmvae.train.provenance': ('train.html#provenance', 'vfmvae/train.py'),
                               'vfmvae.train.task_state': ('train.html#task_state', 'vfmvae/train.py'),
                               'vfmvae.train.warm_cosine': ('train.html#warm_cosine', 'vfmvae/train.py')},

@@ -71,10 +71,10 @@ def _demo(a) -> int:
     return 0
 
 def _train(a) -> int:
-    from accelerate import PartialState
     from vfmvae.recipes import evaluate_tokenizer, open_data, train_tokenizer
+    from vfmvae.train import processes
     tok, _ = train_tokenizer(a.preset, a.data, a.vfm, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.workers)
-    if not PartialState().is_main_process: return 0
+    if not processes().is_main_process: return 0
     r = evaluate_tokenizer(tok, open_data(a.held_out or a.data, size=tok.config.img_size, seed=8), 256)
     print(f"{'held-out' if a.held_out or a.data == 'world' else 'training'} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
     if a.out: print(f'written: {Path(a.out).resolve()}')

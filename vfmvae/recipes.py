@@ -27,7 +27,7 @@ from .plots import show_images, to_png
 from .published import load_vfmvae
 from .tok_train import FIRST, TINY, Stage, TokenizerTask
 from .tokenizer import fit_stats, reconstruct, tokenizers
-from .train import Run, fit, loss_curves, provenance, warm_cosine
+from .train import Run, fit, loss_curves, processes, provenance, warm_cosine
 from .vae import VFMVAE, VFMVAEConfig, open_vfmvae, save_vfmvae
 from .vfm import VFM
 
@@ -138,10 +138,9 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
                    ) -> tuple[VFMVAE, list[dict]]:
     """Trains, averages, fits the latent stats on training images; returns (tokenizer in eval mode, log rows).
     Under `accelerate launch` it uses every process. UserError: unknown preset or data, a batch that does not split."""
-    from accelerate import Accelerator
     if isinstance(preset, str) and preset not in PRESETS: raise UserError(f"no preset {preset!r};{nearest(preset, PRESETS)} (known: {', '.join(PRESETS)})")
     p = PRESETS[preset] if isinstance(preset, str) else preset
-    acc = Accelerator()
+    acc = processes()
     net = vfm if isinstance(vfm, VFM) else VFM(vfm or p.config.vfm)
     batch, images, config = batch or p.batch, images or p.images, p.config if vfm is None else config_for(net, p.config)
     if batch % (acc.num_processes*accumulate):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Task', 'EMA', 'provenance', 'task_state', 'load_task_state', 'Run', 'constant', 'warm_cosine', 'loss_curves', 'Live',
-           'average_gradients', 'fit']
+           'processes', 'average_gradients', 'fit']
 
 # %% ../nbs/10_train.ipynb #f77639c8
 import json, math, os, platform, shutil, subprocess, time
@@ -184,6 +184,11 @@ class Live:
         else: self.handle.update(fig)
 
 # %% ../nbs/10_train.ipynb #ab09dae8
+def processes() -> Any:
+    "An `Accelerator` for this process among its fellows. Without a GPU it must be told so, or each of several processes thinks it is alone."
+    from accelerate import Accelerator
+    return Accelerator(cpu=not torch.accelerator.is_available())
+
 def average_gradients(task: Task, accelerator: Any) -> None:
     "All-reduce mean of every gradient over the processes, one flat tensor per dtype; nothing to do in one process."
     if accelerator.num_processes == 1: return
@@ -225,8 +230,7 @@ def fit(task: Task,               # nets, optimizers, one step
        ) -> list[dict]:
     """Trains until `images` images were seen, resuming from `run` if it has a checkpoint; returns the log rows.
     The same on one CPU and under `accelerate launch` on many machines."""
-    from accelerate import Accelerator
-    acc, show = accelerator or Accelerator(), show or Live()
+    acc, show = accelerator or processes(), show or Live()
     if getattr(loader, 'world', 1) != acc.num_processes:
         raise UserError(f'the loader splits batches over {loader.world} processes, but {acc.num_processes} run; give it world={acc.num_processes}')
     for n in task.nets.values(): n.to(acc.device)
@@ -234,7 +238,7 @@ def fit(task: Task,               # nets, optimizers, one step
     _same_start(task, acc)
     per_step = loader.batch_size*accumulate
     steps, first = images//per_step, run.load(task) if run else 0
-    history = run.history(before=first) if run else []
+    history = run.history(before=first) if run and acc.is_main_process else []
     if run and acc.is_main_process: write_json(run.dir/'config.json', dict(task=task.config(), images=images, batch=per_step, seed=seed, made=provenance()))
     sums: dict[str, float] = {}
     bar, count, clock = progress(total=max(0, steps-first), desc='train'), 0, time.time()
