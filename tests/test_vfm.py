@@ -185,3 +185,13 @@ def test_golden_siglip(stem, shared):
     for x, want in ((tower['in.img'], [tower[f'out.feat.{i}'] for i in range(3)]), (main['in.img'], [main[f'vfm.feat.{i}'] for i in range(3)])):
         got = vfm.features(F.interpolate(x, scale_factor=2., mode='bilinear')*2 - 1, meta['config']['patch_from_layers'])
         for g, w in zip(got.values(), want, strict=True): assert (g-w).abs().max() < 1e-5
+
+
+def test_threads_that_share_a_vfm_do_not_mix_their_features():
+    from concurrent.futures import ThreadPoolExecutor
+    vfm = VFM('tiny', pretrained=False)
+    images = [torch.rand(1+i % 5, 3, 64, 64)*2-1 for i in range(40)]
+    alone = [vfm.features(x, [0, 2, -1]) for x in images]
+    with ThreadPoolExecutor(4) as pool: together = list(pool.map(lambda x: vfm.features(x, [0, 2, -1]), images))
+    for a, b in zip(alone, together, strict=True):
+        for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-4)

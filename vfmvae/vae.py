@@ -426,4 +426,5 @@ def open_vfmvae(path: str | Path,   # written by `save_vfmvae`
 # %% ../nbs/07_vae.ipynb #ad4954aa
 def _bundled(name: str) -> VFMVAE: return open_vfmvae(data_dir()/'weights'/f'{name}.safetensors', name=name)
 
-tokenizers.register('vfmvae-tiny-f8d16', partial(_bundled, 'vfmvae-tiny-f8d16'))
+# in one process with this notebook, the exported module may have been here before
+if 'vfmvae-tiny-f8d16' not in tokenizers: tokenizers.register('vfmvae-tiny-f8d16', partial(_bundled, 'vfmvae-tiny-f8d16'))

@@ -6,7 +6,7 @@
 __all__ = ['vfms', 'ConvStem', 'tiny_vit', 'layer_index', 'VFM', 'vfm_from_hf_siglip']
 
 # %% ../nbs/05_vfm.ipynb #b8df1eb5
-import contextlib, copy, importlib, math, re
+import contextlib, copy, importlib, math, re, threading
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -201,15 +201,18 @@ def layer_index(layer: int, # as asked
     return layer if layer >= 0 else depth + 2 + layer
 
 # %% ../nbs/05_vfm.ipynb #a7fe67dd
+_ONE_AT_A_TIME = threading.Lock()   # the hook below belongs to the net: a second thread's pass would fill the first one's list
+
 def _tokens(net: Any, x: Tensor, wanted: Collection[int]) -> dict[int, Tensor]:
     "Running layer number -> tokens (b,n,c) without prefix, of a normalised image x. Blocks behind the last one wanted are not run."
     depth, seen = len(net.blocks), []
     last: Any
     blocks, final = sorted({i for i in wanted if 0 < i <= depth}), depth+1 in wanted
-    hook = getattr(net, 'norm_pre', net.blocks[0]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     take = dict(indices=[i-1 for i in blocks] or [0], output_fmt='NLC', stop_early=not final, intermediates_only=not final)
-    try: out = net.forward_intermediates(x, **take)
-    finally: hook.remove()
+    with _ONE_AT_A_TIME:
+        hook = getattr(net, 'norm_pre', net.blocks[0]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try: out = net.forward_intermediates(x, **take)
+        finally: hook.remove()
     last, mids = out if final else (None, out)
     tokens = {0: seen[0][:, net.num_prefix_tokens:], **dict(zip(blocks, mids, strict=False))}
     if final: tokens[depth+1] = last[:, net.num_prefix_tokens:]
