@@ -158,7 +158,9 @@ class World:
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         "dict(image=(b,3,size,size) in [-1, 1], label=(b,) int64, key=[str])."
         f = self.factors(indices)
-        return dict(image=render(f, self.size), label=f['label'], key=[f'world{self.seed}-{int(i):07d}' for i in indices])
+        # 32 at a time stay in the processor's cache, where drawing is four times faster than in a batch of thousands
+        parts = [render({k: v[i:i+32] for k, v in f.items()}, self.size) for i in range(0, max(1, len(f['label'])), 32)]
+        return dict(image=torch.cat(parts), label=f['label'], key=[f'world{self.seed}-{int(i):07d}' for i in indices])
     def __getitem__(self, i: int) -> dict[str, Any]:
         b = self.batch([i])
         return dict(image=b['image'][0], label=int(b['label'][0]), key=b['key'][0])

@@ -247,7 +247,8 @@ def demo(images: str | Path | None = None,   # a folder of one's own pictures; N
     after = task.ema.net.eval()
     rows = {'bundled decoder': evaluate_tokenizer(tiny, test, 128), **young, f'the same after {steps*16} images': evaluate_tokenizer(after, test, 128)}
     if mine: rows[f'bundled decoder, {Path(str(images)).name}'] = evaluate_tokenizer(tiny, mine, 128)
-    caveat = '<p>The bundled tokenizer has only ever seen procedural pictures of 64 pixels: of photographs it keeps layout and colour, not detail.</p>'
+    caveat = ('<p>The bundled tokenizer has only ever seen procedural pictures of 64 pixels: '
+              'of photographs it keeps a rough layout, neither detail nor every colour.</p>')
     page = f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>vfmvae demo</title><style>{_STYLE}</style>
 <h1>A frozen vision foundation model as a tokenizer</h1>
