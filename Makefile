@@ -7,7 +7,7 @@ HERE    := $(shell pwd | cksum | cut -d' ' -f1)
 CORE    := $(VENV)/.vfmvae-core-$(HERE)
 DEV     := $(VENV)/.vfmvae-dev-$(HERE)
 RECIPE  := settings.ini setup.py pyproject.toml
-# for example a CPU-only torch: make env PIP_ARGS='--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple'
+# more words for pip, such as --index-url of an index with CPU-only builds
 PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

@@ -6,7 +6,7 @@
 __all__ = ['tokenizers', 'LatentStats', 'Tokenizer', 'reconstruct', 'fit_stats', 'LatentFeatures']
 
 # %% ../nbs/06_tokenizer.ipynb #5b79a50a
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 # %% ../nbs/06_tokenizer.ipynb #38b42f4e
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/06_tokenizer.ipynb #b53f4562
 from .core import Gaussian, Registry, UserError, to_tokens
+from .features import batches
 
 # %% ../nbs/06_tokenizer.ipynb #9926ee3f
 class LatentStats(nn.Module):
@@ -64,17 +65,6 @@ def reconstruct(tokenizer: Tokenizer, x: Tensor) -> Tensor: # x (b,3,H,W) in [-1
     "decode(encode(x).mode()), (b,3,H,W), not clamped."
     return tokenizer.decode(tokenizer.encode(x).mode())
 
-# %% ../nbs/06_tokenizer.ipynb #c95e0edc
-def _batches(images: Any, size: int) -> Iterator[Tensor]:
-    "(b,3,H,W) batches from a tensor (n,3,H,W), a dataset with `.batch(indices)`, or an iterable of images or of batches."
-    if isinstance(images, Tensor): yield from images.split(size)
-    elif hasattr(images, 'batch'):
-        for i in range(0, len(images), size): yield images.batch(list(range(i, min(i+size, len(images)))))['image']
-    else:
-        for x in images:
-            x = x['image'] if isinstance(x, dict) else x
-            yield from (x if x.ndim == 4 else x[None]).split(size)
-
 # %% ../nbs/06_tokenizer.ipynb #cd85e1b9
 @torch.no_grad()
 def fit_stats(tokenizer: Any,                # a Tokenizer; its `stats` are replaced
@@ -85,8 +75,8 @@ def fit_stats(tokenizer: Any,                # a Tokenizer; its `stats` are repl
     stats, device = tokenizer.stats, tokenizer.stats.mean.device
     stats.set(torch.zeros_like(stats.mean), torch.ones_like(stats.std))
     n, mean, m2 = 0, *torch.zeros(2, tokenizer.channels, dtype=torch.float64, device=device)
-    for x in _batches(images, batch_size):
-        g = tokenizer.encode(x.to(device))
+    for batch in batches(images, batch_size):
+        g = tokenizer.encode(batch['image'].to(device))
         z, var = (t.double().transpose(0, 1).flatten(1) for t in (g.mean, g.std.double()**2))   # (c, b*h*w)
         k, mu = z.shape[1], z.mean(1)
         d, m2 = mu-mean, m2 + ((z-mu[:, None])**2 + var).sum(1)

@@ -238,8 +238,9 @@ def fit(task: Task,               # nets, optimizers, one step
     _same_start(task, acc)
     per_step = loader.batch_size*accumulate
     steps, first = images//per_step, run.load(task) if run else 0
-    history = run.history(before=first) if run and acc.is_main_process else []
-    if run and acc.is_main_process: write_json(run.dir/'config.json', dict(task=task.config(), images=images, batch=per_step, seed=seed, made=provenance()))
+    kept = run if acc.is_main_process else None       # all processes resume, one writes
+    history = kept.history(before=first) if kept else []
+    if kept: write_json(kept.dir/'config.json', dict(task=task.config(), images=images, batch=per_step, seed=seed, made=provenance()))
     sums: dict[str, float] = {}
     bar, count, clock = progress(total=max(0, steps-first), desc='train'), 0, time.time()
     for step in range(first, steps):
@@ -255,11 +256,11 @@ def fit(task: Task,               # nets, optimizers, one step
             row = dict(step=step+1, images=(step+1)*per_step, **_means(sums, count, acc),
                        images_per_s=count*per_step/(time.time()-clock), **({'lr': lr(step)} if lr else {}))
             history.append(row)
-            if run and acc.is_main_process: run.log(row)
+            if kept: kept.log(row)
             if acc.is_main_process: show(history)
             bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f} {row['images_per_s']:.0f} img/s", refresh=False)
             sums, count, clock = {}, 0, time.time()
-        if save and run and acc.is_main_process: run.save(task, step+1, (step+1)*per_step)
+        if save and kept: kept.save(task, step+1, (step+1)*per_step)
         bar.update(1)
     bar.close()
     return history

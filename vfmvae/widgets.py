@@ -95,17 +95,20 @@ def _tokenizer(name: str) -> Any: return tokenizers[name]
 @lru_cache(1)
 def _tiny() -> VFM: return VFM('tiny')
 
-def _pooled(tokenizer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    "Of images (b,3,H,W): pooled latents (b,c), and pooled last features (b,d) of the VFM that the tokenizer looks through (else of the tiny one)."
-    if not isinstance(tokenizer, VFMVAE): return pool(to_tokens(tokenizer.encode(x).mode())), pool(_tiny().features(x, [-1])[-1])
-    code = tokenizer.encode_parts(x)
-    return pool(to_tokens(code.posterior.mode())), pool(code.features[tokenizer.config.layers[-1]])
+def _look(tokenizer: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Of images (b,3,H,W), in one pass: latents (b,c,h,w); and, pooled, the latents (b,c) and the last features (b,d) of the VFM
+    that the tokenizer looks through (else of the tiny one)."""
+    if isinstance(tokenizer, VFMVAE):
+        code = tokenizer.encode_parts(x)
+        z, h = code.posterior.mode(), code.features[tokenizer.config.layers[-1]]
+    else: z, h = tokenizer.encode(x).mode(), _tiny().features(x, [-1])[-1]
+    return z, (pool(to_tokens(z)), pool(h))
 
 @lru_cache(8)
 def _others(name: str, images: Any) -> tuple[Tensor, Tensor]:
-    "`_pooled` of the first 33 images."
+    "The pooled half of `_look` of the first 33 images."
     x = images.batch(list(range(min(33, len(images)))))['image']
-    return _pooled(_tokenizer(name), _fit(x, 2*_tokenizer(name).stride))
+    return _look(_tokenizer(name), _fit(x, 2*_tokenizer(name).stride))[1]
 
 # %% ../nbs/19_widgets.ipynb #3e821f01
 @dataclass(frozen=True, eq=False)
@@ -143,10 +146,10 @@ def keeps(state: KeepsState,
     clean = _fit(batch['image'], unit)
     raw = transform(clean, state.transform, state.strength, state.seed+state.image)
     changed = _fit(raw, unit)
-    zs = [tokenizer.encode(x).mode() for x in (clean, changed)]
+    (z, near), (z_changed, far) = (_look(tokenizer, x) for x in (clean, changed))
+    zs = [z, z_changed]
     back = [tokenizer.decode(z).clamp(-1, 1) for z in zs]
     quality = [psnr(b, x).item() for b, x in zip(back, (clean, changed), strict=True)]
-    near, far = (_pooled(tokenizer, x) for x in (clean, changed))
     rest = [i for i in range(min(33, len(images))) if i != state.image][:32]
     z_others, h_others = _others(state.tokenizer, images)
     classes = getattr(images, 'classes', ())
