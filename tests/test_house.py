@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT/'nbs', ROOT/'vfmvae'
-LIBRARY = sorted(NBS.glob('[0-9][0-9]_*.ipynb'))
+LIBRARY = sorted(NBS.glob('[0-9][0-9]*_*.ipynb'))
 BIN = Path(sys.executable).parent
 
 
@@ -21,8 +21,8 @@ def exports_to(nb: Path) -> str | None:
     return found[0] if found else None
 
 
-NUMBER = {exports_to(nb): int(nb.name[:2]) for nb in LIBRARY}
-MODULES = sorted((p.stem for p in LIB.glob('*.py') if not p.stem.startswith('_')), key=lambda m: NUMBER.get(m, -1))
+NUMBER = {exports_to(nb): nb.name.split('_')[0] for nb in LIBRARY}   # '09' < '09b' < '10'
+MODULES = sorted((p.stem for p in LIB.glob('*.py') if not p.stem.startswith('_')), key=lambda m: NUMBER.get(m, ''))
 
 
 def repository_files() -> list[Path]:
@@ -51,7 +51,7 @@ def test_export_and_clean_change_nothing(tmp_path):
 
 
 def test_every_library_notebook_has_a_module():
-    assert [nb.name for nb in LIBRARY if exports_to(nb) != nb.stem[3:]] == []
+    assert [nb.name for nb in LIBRARY if exports_to(nb) != nb.stem.split('_', 1)[1]] == []
 
 
 @pytest.mark.parametrize('module', [str(p.relative_to(LIB).with_suffix('')) for p in sorted(LIB.rglob('*.py')) if p.stem not in ('__init__', '_modidx')])
@@ -81,7 +81,7 @@ def test_a_notebook_imports_only_from_lower_numbers(nb):
     tree = ast.parse(re.sub(r'^\s*[%!].*$', '', source, flags=re.M))
     module = LIB/f'{exports_to(nb)}.py'
     used = imported(tree) | (imported(ast.parse(module.read_text(encoding='utf-8'))) if module.exists() else set())
-    higher = {m: NUMBER.get(m) for m in used-{exports_to(nb)} if NUMBER.get(m, 99) >= own}
+    higher = {m: NUMBER.get(m) for m in used-{exports_to(nb)} if NUMBER.get(m, '99') >= own}
     assert not higher, f'{nb.name} imports from {higher}'
 
 

@@ -2,19 +2,35 @@
 import json, subprocess, sys, textwrap
 import pytest, torch
 from torch import nn
+from dataclasses import replace
+from functools import partial
+from vfmvae.adversarial import PatchGAN, ProjectedDiscriminator
 from vfmvae.core import UserError, load_weights
 from vfmvae.data import World, loader
-from vfmvae.tok_train import TINY, Stage, TokenizerTask, select, tokenizer_losses
-from vfmvae.train import Run, fit, task_state, warm_cosine
+from vfmvae.losses import pixel
+from vfmvae.tok_train import SCALES, STAGES, TINY, Settled, Stage, TokenizerTask, select, tokenizer_losses
+from vfmvae.train import NotFinite, Run, fit, load_nets, read_nets, task_state, warm_cosine
 from vfmvae.vae import VFMVAE
 from vfmvae.vfm import VFM
 
 STAGE = Stage('test', dict(l1=1., multiscale=.1, kl=1e-6, vf=1.))
 
 
+FULL = Stage('full', dict(l1=1., perceptual=1., multiscale=.1, kl=1e-6, vf=1., gan=.1, patchgan=.1, feature_matching=1.), equivariance=SCALES, warmup=('gan',))
+
+
 def task(seed=0, stage=STAGE, **kw):
     torch.manual_seed(seed)
     return TokenizerTask(VFMVAE(TINY, VFM('tiny', pretrained=False)), stage, half_life=100, **kw)
+
+
+def critics(**kw):
+    torch.manual_seed(5)
+    return dict(gan=ProjectedDiscriminator(VFM('tiny'), **kw), patchgan=PatchGAN(width=4))
+
+
+def full(seed=0, stage=FULL, **kw): return task(seed, stage, perceptual=partial(pixel, p=2), critics=critics(), **kw)
+def plain(history): return [{k: v for k, v in r.items() if k not in ('images_per_s', 'memory_gb')} for r in history]
 
 
 def data(batch=4): return loader(World(64), batch)
@@ -34,8 +50,22 @@ def test_stop_and_resume_is_bitwise_the_straight_run(tmp_path):
     fit(stopped, data(), 16, run=Run(tmp_path/'b'), **kw)
     b = fit(resumed, data(), 24, run=Run(tmp_path/'b'), **kw)
     assert same(straight, resumed)
-    assert [{k: v for k, v in r.items() if k != 'images_per_s'} for r in a] == [{k: v for k, v in r.items() if k != 'images_per_s'} for r in b]
+    assert plain(a) == plain(b)
     assert len(Run(tmp_path/'b').history()) == len(b)
+
+
+def test_stop_and_resume_with_discriminators_and_a_warm_up_is_bitwise_the_straight_run(tmp_path):
+    kw = dict(lr=warm_cosine(1e-3, 10), log_every=2, show=quiet)
+    straight, stopped, resumed = full(), full(), full(seed=1)
+    resumed.model.vfm.load_state_dict(stopped.model.vfm.state_dict())
+    for t in (straight, stopped, resumed): t.waits['gan'] = Settled(9., 9., window=4, times=2)   # begins within the run: after 6 steps
+    a = fit(straight, data(), 40, run=Run(tmp_path/'a'), **kw)
+    fit(stopped, data(), 16, run=Run(tmp_path/'b'), **kw)
+    assert not stopped.waits['gan'].done and stopped.waits['gan'].values
+    b = fit(resumed, data(), 40, run=Run(tmp_path/'b'), **kw)
+    assert same(straight, resumed) and plain(a) == plain(b)
+    assert [('gan' in r) for r in a] == [False, False, False, True, True] and all('patchgan' in r for r in a)
+    assert {n.split('.')[1] for n in task_state(straight)[0]} >= {'nets', 'optimizers', 'ema'} and len(straight.optimizers['critics'].state) > 0
 
 
 def test_a_torn_checkpoint_is_not_resumed(tmp_path):
@@ -78,12 +108,118 @@ def test_only_the_named_parameters_move(prefixes):
     assert not any(k.startswith('vfm.') for k in moved)
 
 
-def test_a_loss_that_is_not_finite_stops_before_any_weight_moves():
-    t = task()
-    t.model.synthesis.blocks[3].torgb.bias.data.fill_(float('nan'))
-    start = {k: v.clone() for k, v in t.model.named_parameters()}
-    with pytest.raises(UserError, match='l1'): fit(t, data(), 4, show=quiet)
-    assert all(torch.equal(v, start[k]) or v.isnan().any() for k, v in t.model.named_parameters())
+@pytest.mark.parametrize('row', STAGES, ids=lambda s: s.name)
+def test_a_published_stage_moves_what_it_names_and_nothing_else(row):
+    t, state = full(stage=row), lambda: {f'{k}.{n}': v.clone() for k, net in t.nets.items() for n, v in net.state_dict().items()}
+    for block in t.model.synthesis.blocks:                               # gamma and the attention's output are (nearly) 0 at birth and hide what is behind them
+        block.conv0.gamma.data.fill_(1.)
+        for a in getattr(block, 'self_attns', ()): torch.nn.init.normal_(a.attn.to_out.weight), torch.nn.init.normal_(a.ff[3].weight)
+    start = state()
+    fit(t, data(), 8, show=quiet)
+    moved = {k for k, v in state().items() if not torch.equal(v, start[k])}
+    buffers = {f'{k}.{n}' for k, net in t.nets.items() for n, _ in net.named_buffers()}
+    wanted = {f'model.{k}' for k in select(t.model, row.train)} | {f'{k}.{n}' for k, c in t.critics.items() for n in c.trainable()}
+    if 'vf' not in row.weights: wanted -= {'model.ldm_adapter.linear_proj.weight'}
+    still = wanted - moved
+    assert moved - buffers <= wanted and all(k.split('.')[-1] == 'bias' for k in still) and len(still) < 60, still
+    assert not any('.vfm.' in k for k in moved)
+
+
+def test_stage_three_trains_the_blocks_above_32_px_and_their_branch():
+    names = {k.split('.')[1]+'.'+k.split('.')[2] for k in select(task().model, STAGES[3].train)}
+    assert names == {'blocks.3', 'z_convs.3'}
+    large = VFMVAE(replace(TINY, img_size=128, blocks=5, stride=16, scale=.5, fusion=(128, 64, 32, 16), attention=(1,)))
+    assert {'.'.join(k.split('.')[1:3]) for k in select(large, ['synthesis>32'])} == {'blocks.3', 'blocks.4', 'z_convs.3'}
+    for bad in ('synthesis>64', 'synthesis>', 'mapping>32'):
+        with pytest.raises(UserError, match='decoder blocks'): select(task().model, [bad])
+
+
+def bad_at(*steps):
+    "A perceptual loss that is not finite at some calls."
+    calls = iter(range(10**6))
+    return lambda y, x: pixel(y, x)*(float('inf') if next(calls) in steps else 1.)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_says_so(tmp_path, capsys):
+    run = Run(tmp_path/'a')
+    t = task(stage=FULL, perceptual=bad_at(1, 2), critics=critics())
+    history = fit(t, data(), 20, run=run, log_every=1, show=quiet, patience=3)
+    skipped = [json.loads(x) for x in (run.dir/'skipped.jsonl').read_text().splitlines()]
+    assert [r['step'] for r in skipped] == [2, 3] and all(r['terms'] == ['perceptual'] for r in skipped)
+    assert skipped[0]['keys'] == data().batch_at(1)['key'] and 'perceptual' in capsys.readouterr().err
+    assert [r.get('skipped', 0) for r in history] == [0, 1, 1, 0, 0]
+
+
+def test_a_skipped_step_changes_nothing():
+    for terms in (bad_at(0), lambda y, x: (y-y.detach()).abs().sqrt().sum()):           # an infinite loss; a finite one with an infinite slope
+        t = task(stage=replace(FULL, warmup=()), perceptual=terms, critics=critics())
+        start = {k: v.clone() for k, v in task_state(t)[0].items()}
+        with pytest.raises(NotFinite, match='perceptual'): t.step([data().batch_at(0)], lambda x: x.backward(), lambda ok=True: ok, 4)
+        end = task_state(t)[0]
+        assert start.keys() == end.keys() and all(torch.equal(v, start[k]) for k, v in end.items())
+
+
+def test_a_picture_that_is_not_finite_is_named_by_every_loss_and_leaves_no_trace():
+    t, b = full(stage=replace(FULL, warmup=())), data().batch_at(0)
+    t.step([data().batch_at(1)], lambda x: x.backward(), lambda ok=True: ok, 4)
+    start = {k: v.clone() for k, v in task_state(t)[0].items()}
+    b['image'][1, 0, 3, 3] = float('nan')
+    with pytest.raises(NotFinite, match='gan_real'): t.step([b], lambda x: x.backward(), lambda ok=True: ok, 4)
+    assert all(torch.equal(v, start[k]) for k, v in task_state(t)[0].items())
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path):
+    run = Run(tmp_path/'a')
+    t = task(stage=replace(FULL, warmup=()), perceptual=bad_at(*range(2, 99)), critics=critics())
+    with pytest.raises(UserError, match='perceptual not finite') as e: fit(t, data(), 80, run=run, show=quiet, patience=3, save_every=1)
+    assert '\n' not in str(e.value) and len((run.dir/'skipped.jsonl').read_text().splitlines()) == 3
+    assert run.load(full(stage=replace(FULL, warmup=()))) == 4                                # the last checkpoint before it gave up: nothing was lost
+
+
+def test_a_stage_that_lacks_its_discriminator_or_has_a_strange_precision_is_one_line():
+    with pytest.raises(UserError, match='no such discriminator'): task(stage=Stage('a', dict(gan=1.)))
+    with pytest.raises(UserError, match='fp32, bf16, fp16'): task(precision='fp8')
+
+
+def test_a_patchgan_that_waited_ends_the_reconstruction_losses():
+    t = full(stage=replace(FULL, warmup=('patchgan',)))
+    t.waits['patchgan'] = Settled(9., 9., window=2, times=1)
+    history = fit(t, data(), 20, log_every=1, show=quiet)
+    terms = [{k for k in r if k in ('l1', 'kl', 'vf', 'gan', 'patchgan', 'feature_matching')} for r in history]
+    assert terms[1] == {'l1', 'kl', 'vf', 'gan'} and terms[2] == terms[4] == {'gan', 'patchgan', 'feature_matching'}
+
+
+def test_settled_follows_its_definition():
+    s = Settled(.1, .01)
+    assert [i for i in range(1200) if s.add(.05)][0] == 99 + 9*50          # ten windows, half of each new
+    s = Settled(.1, .01)
+    assert not any(s.add(.05 if i % 100 < 50 else .09) for i in range(3000))   # low but not flat
+    again = Settled(.1, .01)
+    again.load(json.loads(json.dumps(s.state())))
+    assert again.state() == s.state()
+
+
+def test_a_branch_begins_with_the_weights_of_the_stage_it_leaves(tmp_path):
+    t = full(stage=replace(FULL, warmup=()))
+    fit(t, data(), 8, run=Run(tmp_path/'a'), show=quiet)
+    state, seen = read_nets(tmp_path/'a')
+    new = full(seed=3, stage=STAGES[3], start=seen)
+    load_nets(new, state)
+    assert seen == 8 and all(torch.equal(v, t.model.own_state()[k]) for k, v in new.model.own_state().items())
+    assert all(torch.equal(v, t.ema.net.own_state()[k]) for k, v in new.ema.net.own_state().items())
+    assert all(torch.equal(v, t.critics['gan'].own_state()[k]) for k, v in new.critics['gan'].own_state().items())
+    with pytest.raises(UserError, match='no checkpoint'): read_nets(tmp_path)
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_lower_precision_stays_near_the_full_one(precision):
+    x, stage, out = data().batch_at(0)['image'], Stage('a', dict(l1=1., multiscale=.1, vf=1., kl=1e-6), adaptive=False), {}
+    for p in ('fp32', precision):
+        t = task(stage=stage, precision=p)
+        torch.manual_seed(1)
+        out[p] = t.step([dict(image=x)], lambda x: x.backward(), lambda ok=True: ok, 4)
+    assert all(abs(out[precision][k]-v) < .03*abs(v)+1e-3 for k, v in out['fp32'].items()), out
+    assert out[precision] != out['fp32']
 
 
 def test_a_missing_weight_means_the_loss_is_not_computed():
@@ -98,6 +234,32 @@ def test_discrete_mode_trains():
     t = TokenizerTask(model, Stage('vq', dict(l1=1., vq=1., entropy=.01, vf=1.)), half_life=100)
     logs = fit(t, data(), 8, log_every=1, show=quiet)
     assert {'vq', 'entropy', 'l1', 'vf', 'loss'} <= set(logs[-1])
+
+
+def no_chance(**kw):
+    "Both optimizers, nothing drawn: discrete codes, no augmentation, batches that split into the same groups of eight."
+    torch.manual_seed(0)
+    model = VFMVAE(replace(TINY, mode='discrete', vocab=64, codebooks=4, channels=32), VFM('tiny'))
+    stage = Stage('a', dict(l1=1., vq=1., vf=1., gan=.1, patchgan=.1, feature_matching=1.), lr=1e-4, adaptive=False)
+    return TokenizerTask(model, stage, half_life=100, critics=critics(policy='', crop=False), betas=(.9, .99), **kw)
+
+
+def test_accumulated_steps_of_both_optimizers_equal_the_large_batch():
+    a, b = no_chance(), no_chance()
+    for opt in (*a.optimizers.values(), *b.optimizers.values()): opt.step = lambda: None     # Adam divides by the gradient: compare that
+    grads = []
+    for t, micro in ((a, [data(16).batch_at(0)]), (b, [data(8).batch_at(i) for i in (0, 1)])):
+        seen, done = {}, t._descend
+        def spy(name, params, *rest, t=t, seen=seen, done=done):
+            logs = done(name, params, *rest)
+            seen[name] = [None if p.grad is None else p.grad.clone() for p in params]
+            return logs
+        t._descend = spy
+        t.step(micro, lambda x: x.backward(), lambda ok=True: ok, 16)
+        grads.append(seen)
+    assert [k for k in data(16).batch_at(0)['key']] == [k for i in (0, 1) for k in data(8).batch_at(i)['key']]
+    for name in ('critics', 'model'):
+        for x, y in zip(grads[0][name], grads[1][name], strict=True): torch.testing.assert_close(x, y, atol=2e-6, rtol=2e-3)
 
 
 TOY = '''
@@ -126,19 +288,62 @@ if acc.is_main_process: save_weights(sys.argv[1], toy.nets['net'].state_dict(), 
 
 
 def test_two_processes_train_the_same_model(tmp_path):
-    (tmp_path/'toy.py').write_text(textwrap.dedent(TOY))
-    import socket
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--master_port', str(port), '--nproc_per_node']
-    for n in (1, 2):
-        done = subprocess.run([*launch, str(n), str(tmp_path/'toy.py'), str(tmp_path/f'{n}.safetensors')], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-    (a, one), (b, two) = (load_weights(tmp_path/f'{n}.safetensors') for n in (1, 2))
+    (a, one), (b, two) = in_processes(tmp_path, TOY)
     assert (one['processes'], two['processes']) == (1, 2)
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.tensor(one['loss']), torch.tensor(two['loss']), atol=1e-5, rtol=1e-4)
+
+
+TOKENIZER = '''
+import sys, torch
+from dataclasses import replace
+from vfmvae.adversarial import PatchGAN, ProjectedDiscriminator
+from vfmvae.core import save_weights
+from vfmvae.data import Loader, World
+from vfmvae.tok_train import TINY, Stage, TokenizerTask
+from vfmvae.train import fit, processes, task_state
+from vfmvae.vae import VFMVAE
+from vfmvae.vfm import VFM
+class Interleaved(Loader):                     # one process sees the batch in the order in which two would share it
+    def batch_at(self, step):
+        b, order = super().batch_at(step), [*range(0, 16, 2), *range(1, 16, 2)]
+        return {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in b.items()}
+acc = processes()
+torch.manual_seed(0)
+model = VFMVAE(replace(TINY, mode="discrete", vocab=64, codebooks=4, channels=32), VFM("tiny"))
+critics = dict(gan=ProjectedDiscriminator(VFM("tiny"), policy="", crop=False), patchgan=PatchGAN(width=4))
+stage = Stage("a", dict(l1=1., vq=1., vf=1., gan=.1, patchgan=.1, feature_matching=1.), lr=1e-5, adaptive=False, warmup=("gan",))
+task = TokenizerTask(model, stage, half_life=50, critics=critics, betas=(.9, .99))
+task.waits["gan"].window, task.waits["gan"].times, task.waits["gan"].below, task.waits["gan"].within = 2, 1, 9., 9.
+feed = (Interleaved if acc.num_processes == 1 else Loader)(World(64), 16, 0, acc.process_index, acc.num_processes, 0)
+h = fit(task, feed, 64, log_every=1, show=lambda h: None, accelerator=acc)
+names = ("loss", "loss_d", "l1", "gan", "patchgan", "feature_matching", "vf", "grad_norm", "grad_norm_d")
+rows = [{k: r[k] for k in names if k in r} for r in h]
+if acc.is_main_process: save_weights(sys.argv[1], model.synthesis.state_dict(), dict(rows=rows, processes=acc.num_processes, waits=task.state()))
+'''
+
+
+def in_processes(folder, source, counts=(1, 2)):
+    "Runs a script under each number of processes; what each wrote."
+    import socket
+    (folder/'script.py').write_text(textwrap.dedent(source))
+    for n in counts:
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        launch = [sys.executable, '-m', 'torch.distributed.run', '--master_port', str(port), '--nproc_per_node', str(n)]
+        done = subprocess.run([*launch, str(folder/'script.py'), str(folder/f'{n}.safetensors')], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return [load_weights(folder/f'{n}.safetensors') for n in counts]
+
+
+def test_two_processes_train_tokenizer_and_discriminators_alike(tmp_path):
+    (a, one), (b, two) = in_processes(tmp_path, TOKENIZER)
+    assert (one['processes'], two['processes']) == (1, 2) and 'gan' in one['rows'][2] and 'gan' not in one['rows'][1]
+    for x, y in zip(one['rows'], two['rows'], strict=True):
+        assert x.keys() == y.keys()
+        for k in x: assert abs(x[k]-y[k]) <= 1e-4 + 2e-3*abs(x[k]), (k, x[k], y[k])
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_a_loader_for_another_number_of_processes_is_refused():

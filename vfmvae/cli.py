@@ -71,12 +71,20 @@ def _demo(a) -> int:
     return 0
 
 def _train(a) -> int:
-    from vfmvae.recipes import evaluate_tokenizer, open_data, train_tokenizer
+    from vfmvae.recipes import chosen, estimate, evaluate_tokenizer, open_data, train_tokenizer
     from vfmvae.train import processes
-    tok, _ = train_tokenizer(a.preset, a.data, a.vfm, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.workers)
+    names = a.stages.split(',') if a.stages else None
+    if a.dry_run:
+        estimate(a.preset, a.vfm, a.images, a.batch, a.size, names, a.critic, a.precision)
+        return 0
+    size = a.size or chosen(a.preset).config.img_size
+    kind, held_out = 'held-out' if a.held_out or a.data == 'world' else 'training', open_data(a.held_out or a.data, size=size, seed=8)
+    def said(stage, net) -> None:
+        r = evaluate_tokenizer(net, held_out, 256)
+        if processes().is_main_process: print(f"after {stage.name}, {kind} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
+    train_tokenizer(a.preset, a.data, a.vfm, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.workers, a.size, names, a.start, a.critic,
+                    a.precision, a.compile, held_out, said)
     if not processes().is_main_process: return 0
-    r = evaluate_tokenizer(tok, open_data(a.held_out or a.data, size=tok.config.img_size, seed=8), 256)
-    print(f"{'held-out' if a.held_out or a.data == 'world' else 'training'} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
     if a.out: print(f'written: {Path(a.out).resolve()}')
     return 0
 
@@ -120,7 +128,9 @@ def parser() -> argparse.ArgumentParser:
     subs = top.add_subparsers(dest='command', required=True, metavar='command')
     def command(name: str, run: Callable, help: str, *args: tuple) -> None:
         p = subs.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for flag, kind, default, text in args: p.add_argument(flag, type=kind, default=default, required=default is ..., help=text)
+        for flag, kind, default, text in args:
+            more: dict = dict(action='store_true') if kind is bool else dict(type=kind, default=default, required=default is ...)
+            p.add_argument(flag, help=text, **more)
         p.set_defaults(call=run)
     images = ('--images', str, ..., "a folder of pictures, shards (*.tar), or 'world'")
     which = (('--tokenizer', str, 'vfmvae-tiny-f8d16', 'a registered name, a .safetensors file, or a published .pth'),
@@ -134,7 +144,11 @@ def parser() -> argparse.ArgumentParser:
             ('--held-out', str, None, 'data to measure on'), ('--vfm', str, None, 'tiny or any timm name, instead of the preset\'s'),
             ('--images', int, None, 'how many to see'), ('--batch', int, None, 'images a step'), ('--lr', float, None, 'learning rate'),
             ('--run', str, None, 'name of the run: logs, checkpoints, resume'), ('--out', str, None, 'file of the finished tokenizer (.safetensors)'),
-            ('--accumulate', int, 1, 'micro-batches per step'), ('--workers', int, 0, 'threads that read images'), seed)
+            ('--accumulate', int, 1, 'micro-batches per step'), ('--workers', int, 0, 'threads that read images'),
+            ('--size', int, None, "pixels per side (default: the preset's)"), ('--stages', str, None, 'those to train, such as ssim,gan (default: all)'),
+            ('--start', str, None, "continue from a stage's folder or a tokenizer's file"), ('--critic', str, None, 'VFM of the discriminator: tiny or any timm name'),
+            ('--precision', str, 'fp32', 'fp32, bf16, or fp16 for the last decoder blocks'), ('--compile', bool, False, 'torch.compile the decoder'),
+            ('--dry-run', bool, False, 'only measure a few steps and say what the training will cost'), seed)
     command('reconstruct', _reconstruct, 'pictures -> latents -> pictures', *which, images, ('--out', str, 'outputs/reconstruct', 'folder'), size)
     command('encode', _encode, 'pictures -> a file of latents', *which, images, ('--out', str, 'outputs/latents.safetensors', 'file'), size)
     command('decode', _decode, 'a file of latents -> pictures', *which,

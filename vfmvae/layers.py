@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'GeGLU', 'PoolAttention', 'ProjBlock', 'AttnProj', 'ConvProj', 'EqualLinear', 'Style', 'unit_moment',
-           'modulated', 'depthwise', 'Depthwise', 'norm_groups', 'ConvNeXt', 'binomial', 'Upsample', 'ToRGB',
-           'ChannelNorm', 'GridAttention', 'dwsep', 'pointwise']
+           'cpu32', 'lean', 'modulated', 'channels_last', 'depthwise', 'Depthwise', 'dense', 'Pointwise',
+           'residual_mlp', 'norm_groups', 'ConvNeXt', 'binomial', 'Upsample', 'ToRGB', 'ChannelNorm', 'GridAttention',
+           'dwsep', 'pointwise']
 
 # %% ../nbs/04_layers.ipynb #0b9c7e25
 from math import comb, sqrt
+from typing import cast
 
 # %% ../nbs/04_layers.ipynb #00ce25b6
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/04_layers.ipynb #40fc83ae
-from .core import UserError
+from .core import UserError, to_grid, to_tokens
 
 # %% ../nbs/04_layers.ipynb #6b6d3791
 class GeGLU(nn.Module):
@@ -127,6 +129,15 @@ def unit_moment(x: Tensor) -> Tensor:
     "Rows of (b,c) scaled to mean square 1 (spec section 4)."
     return x*(x.square().mean(1, keepdim=True)+1e-8).rsqrt()
 
+# %% ../nbs/04_layers.ipynb #45780268
+def cpu32(x: Tensor) -> bool:
+    "Whether x is float32 on a CPU, and stays so: no autocast."
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+
+def lean(x: Tensor) -> bool:
+    "Whether a layer may run in its form without gradients: none are wanted, and x is `cpu32`."
+    return not torch.is_grad_enabled() and cpu32(x)
+
 # %% ../nbs/04_layers.ipynb #3c85ee61
 def modulated(x: Tensor,                # (b,i,h,w)
               weight: Tensor,           # (o,i,1,1)
@@ -139,26 +150,71 @@ def modulated(x: Tensor,                # (b,i,h,w)
     if prescale and demodulate:
         weight = weight/(sqrt(weight.shape[1])*weight.abs().amax((1, 2, 3), keepdim=True))
         style = style/style.abs().amax(1, keepdim=True)
+    elif demodulate and x.shape[2]*x.shape[3] >= len(weight) and cpu32(x): return _modulated_each(x, weight.flatten(1), style, bias)
     y = F.conv2d(x*style.to(x.dtype)[:, :, None, None], weight.to(x.dtype))
     if not demodulate: return y + bias
     with torch.autocast(x.device.type, enabled=False): norm = F.linear(style.float().square(), weight.float().flatten(1).square())
     scale = (norm+1e-8).rsqrt().to(y.dtype)[:, :, None, None]
     return torch.addcmul(bias.to(y.dtype), y, scale) if isinstance(bias, Tensor) else y*scale + bias
 
+def _modulated_each(x: Tensor, weight: Tensor, style: Tensor, bias: Tensor | float) -> Tensor:
+    "`modulated` with a weight per image; weight (o,i)."
+    scale = (F.linear(style.square(), weight.square())+1e-8).rsqrt()
+    each = weight*style[:, None]*scale[:, :, None]                                                      # (b,o,i)
+    start = bias.flatten(2) if isinstance(bias, Tensor) else x.new_full((1, 1, 1), bias)
+    return torch.baddbmm(start, each, x.flatten(2)).unflatten(2, x.shape[2:])
+
 # %% ../nbs/04_layers.ipynb #9188446f
+def channels_last(x: Tensor) -> Tensor:
+    "The same (b,c,h,w) with its channels innermost in memory; `to_tokens` of it is a view."
+    return x.contiguous(memory_format=torch.channels_last)
+
 def depthwise(x: Tensor,                   # (b,c,h,w)
               weight: Tensor,              # (c,1,k,k)
               bias: Tensor | None = None,  # (c,)
               padding: int = 0
              ) -> Tensor:
-    "Depthwise convolution, (b,c,h',w'); channels-last inside on a CPU."
-    if x.device.type != 'cpu': return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
-    return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, padding=padding, groups=x.shape[1]).contiguous()
+    "Depthwise convolution, (b,c,h',w'); channels-last where `lean` holds."
+    return F.conv2d(channels_last(x) if lean(x) else x, weight, bias, padding=padding, groups=x.shape[1])
 
 class Depthwise(nn.Conv2d):
     "`depthwise` as a module: odd kernel, same size, (b,c,h,w) to (b,c,h,w)."
     def __init__(self, c: int, kernel: int, bias: bool = True): super().__init__(c, c, kernel, padding=kernel//2, groups=c, bias=bias)
     def forward(self, x: Tensor) -> Tensor: return depthwise(x, self.weight, self.bias, self.kernel_size[0]//2)
+
+# %% ../nbs/04_layers.ipynb #d51aa02d
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+
+def dense(x: Tensor,                   # (n,i), rows
+          weight: Tensor,              # (o,i)
+          bias: Tensor | None = None,  # (o,)
+          act: str = 'none'            # or 'gelu' (exact)
+         ) -> Tensor:
+    "act(x W^T + b) for rows, (n,o), without gradients; through oneDNN where PyTorch has it."
+    if _ONEDNN: return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], 'none')
+    y = F.linear(x, weight, bias)
+    return y if act == 'none' else F.gelu(y)
+
+# %% ../nbs/04_layers.ipynb #00b66015
+class Pointwise(nn.Conv2d):
+    "1x1 convolution, (b,cin,h,w) to (b,cout,h,w); channels-last and through `dense` where `lean` holds."
+    def __init__(self, cin: int, cout: int, bias: bool = True): super().__init__(cin, cout, 1, bias=bias)
+    def forward(self, x: Tensor) -> Tensor:
+        if not lean(x): return super().forward(x)
+        y = dense(to_tokens(channels_last(x)).flatten(0, 1), self.weight.flatten(1), self.bias)
+        return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+# %% ../nbs/04_layers.ipynb #9ea7fbaf
+def residual_mlp(x: Tensor,              # (n,c)
+                 y: Tensor,              # (n,c)
+                 w1: Tensor, b1: Tensor, # (m,c), (m,)
+                 w2: Tensor, b2: Tensor, # (c,m), (c,)
+                 out: Tensor,            # (n,c), written
+                 tile: int = 512         # rows at a time
+                ) -> None:
+    "out = x + gelu(y w1^T + b1) w2^T + b2, a tile of rows at a time, without gradients."
+    for t in (slice(i, i+tile) for i in range(0, len(x), tile)):
+        torch.add(x[t], dense(dense(y[t], w1, b1, 'gelu'), w2, b2), out=out[t])
 
 # %% ../nbs/04_layers.ipynb #6bd49d57
 class _Wide(nn.Module):
@@ -181,7 +237,7 @@ class ConvNeXt(nn.Module):
         super().__init__()
         self.dwconv = Depthwise(c, kernel)
         self.norm = nn.GroupNorm(norm_groups(c), c)
-        self.affine_pw1, self.pwconv1, self.pwconv2 = Style(w_dim, c), _Wide(c), nn.Conv2d(4*c, c, 1)
+        self.affine_pw1, self.pwconv1, self.pwconv2 = Style(w_dim, c), _Wide(c), Pointwise(4*c, c)
         self.gamma = nn.Parameter(torch.full((1, c, 1, 1), 1e-5))
         for k, p in self.named_parameters():
             if k.endswith('conv.weight') or k.startswith('pwconv') and k.endswith('weight'): nn.init.trunc_normal_(p, std=0.02)
@@ -193,10 +249,23 @@ class ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         t = self.dwconv(x)
-        if self.legacy: t = t + F.interpolate((self.noise_const*self.noise_strength)[None, None], size=t.shape[2:], mode='bilinear').to(t.dtype)
+        if self.legacy: t += F.interpolate((self.noise_const*self.noise_strength)[None, None], size=t.shape[2:], mode='bilinear').to(t.dtype)
+        if lean(x): return self._lean(x, t, self.affine_pw1(w))
         t = F.group_norm(t.float(), self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps).to(t.dtype)
         t = modulated(t, self.pwconv1.weight, self.affine_pw1(w), prescale=t.dtype == torch.float16, bias=self.pwconv1.bias)
+        if cpu32(x): return x + F.conv2d(F.gelu(t), self.pwconv2.weight*self.gamma[0, :, None], self.pwconv2.bias*self.gamma.flatten())
         return torch.addcmul(x, self.gamma.to(x.dtype), self.pwconv2(F.gelu(t)).to(x.dtype))
+
+    def _lean(self, x: Tensor, t: Tensor, style: Tensor) -> Tensor:
+        # the style goes into the norm's affine map, its renormalisation into the first weight, gamma into the second; t, no longer
+        # needed once normalised, takes the result. Folded anew at each call: some 3% of the time, and nothing can go stale
+        x, w1, gamma = channels_last(x), self.pwconv1.weight.flatten(1), self.gamma.flatten()
+        scale = (F.linear(style.square(), w1.square())+1e-8).rsqrt()
+        w2, b2 = self.pwconv2.weight.flatten(1)*gamma[:, None], self.pwconv2.bias*gamma
+        for i, (s, a) in enumerate(zip(style, scale, strict=True)):
+            y = F.group_norm(t[i:i+1], self.norm.num_groups, self.norm.weight*s, self.norm.bias*s, self.norm.eps)
+            residual_mlp(to_tokens(x)[i], to_tokens(y)[0], w1*a[:, None], self.pwconv1.bias.flatten(), w2, b2, to_tokens(t)[i])
+        return t
 
 # %% ../nbs/04_layers.ipynb #c4c33e3a
 def binomial(taps: int) -> Tensor:
@@ -215,13 +284,19 @@ class Upsample(nn.Module):
         self.first, self.pad = first, [taps//2]*4
         self.norm = nn.GroupNorm(norm_groups(cout), cout) if first else nn.GroupNorm(norm_groups(cin), cin)
         self.depthwise = Depthwise(cin, 3, bias=False)
-        self.pointwise = nn.Conv2d(cin, 4*cout, 1, bias=False)
+        self.pointwise = Pointwise(cin, 4*cout, bias=False)
         self.register_buffer('blur_weight', binomial(taps).expand(cout, 1, taps, taps).clone())
     def forward(self, x: Tensor) -> Tensor:
-        if not self.first: x = self.norm(x)
-        x = F.pixel_shuffle(self.pointwise(self.depthwise(x)), 2)
+        if not self.first: x = self.norm(channels_last(x) if lean(x) else x)
+        x = self._lean(self.depthwise(x)) if lean(x) else F.pixel_shuffle(self.pointwise(self.depthwise(x)), 2)
         if self.first: x = self.norm(x)
         return depthwise(F.pad(x, self.pad, mode='replicate'), self.blur_weight.to(x.dtype))
+
+    def _lean(self, x: Tensor) -> Tensor:
+        # the shuffle moves whole runs of channels once the weight's rows are ordered (dy,dx,c) and not (c,dy,dx)
+        weight, (b, _, h, w) = self.pointwise.weight.flatten(1).unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1), x.shape
+        y = dense(to_tokens(x).flatten(0, 1), weight).view(b, h, w, 2, 2, -1).transpose(2, 3)
+        return y.reshape(b, 2*h, 2*w, -1).permute(0, 3, 1, 2)
 
 # %% ../nbs/04_layers.ipynb #85c15875
 class ToRGB(nn.Module):
@@ -231,7 +306,10 @@ class ToRGB(nn.Module):
         self.weight, self.bias = nn.Parameter(0.1*torch.randn(3, c, 1, 1)), nn.Parameter(torch.zeros(1, 3, 1, 1))
         self.affine = Style(w_dim, c)
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        return modulated(x, self.weight, self.affine(w)/sqrt(x.shape[1]), demodulate=False).float() + self.bias
+        if not lean(x): return modulated(x, self.weight, self.affine(w)/sqrt(x.shape[1]), demodulate=False).float() + self.bias
+        weight = self.affine(w)[:, None]/sqrt(x.shape[1])*self.weight.flatten(1)
+        rgb = [dense(t, o, self.bias.flatten()) for t, o in zip(to_tokens(channels_last(x)), weight, strict=True)]
+        return to_grid(torch.stack(rgb), x.shape[2]).contiguous()
 
 # %% ../nbs/04_layers.ipynb #1df4b731
 class ChannelNorm(nn.Module):
@@ -247,7 +325,7 @@ class _Attn(nn.Module):
         super().__init__()
         self.heads, self.norm = heads, ChannelNorm(c)
         self.null_kv = nn.Parameter(0.02*torch.randn(2, heads, c//heads))
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Conv2d(c, c, 1, bias=False) for _ in range(4))
+        self.to_q, self.to_k, self.to_v, self.to_out = (Pointwise(c, c, bias=False) for _ in range(4))
         nn.init.zeros_(self.to_out.weight)
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -262,11 +340,16 @@ class GridAttention(nn.Module):
         super().__init__()
         if c % heads: raise UserError(f'{heads} attention heads do not divide {c} channels; use a multiple of {heads}')
         self.attn = _Attn(c, heads)
-        self.ff = nn.Sequential(ChannelNorm(c), nn.Conv2d(c, 4*c, 1), nn.GELU(), nn.Conv2d(4*c, c, 1))
+        self.ff = nn.Sequential(ChannelNorm(c), Pointwise(c, 4*c), nn.GELU(), Pointwise(4*c, c))
         for p in self.ff[3].parameters(): nn.init.zeros_(p)
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(x)
-        return x + self.ff(x)
+        return self._lean(channels_last(x)) if lean(x) else x + self.ff(x)
+    def _lean(self, x: Tensor) -> Tensor:
+        out, wide, back = torch.empty_like(x), cast(Pointwise, self.ff[1]), cast(Pointwise, self.ff[3])
+        rows, y, to = (to_tokens(t).flatten(0, 1) for t in (x, self.ff[0](x), out))
+        residual_mlp(rows, y, wide.weight.flatten(1), cast(Tensor, wide.bias), back.weight.flatten(1), cast(Tensor, back.bias), to)
+        return out
 
 # %% ../nbs/04_layers.ipynb #8c8b8a59
 ACTIVATIONS = {'lrelu': lambda: nn.LeakyReLU(0.2), 'gelu': nn.GELU, 'silu': nn.SiLU}
@@ -275,9 +358,9 @@ def dwsep(cin: int, cout: int,
           act: str = 'lrelu' # a key of ACTIVATIONS
          ) -> nn.Sequential:
     "Depthwise 3x3, 1x1, group norm, activation: (b,cin,h,w) to (b,cout,h,w) (spec section 5)."
-    return nn.Sequential(Depthwise(cin, 3, bias=False), nn.Conv2d(cin, cout, 1, bias=False),
+    return nn.Sequential(Depthwise(cin, 3, bias=False), Pointwise(cin, cout, bias=False),
                          nn.GroupNorm(min(32, cout), cout), ACTIVATIONS[act]())
 
 def pointwise(c: int) -> nn.Sequential:
     "1x1 convolution and group norm: (b,c,h,w) to the same shape (spec section 5)."
-    return nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.GroupNorm(min(32, c), c))
+    return nn.Sequential(Pointwise(c, c, bias=False), nn.GroupNorm(min(32, c), c))

@@ -9,6 +9,7 @@ __all__ = ['VFMVAEConfig', 'Codes', 'Codebook', 'Quantizer', 'Adapter', 'Mapping
 # %% ../nbs/07_vae.ipynb #96e2a8ee
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ class VFMVAEConfig:
     act: str = 'lrelu'                        # in the branches: lrelu, gelu or silu
     w_dim: int = 512                          # width of the style vector
     pooled: int = 1                           # side of the pooled latent the style is made from
+    progressive: bool = True                  # a picture at every scale; False (an ablation of the paper): only the last one
     legacy: bool = False                      # fixed noise maps of the published weights
     align: bool = True                        # carries the linear map of the alignment (VF) loss
 
@@ -224,7 +226,7 @@ def fusion_branch(c: VFMVAEConfig, i: int) -> nn.Sequential:
 
 # %% ../nbs/07_vae.ipynb #3c2d590b
 class Block(nn.Module):
-    "Upsample, ConvNeXt layers, attention; (x, s) at half the side to (x, s, rgb) (spec section 6). `x` comes with its branch concatenated."
+    "Upsample, ConvNeXt layers, attention; (x, s) at half the side to (x, s, rgb), s and rgb None if it paints nothing; x with its branch (spec section 6)."
     def __init__(self, c: VFMVAEConfig, i: int):
         super().__init__()
         ch, before, taps = c.widths[i], c.widths[i-1] if i else 0, 3 if i <= 2 else 5
@@ -233,18 +235,20 @@ class Block(nn.Module):
         self.seperate_upsample_conv = Upsample(before + (c.fusion[i] if i < len(c.fusion) else 0), ch, taps, first=i == 0)
         self.conv0, self.convs1 = ConvNeXt(ch, **style), nn.ModuleList(ConvNeXt(ch, **style) for _ in range(layers))
         if i < len(c.attention) and c.attention[i]: self.self_attns = nn.ModuleList(GridAttention(ch) for _ in range(c.attention[i]))
-        if i: self.last_upsample_conv = Upsample(before, ch, taps)
-        self.torgb = ToRGB(ch, c.w_dim)
+        if i and c.progressive: self.last_upsample_conv = Upsample(before, ch, taps)
+        self.paints = c.progressive or i == c.blocks-1
+        if self.paints: self.torgb = ToRGB(ch, c.w_dim)
 
-    def forward(self, x: Tensor, s: Tensor | None, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, s: Tensor | None, w: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x = self.seperate_upsample_conv(x)
         for layer in (self.conv0, *self.convs1): x = layer(x, w)
         for attn in getattr(self, 'self_attns', ()): x = attn(x)
+        if not self.paints: return x, None, None
         s = x if s is None else self.last_upsample_conv(s) + x
         return x, s, self.torgb(s, w)
 
 class Synthesis(nn.Module):
-    "All blocks: decoder input (b,c,h,w) and style (b,w_dim) to one image per block, coarse first. The last `half_blocks` (0) run in float16."
+    "All blocks: input (b,c,h,w) and style (b,w_dim) to an image per block (not progressive: one), coarse first. The last `half_blocks` (0) run in float16."
     def __init__(self, c: VFMVAEConfig):
         super().__init__()
         self.half_blocks = 0
@@ -258,7 +262,7 @@ class Synthesis(nn.Module):
             with self._half(i, z):
                 new = [self.z_convs[str(i)](z)] if str(i) in self.z_convs else []
                 x, s, rgb = block(torch.cat([*([] if x is None else [x]), *new], 1), s, w)
-            images.append(rgb)
+            if rgb is not None: images.append(rgb)
         return images
 
 # %% ../nbs/07_vae.ipynb #d47f885e
@@ -301,6 +305,13 @@ class VFMVAE(nn.Module):
         super().train(mode)
         if self.vfm is not None: self.vfm.eval()
         return self
+
+    def __deepcopy__(self, memo: dict) -> 'VFMVAE':
+        # an average of the weights must not carry a second VFM, which is frozen and often larger than all the rest
+        memo |= {id(self.vfm): self.vfm}
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(deepcopy(self.__dict__, memo))
+        return twin
 
     def trainable(self) -> dict[str, nn.Parameter]:
         "Named parameters outside the VFM."
@@ -361,7 +372,7 @@ class VFMVAE(nn.Module):
 
     def _parts(self, features: dict[int, Tensor], rows: int) -> Encoded:
         moments, codes = self.ldm_adapter.down([features[k] for k in self.config.layers], rows), None
-        if self.config.mode == 'kl': raw = Gaussian.split(moments)
+        if self.config.mode == 'kl': raw = Gaussian.split(moments.to(torch.promote_types(moments.dtype, torch.float32)))
         else:
             codes = self.ldm_adapter.quantizer(to_tokens(moments))
             raw = Gaussian(to_grid(codes.z, moments.shape[2]))
@@ -370,7 +381,7 @@ class VFMVAE(nn.Module):
     def decode_scales(self, z: Tensor,      # (b,c,h,w), unit scale
                       psi: float = 1.0      # truncation of the style, 1: none
                      ) -> list[Tensor]:
-        "Latents to images of every scale, largest first: (b,3,h*stride,w*stride), then halves. Unclamped. UserError on a bad shape."
+        "Latents to images of every scale, largest first: (b,3,h*stride,w*stride), then halves (none unless progressive). Unclamped. UserError on a bad shape."
         fold = max(1, round(self.config.branch(0)))
         if z.ndim != 4 or z.shape[1] != self.channels: raise UserError(f'latents must be (b,{self.channels},h,w), got {tuple(z.shape)}')
         _check_sides('latent', z.shape[2], z.shape[3], fold)

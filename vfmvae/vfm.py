@@ -203,19 +203,22 @@ def layer_index(layer: int, # as asked
 # %% ../nbs/05_vfm.ipynb #a7fe67dd
 _ONE_AT_A_TIME = threading.Lock()   # the hook below belongs to the net: a second thread's pass would fill the first one's list
 
-def _tokens(net: Any, x: Tensor, wanted: Collection[int]) -> dict[int, Tensor]:
+def _tokens(net: Any, x: Tensor, wanted: Collection[int], cls: bool = False) -> dict[int, Tensor]:
     "Running layer number -> tokens (b,n,c) without prefix, of a normalised image x. Blocks behind the last one wanted are not run."
-    depth, seen = len(net.blocks), []
+    depth, seen, prefix = len(net.blocks), [], net.num_prefix_tokens
+    cls = cls and getattr(net, 'cls_token', None) is not None   # prefix tokens may be registers alone
+    patches = lambda h: h[:, prefix:] + h[:, :1] if cls else h[:, prefix:]
     last: Any
     blocks, final = sorted({i for i in wanted if 0 < i <= depth}), depth+1 in wanted
-    take = dict(indices=[i-1 for i in blocks] or [0], output_fmt='NLC', stop_early=not final, intermediates_only=not final)
+    take = dict(indices=[i-1 for i in blocks] or [0], output_fmt='NLC', stop_early=not final, intermediates_only=not final, return_prefix_tokens=cls)
     with _ONE_AT_A_TIME:
         hook = getattr(net, 'norm_pre', net.blocks[0]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try: out = net.forward_intermediates(x, **take)
         finally: hook.remove()
     last, mids = out if final else (None, out)
-    tokens = {0: seen[0][:, net.num_prefix_tokens:], **dict(zip(blocks, mids, strict=False))}
-    if final: tokens[depth+1] = last[:, net.num_prefix_tokens:]
+    if cls: mids = [h + special[:, :1] for h, special in mids]
+    tokens = {0: patches(seen[0]), **dict(zip(blocks, mids, strict=False))}
+    if final: tokens[depth+1] = patches(last)
     return tokens
 
 # %% ../nbs/05_vfm.ipynb #07b0085b
@@ -285,14 +288,16 @@ class VFM(nn.Module):
     def features(self,
                  x: Tensor,                                  # image (b,3,H,W) in [-1,1]; H, W multiples of `patch`; never resized here
                  layers: int | Sequence[int] | None = None,  # which layers; None: all of `.layers`
-                 grad: bool = False                          # let gradients flow to x (then without autocast)
+                 grad: bool = False,                         # let gradients flow to x (then in bfloat16 only inside a caller's autocast)
+                 cls: bool = False                           # add the class token, where there is one, to every patch token
                 ) -> dict[int, Tensor]:
         "Layer as asked -> tokens (b,n,c) float32, row-major, prefix tokens dropped. Raises UserError on a wrong layer or size."
         asked = self.layers if layers is None else [layers] if isinstance(layers, int) else layers
         index = {layer: layer_index(layer, self.depth) for layer in asked}
-        x, amp = self.normalize(x), not grad and x.device.type in _AMP
-        with contextlib.nullcontext() if grad else torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            tokens = _tokens(self._at(tuple(x.shape[2:])), x, index.values())
+        x, device = self.normalize(x), x.device.type
+        amp = device in _AMP and (not grad or torch.is_autocast_enabled(device))
+        with contextlib.nullcontext() if grad else torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=amp):
+            tokens = _tokens(self._at(tuple(x.shape[2:])), x, index.values(), cls)
         return {layer: tokens[i].float() for layer, i in index.items()}
 
     def forward(self, x: Tensor) -> Tensor:
