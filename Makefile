@@ -11,7 +11,7 @@ RECIPE  := settings.ini setup.py pyproject.toml
 PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env dev demo test lint notebooks pytest lab readme hooks export clean
+.PHONY: help env dev demo train bench test lint notebooks pytest lab readme hooks export clean
 .DELETE_ON_ERROR:
 
 help:            ## this list
@@ -35,6 +35,14 @@ dev: $(DEV)      ## the same with all that tests and notebooks need
 
 demo: $(CORE)    ## a first look, on your images with IMAGES=folder
 	$(BIN)/vfmvae demo $(if $(IMAGES),--images "$(IMAGES)")
+
+# more words for the command, such as ARGS='--vfm siglip2-b --size 256 --images 100000 --dry-run'
+ARGS ?=
+train: $(CORE)   ## train a VFM-VAE, on your images with IMAGES=folder
+	$(BIN)/vfmvae train-tokenizer $(if $(IMAGES),--data "$(IMAGES)") --out outputs/tokenizer.safetensors $(ARGS)
+
+bench: $(CORE)   ## speed of the decoder and of a training step, as ratios
+	$(BIN)/python -m vfmvae.bench $(ARGS)
 
 # one after the other even under make -j, so that pytest has the last word
 test: $(DEV)     ## everything a change must pass

@@ -6,7 +6,7 @@ from PIL import Image
 from vfmvae.cli import main
 from vfmvae.core import UserError
 from vfmvae.data import World, to_pil
-from vfmvae.recipes import evaluate_tokenizer, open_tokenizer, train_tokenizer
+from vfmvae.recipes import PRESETS, build_training, evaluate_tokenizer, open_tokenizer, train_tokenizer
 from vfmvae.tokenizer import Tokenizer, reconstruct, tokenizers
 
 
@@ -61,7 +61,7 @@ def test_demo_leaves_one_page(tmp_path, pictures, capsys):
 
 def test_train_resume_and_use_from_the_command_line(tmp_path, pictures, capsys):
     args = ['train-tokenizer', '--data', str(pictures), '--batch', '2', '--run', str(tmp_path/'run'), '--out', str(tmp_path/'mine.safetensors')]
-    assert main([*args, '--images', '4']) == 0 and main([*args, '--images', '8']) == 0
+    assert main([*args, '--images', '4', '--stages', 'first']) == 0 and main([*args, '--images', '8', '--stages', 'first']) == 0
     assert main(['reconstruct', '--tokenizer', str(tmp_path/'mine.safetensors'), '--images', str(pictures), '--out', str(tmp_path/'out')]) == 0
     assert len(list((tmp_path/'out').glob('*.png'))) == 3
     assert 'training images' in capsys.readouterr().out
@@ -69,10 +69,43 @@ def test_train_resume_and_use_from_the_command_line(tmp_path, pictures, capsys):
 
 def test_another_vfm_takes_the_place_of_the_presets():
     from vfmvae.vfm import VFM
-    tok, _ = train_tokenizer('tiny', vfm=VFM('vit_tiny_patch16_224', pretrained=False, depth=2), images=4, batch=2)
+    tok, _ = train_tokenizer('tiny', vfm=VFM('vit_tiny_patch16_224', pretrained=False, depth=2), images=10, batch=2)
     assert (tok.config.scale, tok.config.in_dims, tok.config.layers) == (2, (192,)*3, (0, 1, -1))
     assert tok.encode(World()[0]['image'][None]).mean.shape == (1, 16, 8, 8)
-    with pytest.raises(UserError, match='out_dims'): train_tokenizer('tiny', vfm=VFM('test_vit3', pretrained=False), images=4, batch=2)
+    with pytest.raises(UserError, match='out_dims'): train_tokenizer('tiny', vfm=VFM('test_vit3', pretrained=False), images=10, batch=2)
+
+
+def test_all_stages_on_a_folder_at_another_size_and_a_branch(tmp_path, pictures, capsys):
+    args = ['train-tokenizer', '--data', str(pictures), '--batch', '2', '--size', '128']
+    assert main([*args, '--images', '10', '--run', str(tmp_path/'run'), '--out', str(tmp_path/'mine.safetensors')]) == 0
+    said = capsys.readouterr().out
+    assert [f'after {s.name}' in said for s in PRESETS['tiny'].stages] == [True]*5
+    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == sorted(s.name for s in PRESETS['tiny'].stages)
+    assert (tmp_path/'run/gan/look.png').stat().st_size > 1000
+    tok = open_tokenizer(tmp_path/'mine.safetensors')
+    assert tok.config.img_size == 128 and tok.encode(World(1, size=128).batch([0])['image']).mean.shape == (1, 16, 16, 16)
+    # the branch: the SSIM stage once more, from another stage of that run
+    assert main([*args, '--images', '2', '--stages', 'ssim', '--start', str(tmp_path/'run/strong_align'), '--run', str(tmp_path/'branch')]) == 0
+    config = json.loads((tmp_path/'branch/ssim/config.json').read_text())
+    assert config['task']['start'] == 6+2 and config['task']['stage']['name'] == 'ssim'
+
+
+@pytest.mark.parametrize('size', [64, 192, 512])
+def test_shapes_fit_from_64_to_512_px(size):
+    from vfmvae.vfm import VFM
+    for preset, vfm in (('tiny', None), ('tiny', VFM('vit_tiny_patch16_224', pretrained=False, depth=2))):
+        model, critics, _ = build_training(PRESETS[preset], PRESETS[preset].stages, vfm, size)
+        z = torch.zeros(1, 16, size//8, size//8)
+        with torch.no_grad():
+            image = model.decode(z)
+            assert image.shape == (1, 3, size, size) and model.encode(image).mean.shape == z.shape
+            assert critics['gan'](image).shape[0] == 1 and len(critics['patchgan'](image)) == 3
+
+
+def test_what_a_training_will_cost_is_said_before_it_starts(capsys):
+    assert main(['train-tokenizer', '--dry-run', '--batch', '2', '--images', '10']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [x.split(':')[0] for x in lines[-6:-1]] == [s.name for s in PRESETS['tiny'].stages] and 'together' in lines[-1]
 
 
 BAD = {
@@ -88,6 +121,12 @@ BAD = {
     'a file that is no tokenizer': (('encode', '--images', 'world', '--tokenizer', '{tmp}/fine/a.png'), 'a.png'),
     'published without YAML': (('encode', '--images', 'world', '--tokenizer', '{tmp}/x.pth'), 'x.pth'),
     'unknown preset': (('train-tokenizer', '--preset', 'tini'), 'nearest: tiny'),
+    'unknown stage': (('train-tokenizer', '--stages', 'gna'), 'nearest: gan'),
+    'no run to start from': (('train-tokenizer', '--start', '{tmp}/none'), 'no checkpoint'),
+    'unknown precision': (('train-tokenizer', '--precision', 'fp7'), 'fp32'),
+    'a size that does not fit': (('train-tokenizer', '--size', '100'), '100'),
+    'unknown critic': (('train-tokenizer', '--critic', 'dinov9'), 'dino'),
+    'a batch that does not split into groups of eight': (('train-tokenizer', '--batch', '13', '--images', '200', '--stages', 'gan'), 'batch of 13'),
     'no shards': (('train-tokenizer', '--data', '{tmp}/none-*.tar'), 'none-'),
 }
 

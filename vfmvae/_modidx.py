@@ -429,6 +429,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vfmvae.recipes.encode_images': ('recipes.html#encode_images', 'vfmvae/recipes.py'),
                                 'vfmvae.recipes.estimate': ('recipes.html#estimate', 'vfmvae/recipes.py'),
                                 'vfmvae.recipes.evaluate_tokenizer': ('recipes.html#evaluate_tokenizer', 'vfmvae/recipes.py'),
+                                'vfmvae.recipes.evaluate_warps': ('recipes.html#evaluate_warps', 'vfmvae/recipes.py'),
                                 'vfmvae.recipes.fresh_decoder': ('recipes.html#fresh_decoder', 'vfmvae/recipes.py'),
                                 'vfmvae.recipes.open_data': ('recipes.html#open_data', 'vfmvae/recipes.py'),
                                 'vfmvae.recipes.open_tokenizer': ('recipes.html#open_tokenizer', 'vfmvae/recipes.py'),

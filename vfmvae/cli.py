@@ -73,17 +73,19 @@ def _demo(a) -> int:
 def _train(a) -> int:
     from vfmvae.recipes import chosen, estimate, evaluate_tokenizer, open_data, train_tokenizer
     from vfmvae.train import processes
-    names = a.stages.split(',') if a.stages else None
+    from vfmvae.vfm import VFM
+    names, p = a.stages.split(',') if a.stages else None, chosen(a.preset)
+    vfm = VFM(a.vfm or p.config.vfm, a.vfm_weights) if a.vfm_weights else a.vfm
     if a.dry_run:
-        estimate(a.preset, a.vfm, a.images, a.batch, a.size, names, a.critic, a.precision)
+        estimate(a.preset, vfm, a.images, a.batch, a.size, names, a.critic, a.precision)
         return 0
-    size = a.size or chosen(a.preset).config.img_size
+    size = a.size or p.config.img_size
     kind, held_out = 'held-out' if a.held_out or a.data == 'world' else 'training', open_data(a.held_out or a.data, size=size, seed=8)
     def said(stage, net) -> None:
         r = evaluate_tokenizer(net, held_out, 256)
         if processes().is_main_process: print(f"after {stage.name}, {kind} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
-    train_tokenizer(a.preset, a.data, a.vfm, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.workers, a.size, names, a.start, a.critic,
-                    a.precision, a.compile, held_out, said)
+    train_tokenizer(a.preset, a.data, vfm, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.workers, size=a.size, stages=names,
+                    start=a.start, critic=a.critic, precision=a.precision, compile=a.compile, held_out=held_out, on_stage=said)
     if not processes().is_main_process: return 0
     if a.out: print(f'written: {Path(a.out).resolve()}')
     return 0
@@ -146,8 +148,10 @@ def parser() -> argparse.ArgumentParser:
             ('--run', str, None, 'name of the run: logs, checkpoints, resume'), ('--out', str, None, 'file of the finished tokenizer (.safetensors)'),
             ('--accumulate', int, 1, 'micro-batches per step'), ('--workers', int, 0, 'threads that read images'),
             ('--size', int, None, "pixels per side (default: the preset's)"), ('--stages', str, None, 'those to train, such as ssim,gan (default: all)'),
-            ('--start', str, None, "continue from a stage's folder or a tokenizer's file"), ('--critic', str, None, 'VFM of the discriminator: tiny or any timm name'),
+            ('--start', str, None, "continue from a stage's folder or a tokenizer's file"),
+            ('--critic', str, None, 'VFM of the discriminator: tiny or any timm name'),
             ('--precision', str, 'fp32', 'fp32, bf16, or fp16 for the last decoder blocks'), ('--compile', bool, False, 'torch.compile the decoder'),
+            ('--vfm-weights', str, None, "a file of the VFM's weights, where there is no hub"),
             ('--dry-run', bool, False, 'only measure a few steps and say what the training will cost'), seed)
     command('reconstruct', _reconstruct, 'pictures -> latents -> pictures', *which, images, ('--out', str, 'outputs/reconstruct', 'folder'), size)
     command('encode', _encode, 'pictures -> a file of latents', *which, images, ('--out', str, 'outputs/latents.safetensors', 'file'), size)

@@ -53,7 +53,7 @@ class Stage:
             need(k in LOSSES, f" has no loss {k!r};{nearest(k, LOSSES)} (known: {', '.join(LOSSES)})")
             need(w >= 0, f': the weight of {k} is {w}; it must be >= 0')
         on = {k for k, w in self.weights.items() if w > 0}
-        need('vf' not in on or not self.adaptive or bool(on & {*RECONSTRUCTION}), ' balances vf against no reconstruction loss; weigh one or set adaptive=False')
+        need('vf' not in on or not self.adaptive or bool(on & {*RECONSTRUCTION}), ' balances vf against no reconstruction loss; add one or set adaptive=False')
         need(not self.equivariance or self.equivariance[-1] == 1 and len(self.equivariance) > 1 and all(0 < e <= 1 for e in self.equivariance),
              f': equivariance {self.equivariance} must be scales in (0, 1] that end with 1')
         for k, other in {'gan': 'l1', 'patchgan': 'gan'}.items():
@@ -71,7 +71,7 @@ STAGES = (
           images=1_000_000, equivariance=SCALES),
     Stage('gan', dict(gan=1., patchgan=1., feature_matching=10.), ('synthesis>32',), 5e-5, images=3_000_000))
 
-# %% ../nbs/11_tok_train.ipynb #ddb20b7a
+# %% ../nbs/11_tok_train.ipynb #2f873667
 def paint(model: VFMVAE,
           x: Tensor,                      # images (b,3,H,W) in [-1,1]
           warp: Warp = _STILL,             # see `draw_warp`
@@ -159,7 +159,7 @@ def select(model: VFMVAE, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
         if not any(k == p or k.startswith(p+'.') for k in own): raise UserError(f"no parameter of {model.name} is named {p!r};{nearest(p, own)}")
     return {k: v for k, v in own.items() if any(k == p or k.startswith(p+'.') for p in spelled)}
 
-# %% ../nbs/11_tok_train.ipynb #f4f3a116
+# %% ../nbs/11_tok_train.ipynb #e8c13b53
 class Settled:
     """Says when a loss has settled: over `window` values its mean is under `below` and its halves differ by less than `within`, `times` times in a row.
     After each look the older half of the window is dropped (spec section 12)."""
@@ -228,9 +228,10 @@ class TokenizerTask:
     looks: dict[tuple[int, float], dict[int, Tensor]]     # frozen features within a step, by micro-batch and scale
 
     def config(self) -> dict:
-        "Architecture, stage and optimisers, as JSON."
-        return dict(model=asdict(self.model.config), stage=asdict(replace(self.stage, weights=dict(self.stage.weights))), betas=list(self.betas),
-                    half_life=self.half_life, clip=self.clip, critics=sorted(self.critics), precision=self.precision, start=self.start)
+        "Architecture, stage and optimisers, as JSON; without the stage's length, so that a run can be made longer."
+        stage = {k: v for k, v in asdict(replace(self.stage, weights=dict(self.stage.weights))).items() if k != 'images'}
+        return dict(model=asdict(self.model.config), stage=stage, betas=list(self.betas), half_life=self.half_life, clip=self.clip,
+                    critics=sorted(self.critics), precision=self.precision, start=self.start)
     def state(self) -> dict:
         "How far the warm-ups are."
         return {k: w.state() for k, w in self.waits.items()}
