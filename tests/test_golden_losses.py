@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from vfmvae.core import Gaussian
-from vfmvae.losses import adaptive_weight, align_loss, multiscale, pixel, resize, ssim_loss, target_transform
+from vfmvae.losses import adaptive_weight, align_loss, draw_warp, latent_transform, multiscale, pixel, resize, ssim_loss, target_transform
 
 SHARED = Path(os.environ.get('VFMVAE_SHARED') or Path(__file__).resolve().parents[2]/'shared')
 FILE = SHARED/'golden/vfmvae/losses.safetensors'
@@ -65,3 +65,19 @@ def test_multiscale_targets(gold, mode):
     assert max(multiscale(scales, img, mode)) < 1e-6
     other = [s.shape[-1] for s in scales if multiscale([s], img, MODES[mode == 'bilinear'])[0] > 1e-3]
     assert other == [32, 16, 8, 4]  # the other mode is seen
+
+
+def test_equivariance_sampler():
+    import json, random
+    from collections import Counter
+    gold = json.loads((SHARED/'golden/vfmvae/eq_sampler.json').read_text())
+    random.seed(gold['python_random_seed'])
+    assert [list(draw_warp()) for _ in range(40)] == gold['first_40']
+    random.seed(gold['python_random_seed'])
+    assert Counter(str(tuple(draw_warp())) for _ in range(4000)) == gold['counts_4000']
+
+
+@pytest.mark.parametrize('s', (.25, .5, .75))
+def test_latent_transform(s):
+    g = load_file(SHARED/'golden/vfmvae/tiny_b_eq.safetensors')
+    close(latent_transform(g['in.z'], s, 1)[0], g[f'eq.z_scale{s}_rot1'][0], 1e-6)

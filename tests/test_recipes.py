@@ -6,7 +6,8 @@ from PIL import Image
 from vfmvae.cli import main
 from vfmvae.core import UserError
 from vfmvae.data import World, to_pil
-from vfmvae.recipes import PRESETS, build_training, evaluate_tokenizer, open_tokenizer, train_tokenizer
+from vfmvae.recipes import PRESETS, Preset, build_training, evaluate_tokenizer, open_tokenizer, plan, train_tokenizer
+from vfmvae.tok_train import SCALES, TINY, Stage
 from vfmvae.tokenizer import Tokenizer, reconstruct, tokenizers
 
 
@@ -87,7 +88,46 @@ def test_all_stages_on_a_folder_at_another_size_and_a_branch(tmp_path, pictures,
     # the branch: the SSIM stage once more, from another stage of that run
     assert main([*args, '--images', '2', '--stages', 'ssim', '--start', str(tmp_path/'run/strong_align'), '--run', str(tmp_path/'branch')]) == 0
     config = json.loads((tmp_path/'branch/ssim/config.json').read_text())
-    assert config['task']['start'] == 6+2 and config['task']['stage']['name'] == 'ssim'
+    before = plan(PRESETS['tiny'], 10, batch=2)[:2]
+    assert config['task']['start'] == sum(x.images for x in before) and config['task']['stage']['name'] == 'ssim'
+
+
+SHORT = Preset(TINY, (Stage('a', dict(l1=1., vf=1., kl=1e-6), lr=1e-3, images=16),
+                      Stage('b', dict(l1=1., vf=1., gan=.1), lr=1e-3, images=24, equivariance=SCALES),
+                      Stage('c', dict(gan=.1, patchgan=.1, feature_matching=1.), ('synthesis>32',), 1e-3, images=16)), 4, 40, critic='tiny', patch_width=4, cosine=True)
+
+
+def test_a_training_that_was_stopped_within_a_stage_ends_as_the_straight_one(tmp_path):
+    class Stop(Exception): pass
+    def stop(history):
+        if 'gan' in history[-1] and history[-1]['step'] == 4: raise Stop
+    kw = dict(log_every=1, save_every=3)
+    a, straight = train_tokenizer(SHORT, run=tmp_path/'a', show=lambda h: None, **kw)
+    with pytest.raises(Stop): train_tokenizer(SHORT, run=tmp_path/'b', show=stop, **kw)
+    assert not (tmp_path/'b/c').exists()
+    b, pieces = train_tokenizer(SHORT, run=tmp_path/'b', show=lambda h: None, **kw)
+    assert all(torch.equal(v, b.own_state()[k]) for k, v in a.own_state().items())
+    drop = ('images_per_s', 'memory_gb')
+    assert [{k: v for k, v in r.items() if k not in drop} for r in straight] == [{k: v for k, v in r.items() if k not in drop} for r in pieces]
+    assert [r['images'] for r in pieces] == list(range(4, 57, 4)) and [r['stage'] for r in pieces] == ['a']*4 + ['b']*6 + ['c']*4
+
+
+def test_a_stage_picked_alone_goes_on_from_the_one_before_it_in_the_run(tmp_path):
+    kw = dict(run=tmp_path/'a', show=lambda h: None)
+    train_tokenizer(SHORT, stages=['a'], **kw)
+    train_tokenizer(SHORT, stages=['b'], **kw)
+    assert json.loads((tmp_path/'a/b/config.json').read_text())['task']['start'] == 16
+    # a stage before it made longer would leave b hanging in the air: said before anything is trained
+    before = sorted(p.name for p in (tmp_path/'a/a').iterdir())
+    with pytest.raises(UserError, match='began after 16 images'): train_tokenizer(SHORT, images=112, **kw)
+    assert sorted(p.name for p in (tmp_path/'a/a').iterdir()) == before
+
+
+def test_an_impossible_later_stage_is_refused_before_the_first_is_trained(tmp_path):
+    for kw, says in ((dict(size=32), 'synthesis>32'), (dict(batch=20), 'groups of at most 8'), (dict(accumulate=0), 'micro-batches'), (dict(out='a.pt'), 'safetensors'),
+                     (dict(size=72), 'multiple of 16'), (dict(workers=-1), 'workers'), (dict(batch=0), 'batch of 0')):
+        with pytest.raises(UserError, match=says): train_tokenizer(SHORT, run=tmp_path/'a', **{'images': 600, **kw})
+    assert not list(tmp_path.rglob('*.safetensors'))
 
 
 @pytest.mark.parametrize('size', [64, 192, 512])
@@ -124,7 +164,7 @@ BAD = {
     'unknown stage': (('train-tokenizer', '--stages', 'gna'), 'nearest: gan'),
     'no run to start from': (('train-tokenizer', '--start', '{tmp}/none'), 'no checkpoint'),
     'unknown precision': (('train-tokenizer', '--precision', 'fp7'), 'fp32'),
-    'a size that does not fit': (('train-tokenizer', '--size', '100'), '100'),
+    'a size that does not fit': (('train-tokenizer', '--size', '100'), 'multiple of 16'),
     'unknown critic': (('train-tokenizer', '--critic', 'dinov9'), 'dino'),
     'a batch that does not split into groups of eight': (('train-tokenizer', '--batch', '13', '--images', '200', '--stages', 'gan'), 'batch of 13'),
     'no shards': (('train-tokenizer', '--data', '{tmp}/none-*.tar'), 'none-'),

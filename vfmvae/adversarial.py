@@ -234,6 +234,10 @@ class ProjectedDiscriminator(_Judge):
         if self.size % patch or self.size < 2*patch:
             raise UserError(f'ProjectedDiscriminator: size {self.size} must be a multiple of the patch, {patch}, and at least {2*patch}')
 
+    def config(self) -> dict[str, Any]:
+        "What shapes it, as JSON."
+        return dict(vfm=self.vfm.name, layers=self.layers, size=self.size, policy=self.policy, crop=self.crop, mode=self.mode)
+
     def train(self, mode: bool = True) -> 'ProjectedDiscriminator':
         "Training mode for everything but the VFM."
         super().train(mode)
@@ -271,9 +275,13 @@ class PatchGAN(_Judge):
                 ):
         super().__init__()
         if min(width, layers, scales) < 1: raise UserError(f'PatchGAN: width {width}, layers {layers} and scales {scales} must be at least 1')
-        self.layers, self.scales = layers, scales
+        self.width, self.layers, self.scales = width, layers, scales
         for i in range(scales):
             for j, layer in enumerate(_patch_layers(width, layers)): self.add_module(f'scale{i}_layer{j}', layer)
+
+    def config(self) -> dict[str, Any]:
+        "What shapes it, as JSON."
+        return dict(width=self.width, layers=self.layers, scales=self.scales)
 
     def _one(self, i: int, x: Tensor) -> list[Tensor]:
         out = [x]

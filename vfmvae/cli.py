@@ -76,6 +76,7 @@ def _train(a) -> int:
     from vfmvae.vfm import VFM
     names, p = a.stages.split(',') if a.stages else None, chosen(a.preset)
     vfm = VFM(a.vfm or p.config.vfm, a.vfm_weights) if a.vfm_weights else a.vfm
+    if not a.dry_run and not a.run and not a.out: print('note: neither --run nor --out is given, so nothing of this training is kept', file=sys.stderr)
     if a.dry_run:
         estimate(a.preset, vfm, a.images, a.batch, a.size, names, a.critic, a.precision)
         return 0
@@ -85,7 +86,7 @@ def _train(a) -> int:
         r = evaluate_tokenizer(net, held_out, 256)
         if processes().is_main_process: print(f"after {stage.name}, {kind} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
     train_tokenizer(a.preset, a.data, vfm, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.workers, size=a.size, stages=names,
-                    start=a.start, critic=a.critic, precision=a.precision, compile=a.compile, held_out=held_out, on_stage=said)
+                    start=a.start, critic=a.critic, precision=a.precision, compile=a.compile, held_out=held_out, on_stage=said, save_every=a.save_every)
     if not processes().is_main_process: return 0
     if a.out: print(f'written: {Path(a.out).resolve()}')
     return 0
@@ -147,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
             ('--images', int, None, 'how many to see'), ('--batch', int, None, 'images a step'), ('--lr', float, None, 'learning rate'),
             ('--run', str, None, 'name of the run: logs, checkpoints, resume'), ('--out', str, None, 'file of the finished tokenizer (.safetensors)'),
             ('--accumulate', int, 1, 'micro-batches per step'), ('--workers', int, 0, 'threads that read images'),
+            ('--save-every', int, 500, 'steps between checkpoints'),
             ('--size', int, None, "pixels per side (default: the preset's)"), ('--stages', str, None, 'those to train, such as ssim,gan (default: all)'),
             ('--start', str, None, "continue from a stage's folder or a tokenizer's file"),
             ('--critic', str, None, 'VFM of the discriminator: tiny or any timm name'),

@@ -29,7 +29,7 @@ def resize(x: Tensor,                                  # (b,c,H,W), any range: r
     if (size is None) == (scale is None): raise UserError('resize takes either size or scale; give one of them')
     scale = 1. if scale is None else scale
     h, w = x.shape[-2:]
-    to = (int(h*scale), int(w*scale)) if size is None else (size, size) if isinstance(size, int) else size
+    to = (int(h*scale+1e-6), int(w*scale+1e-6)) if size is None else (size, size) if isinstance(size, int) else size
     if min(to) < 1: raise UserError(f'an image of {h}x{w} cannot become {to[0]}x{to[1]}; ask for a larger size')
     return x if to == (h, w) else F.interpolate(x, to, mode=mode, align_corners=False, antialias=to[0] < h or to[1] < w)
 
@@ -48,7 +48,7 @@ def latent_transform(z: Tensor,         # latents (b,c,h,w)
                      k: int = 0         # clockwise quarter turns
                     ) -> Tensor:
     "Latents resized by `scale` and turned `k` times, (b,c,h',w') (spec/vfm_vae.md section 9)."
-    if scale != 1: z = F.interpolate(z, (int(z.shape[2]*scale), int(z.shape[3]*scale)), mode='bilinear', align_corners=False)
+    if scale != 1: z = F.interpolate(z, (int(z.shape[2]*scale+1e-6), int(z.shape[3]*scale+1e-6)), mode='bilinear', align_corners=False)
     return torch.rot90(z, k, dims=[-1, -2])
 
 class Warp(NamedTuple):
@@ -65,6 +65,8 @@ def draw_warp(scales: Sequence[float] = (.25, .5, .75, 1.), # the last is 1
     return Warp(rng.choice(scales[:-1]) if rng.random() < .25 else 1.)
 
 # %% ../nbs/09_losses.ipynb #4979e960
+def _wide(x: Tensor) -> Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
+
 def _same(x: Tensor, y: Tensor) -> None:
     if x.shape != y.shape: raise UserError(f'images of shape {tuple(x.shape)} and {tuple(y.shape)} cannot be compared; resize one of them')
 
@@ -92,7 +94,8 @@ def ssim_loss(x: Tensor, # (b,3,H,W), at least 11 px a side; clamped to [-1,1]
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
     _same(x, y)
     if min(x.shape[-2:]) < 11: raise UserError(f'SSIM needs 11 px a side, got {x.shape[-2]}x{x.shape[-1]}; leave the term out')
-    value = ssim(x.clamp(-1, 1), y.clamp(-1, 1), data_range=2.)
+    with torch.autocast(x.device.type, enabled=False):   # a variance as a difference of two means needs more than bfloat16's three digits
+        value = ssim(_wide(x).clamp(-1, 1), _wide(y).clamp(-1, 1), data_range=2.)
     assert isinstance(value, Tensor)
     return 1 - value
 
@@ -154,7 +157,7 @@ class _Mean(nn.Module):
     def train(self, mode: bool = True): return super().train(False)
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         _same(x, y)
-        return self.net(x, y).mean()
+        with torch.autocast(x.device.type, enabled=False): return self.net(_wide(x), _wide(y)).mean()
 
 # %% ../nbs/09_losses.ipynb #7fddb336
 def _matched(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

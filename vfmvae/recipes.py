@@ -12,6 +12,7 @@ import base64, html, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from .losses import latent_transform, lpips, perceptual, target_transform, vfm_t
 from .metrics import psnr, ssim
 from .plots import show_images, to_png
 from .published import load_vfmvae
-from .tok_train import SCALES, STAGES, TINY, Stage, TokenizerTask
+from .tok_train import SCALES, STAGES, TINY, Stage, TokenizerTask, check_stage
 from .tokenizer import fit_stats, reconstruct, tokenizers
-from .train import Run, fit, load_nets, loss_curves, memory_gb, processes, provenance, read_nets, task_state, warm_cosine
+from .train import NotFinite, Run, fit, load_nets, loss_curves, memory_gb, processes, provenance, read_nets, task_state, warm_cosine
 from .vae import VFMVAE, VFMVAEConfig, open_vfmvae, save_vfmvae
 from .vfm import VFM
 
@@ -147,6 +148,9 @@ def plan(preset: Preset,
         ) -> tuple[Stage, ...]:
     "The stages to train. UserError on an unknown name, or fewer images than one batch for each stage."
     known = {s.name: s for s in preset.stages}
+    empty = [s.name for s in preset.stages if s.images < 1]
+    if empty: raise UserError(f'stage {empty[0]!r} has no images to see; set Stage.images')
+    if batch < 1: raise UserError(f'a batch of {batch} is no batch; use at least 1')
     for name in stages or ():
         if name not in known: raise UserError(f"no stage {name!r};{nearest(name, known)} (known: {', '.join(known)})")
     chosen = [s for s in preset.stages if stages is None or s.name in stages]
@@ -193,6 +197,8 @@ def build_training(preset: Preset,
     "(model, discriminators by name, perceptual loss or None), randomly initialised. UserError if the size does not fit the decoder, or a VFM cannot be had."
     net = vfm if isinstance(vfm, VFM) else VFM(vfm or preset.config.vfm)
     config = preset.config if vfm is None else config_for(net, preset.config)
+    unit = lcm(config.stride*max(1, round(config.branch(0))), 1 << config.blocks)
+    if size and (size < 1 or size % unit): raise UserError(f'{size} px do not fit the decoder of {config.name}; use a multiple of {unit}')
     if size: config = replace(config, img_size=size)
     seed_all(seed)
     model = VFMVAE(config, net)
@@ -210,6 +216,31 @@ def build_training(preset: Preset,
 def _look(tokenizer: Any, x: Tensor) -> Tensor: return reconstruct(tokenizer, x)
 
 def _rows(*images: Tensor, **kw) -> Any: return show_images([i for row in images for i in row], ncols=len(images[0]), size=1.1, **kw)
+
+# %% ../nbs/18_recipes.ipynb #96e423ff
+def _before(p: Preset, stage: Stage, folders: Mapping[str, Path | None]) -> Path | None:
+    "The folder of the stage before `stage` in the same run, if it has a checkpoint."
+    at = [s.name for s in p.stages].index(stage.name)
+    folder = folders[p.stages[at-1].name] if at else None
+    return folder if folder and folder.is_dir() and Run(f'{folder}/').checkpoints() else None
+
+def _check_plan(model: VFMVAE, todo: Sequence[Stage], folders: Mapping[str, Path | None], seen: int,
+                batch: int, accumulate: int, world: int, judged: bool) -> None:
+    "UserError before anything is trained, where a later stage would fail."
+    if accumulate < 1 or batch % (world*accumulate):
+        raise UserError(f'a batch of {batch} does not split over {world} processes and {accumulate} micro-batches; give a multiple')
+    micro = batch//world//accumulate
+    if judged and micro % -(-micro//8):
+        raise UserError(f'the discriminators judge groups of at most 8 images, into which a micro-batch of {micro} does not split; use a multiple of 8')
+    for s in todo:
+        check_stage(model, s)
+        folder = folders[s.name]
+        found = Run(f'{folder}/').checkpoints() if folder and folder.is_dir() else []
+        began = load_weights(found[-1])[1]['config'].get('start', 0) if found else seen
+        if began != seen:
+            raise UserError(f'{folder} began after {began} images and would now begin after {seen}: the stages before it have another length; '
+                            'choose another run name, or delete that folder')
+        seen += s.images
 
 # %% ../nbs/18_recipes.ipynb #e8ad37be
 def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's own
@@ -237,15 +268,18 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
     """Trains stage by stage, averages, fits the latent stats on training images; returns (tokenizer in eval mode, log rows).
     Under `accelerate launch` it uses every process. UserError: unknown preset or data, a batch that does not split."""
     p, acc = chosen(preset), processes()
-    batch = batch or p.batch
-    if batch % (acc.num_processes*accumulate):
-        raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes and {accumulate} micro-batches; give a multiple')
+    batch = p.batch if batch is None else batch
+    if workers < 0: raise UserError(f'{workers} workers cannot read; give 0 or more')
+    if out and Path(out).suffix != '.safetensors': raise UserError(f'cannot write a tokenizer to {out}; name a file that ends with .safetensors')
     todo = plan(p, images, lr, stages, batch)
     model, critics, perceive = build_training(p, todo, vfm, size, critic, seed, perceive)
+    folders = {s.name: None if run is None else Run(run).dir/(s.name if len(p.stages) > 1 else '') for s in p.stages}
+    start = start or _before(p, todo[0], folders)
+    _check_plan(model, todo, folders, read_nets(start)[1] if start else 0, batch, accumulate, acc.num_processes, bool(critics))
     ds = open_data(data, size=model.config.img_size, augment=True) if isinstance(data, str | Path) else data
     x = (held_out or ds).batch(range(min(8, len(held_out or ds))))['image']
     state, seen = read_nets(start) if start else ({}, 0)
-    if precision == 'fp32': torch.backends.cudnn.allow_tf32 = False     # published; matmuls do not use it by default
+    torch.backends.cudnn.allow_tf32 = False     # published; matrix products do not use it by default
     history: list[dict] = []
     for stage in todo:
         own_seed = seed + 1000*[s.name for s in p.stages].index(stage.name)      # a branch draws what the straight run draws
@@ -253,7 +287,8 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
         load_nets(task, state)
         if compile: model.synthesis.compile()
         feed = loader(ds, batch//accumulate, seed=own_seed, rank=acc.process_index, world=acc.num_processes, workers=workers)
-        steps, here = stage.images//batch, None if run is None else Run(run) if len(p.stages) == 1 else Run(Run(run).dir/stage.name)
+        steps, folder = stage.images//batch, folders[stage.name]
+        here = None if folder is None else Run(f'{folder}/')
         def look(task: TokenizerTask = task) -> Any:
             shown = _look(task.ema.net.eval(), x.to(acc.device)).cpu()
             return _rows(x, shown)
@@ -263,7 +298,8 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
         state, seen = {'ema': task.ema.net.own_state()}, seen + stage.images
         if on_stage: on_stage(stage, task.ema.net.eval())
     done = task.ema.net.eval()
-    fit_stats(done, (feed.batch_at(i)['image'].to(acc.device) for i in range(max(1, min(len(feed), 512//batch)))))
+    whole = loader(ds, min(64, len(ds)), seed=seed)      # every process looks at the same images
+    fit_stats(done, (whole.batch_at(i)['image'].to(acc.device) for i in range(min(8, len(whole)))))
     if out and acc.is_main_process:
         recipe = dict(stages=[asdict(replace(s, weights=dict(s.weights))) for s in todo], images=seen, batch=batch, data=str(data), seed=seed,
                       start=str(start) if start else None, half_life=p.half_life, betas=p.betas, clip=p.clip, cosine=p.cosine, precision=precision)
@@ -283,13 +319,15 @@ def estimate(preset: str | Preset,
     todo = plan(p, images, None, stages, batch or p.batch)
     model, critics, perceive = build_training(p, todo, vfm, size, critic)
     n, side = micro or min(batch or p.batch, 8), model.config.img_size
+    seed_all(0)
     rows = []
     for stage in todo:
         task = TokenizerTask(model, stage, perceive, p.half_life, p.betas, p.clip, critics, precision)
         for net in (*task.nets.values(), task.ema.net): net.to(acc.device)
         x = dict(image=torch.rand(n, 3, side, side, device=acc.device)*2-1)
         def step(task: TokenizerTask = task, x: dict = x) -> None:
-            task.step([x], acc.backward, lambda ok=True: ok, n)
+            try: task.step([x], acc.backward, lambda ok=True: ok, n)
+            except NotFinite as e: raise UserError(f'stage {task.stage.name!r} on random pictures: {e}; try another precision') from None
             if acc.device.type == 'cuda': torch.cuda.synchronize()
         step()
         begin = time.time()

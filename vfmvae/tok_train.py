@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECONSTRUCTION', 'LATENT', 'ADVERSARIAL', 'LOSSES', 'SCALES', 'STAGES', 'TINY', 'PRECISIONS', 'Stage', 'paint',
-           'tokenizer_losses', 'critic_losses', 'select', 'Settled', 'TokenizerTask']
+           'tokenizer_losses', 'critic_losses', 'select', 'fitting_scales', 'check_stage', 'Settled', 'TokenizerTask']
 
 # %% ../nbs/11_tok_train.ipynb #575992c7
 import random
@@ -23,7 +23,7 @@ from .adversarial import feature_matching, gan_loss_d, gan_loss_g
 from .core import UserError, nearest
 from .losses import Warp, adaptive_weight, align_loss, draw_warp, latent_transform, multiscale, pixel, ssim_loss, target_transform
 from .train import EMA, NotFinite, everywhere, world
-from .vae import Encoded, VFMVAE, VFMVAEConfig
+from .vae import Codebook, Encoded, VFMVAE, VFMVAEConfig
 
 # %% ../nbs/11_tok_train.ipynb #35b026ce
 RECONSTRUCTION = ('l1', 'l2', 'ssim', 'perceptual', 'multiscale')   # what the adaptive weight balances the VF loss against
@@ -31,6 +31,7 @@ LATENT = ('kl', 'vf', 'vq', 'entropy')
 ADVERSARIAL = ('gan', 'patchgan', 'feature_matching')               # 'gan': the projected discriminator's
 LOSSES = (*RECONSTRUCTION, *LATENT, *ADVERSARIAL)
 SCALES = (.25, .5, .75, 1.)
+_LEANS = {'gan': 'l1', 'patchgan': 'gan'}                           # what must settle before a discriminator that waits
 _STILL = Warp()
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ class Stage:
             need(k in LOSSES, f" has no loss {k!r};{nearest(k, LOSSES)} (known: {', '.join(LOSSES)})")
             need(w >= 0, f': the weight of {k} is {w}; it must be >= 0')
         on = {k for k, w in self.weights.items() if w > 0}
+        need(bool(on), ' weighs no loss; give one a weight')
         need('vf' not in on or not self.adaptive or bool(on & {*RECONSTRUCTION}), ' balances vf against no reconstruction loss; add one or set adaptive=False')
         need(not self.equivariance or self.equivariance[-1] == 1 and len(self.equivariance) > 1 and all(0 < e <= 1 for e in self.equivariance),
              f': equivariance {self.equivariance} must be scales in (0, 1] that end with 1')
-        for k, other in {'gan': 'l1', 'patchgan': 'gan'}.items():
+        for k in self.warmup: need(k in _LEANS, f' has no warm-up for {k!r}; known: gan, patchgan')
+        for k, other in _LEANS.items():
             need(k not in self.warmup or {k, other} <= on, f': {k} cannot wait for {other} to settle unless both have a weight')
     def active(self, seen: int = 0 # images so far, of all stages
               ) -> dict[str, float]:
@@ -95,12 +98,14 @@ def tokenizer_losses(model: VFMVAE,       # in train mode
                      critics: Mapping[str, Any] | None = None, # 'gan': images -> logits, 'patchgan': images -> layers by scale
                      warp: Warp = _STILL,
                      look: Mapping[int, Tensor] | None = None, # frozen features, see `paint`
-                     without: Collection[str] = ()             # losses that do not count now
+                     without: Collection[str] = (),            # losses that do not count now
+                     magnify: float = 1.                       # factor under which small gradients survive float16
                     ) -> dict[str, Tensor]:
     "Unweighted terms by name, `vf_scale` (the adaptive factor times nothing else) and the weighted sum `loss`; scalars (spec section 10)."
     w = {k: v for k, v in stage.active(seen).items() if k not in without and (k != 'multiscale' or model.config.progressive)}
     if 'perceptual' in w and perceptual is None:
         raise UserError(f"stage {stage.name!r} weighs a perceptual loss, but none was given; pass perceptual=... or drop it from the stage's weights")
+    if not w: raise UserError(f'stage {stage.name!r} has no loss left after {seen} images; weigh one that lasts')
     code, z, images, target = paint(model, x, warp, look)
     fake, mode = images[0], getattr(model.vfm, 'interpolation', 'bilinear')
     terms: dict[str, Callable] = dict(
@@ -110,10 +115,11 @@ def tokenizer_losses(model: VFMVAE,       # in train mode
         vf=lambda: align_loss(model.align_features(z), model.align_target(code)))
     out = {k: terms[k]() for k in w if k in terms}
     out |= _judged(critics or {}, fake, target, w)
-    total = torch.stack([w[k]*v for k, v in out.items() if k != 'vf']).sum()
+    def weighed(keys: Collection[str]) -> Tensor: return torch.stack([fake.new_zeros(()), *(w[k]*v for k, v in out.items() if k in keys)]).sum()
+    total = weighed({*out} - {'vf'})
     if 'vf' in w:
-        rec = torch.stack([w[k]*out[k] for k in RECONSTRUCTION if k in w]).sum() if stage.adaptive else total
-        scale = adaptive_weight(rec, out['vf'], model.last_weight, 1.) if stage.adaptive else torch.ones_like(out['vf'])
+        scale = (adaptive_weight(weighed(RECONSTRUCTION)*magnify, out['vf'], model.last_weight, 1.)/magnify if stage.adaptive
+                 else torch.ones_like(out['vf']))
         total, out['vf_scale'] = total + w['vf']*scale*out['vf'], scale
     return dict(out, loss=total)
 
@@ -158,6 +164,26 @@ def select(model: VFMVAE, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
     for p in spelled:
         if not any(k == p or k.startswith(p+'.') for k in own): raise UserError(f"no parameter of {model.name} is named {p!r};{nearest(p, own)}")
     return {k: v for k, v in own.items() if any(k == p or k.startswith(p+'.') for p in spelled)}
+
+# %% ../nbs/11_tok_train.ipynb #32dd4475
+def fitting_scales(c: VFMVAEConfig, scales: Sequence[float]) -> tuple[float, ...]:
+    "The scales nearest to `scales` at which the latent of a nominal image fits the decoder; 1 stays 1."
+    side, fold = c.img_size//c.stride, max(1, round(c.branch(0)))
+    return tuple(1. if s == 1 else min(side, max(fold, round(side*s/fold)*fold))/side for s in scales)
+
+def check_stage(model: VFMVAE, stage: Stage) -> tuple[float, ...]:
+    "`fitting_scales` of a stage. UserError if the stage asks for what the model has not."
+    on, scales, mode = {*stage.active()}, fitting_scales(model.config, stage.equivariance), model.config.mode
+    def need(ok: bool, text: str) -> None:
+        if not ok: raise UserError(f'stage {stage.name!r} {text}')
+    need(mode != 'kl' or not {'vq', 'entropy'} & on, f"weighs {' and '.join(sorted({'vq', 'entropy'} & on))}, which needs mode='discrete'")
+    need('vf' not in on or model.config.align, 'weighs vf; build the model with align=True')
+    small = int(min(scales, default=1.)*model.config.img_size)
+    need('ssim' not in on or small >= 11, f'weighs ssim, which needs 11 px, and shrinks pictures to {small}; leave the small scales out of its equivariance')
+    moved = select(model, stage.train)
+    need('vf' not in on or not stage.adaptive or any(p is model.last_weight for p in moved.values()),
+         'balances vf at a weight that it does not train; train ldm_adapter or set adaptive=False')
+    return scales
 
 # %% ../nbs/11_tok_train.ipynb #e8c13b53
 class Settled:
@@ -213,7 +239,8 @@ class TokenizerTask:
         self.model, self.stage, self.perceptual, self.clip = model.train(), stage, perceptual, clip
         self.critics = {k: (critics or {})[k].train() for k, on in wanted.items() if on}
         self.precision, self.start, self.betas, self.half_life = precision, start, betas, half_life
-        if precision == 'fp16': model.synthesis.half_blocks = 3
+        self.scales = check_stage(model, stage)
+        model.synthesis.half_blocks = 3 if precision == 'fp16' else 0
         moved = select(model, stage.train)
         for k, p in model.trainable().items(): p.requires_grad_(k in moved)
         self.params, self.critic_params = list(moved.values()), [p for c in self.critics.values() for p in c.parameters() if p.requires_grad]
@@ -223,6 +250,9 @@ class TokenizerTask:
             lr = stage.lr_critics or stage.lr
             self.optimizers['critics'] = adam([dict(params=self.critic_params, lr=lr, lr_scale=lr/stage.lr)])
         self.ema, self.looks = EMA(model, half_life), {}
+        self.ema.net.synthesis.half_blocks = 0                          # evaluation is in full precision
+        self.magnify, self.good = (2.**16 if precision == 'fp16' else 1.), 0
+        self.codebooks = [m for m in model.modules() if isinstance(m, Codebook)]
         rules = {'gan': partial(Settled, .1, .01), 'patchgan': partial(Settled, .1, .05)}
         self.waits = {k: rules[k]() for k in stage.warmup}
     looks: dict[tuple[int, float], dict[int, Tensor]]     # frozen features within a step, by micro-batch and scale
@@ -230,14 +260,17 @@ class TokenizerTask:
     def config(self) -> dict:
         "Architecture, stage and optimisers, as JSON; without the stage's length, so that a run can be made longer."
         stage = {k: v for k, v in asdict(replace(self.stage, weights=dict(self.stage.weights))).items() if k != 'images'}
+        critics = {k: c.config() if hasattr(c, 'config') else {} for k, c in self.critics.items()}
         return dict(model=asdict(self.model.config), stage=stage, betas=list(self.betas), half_life=self.half_life, clip=self.clip,
-                    critics=sorted(self.critics), precision=self.precision, start=self.start)
+                    critics=critics, precision=self.precision, start=self.start)
     def state(self) -> dict:
-        "How far the warm-ups are."
-        return {k: w.state() for k, w in self.waits.items()}
+        "How far the warm-ups, the codebooks and the magnification of float16 gradients are."
+        return dict(waits={k: w.state() for k, w in self.waits.items()}, codebooks=[c.steps for c in self.codebooks], magnify=[self.magnify, self.good])
     def load_state(self, state: Mapping[str, Any]) -> None:
         "Puts `state` back."
-        for k, w in self.waits.items(): w.load(state[k])
+        for k, w in self.waits.items(): w.load(state['waits'][k])
+        for c, steps in zip(self.codebooks, state['codebooks'], strict=True): c.steps = steps
+        self.magnify, self.good = state['magnify']
 
     @property
     def without(self) -> set[str]:
@@ -248,7 +281,7 @@ class TokenizerTask:
 
     def _paint(self, i: int, x: Tensor) -> dict[str, Any]:
         "A warp for this call and the frozen features it needs, which both halves of the step share."
-        warp = draw_warp(self.stage.equivariance) if self.stage.equivariance else Warp()
+        warp = draw_warp(self.scales) if self.scales else _STILL
         key = i, warp.scale if warp.prior else 1.
         if key not in self.looks:
             small = target_transform(x, key[1], 0, getattr(self.model.vfm, 'interpolation', 'bilinear'))
@@ -258,52 +291,66 @@ class TokenizerTask:
         with torch.no_grad(): _, _, images, target = paint(self.model, x, **self._paint(i, x))
         return critic_losses({k: c for k, c in self.critics.items() if k not in self.without}, target, images[0])
     def _model_terms(self, i: int, x: Tensor, seen: int) -> dict[str, Tensor]:
-        return tokenizer_losses(self.model, x, self.stage, self.perceptual, seen, self.critics, without=self.without, **self._paint(i, x))
+        return tokenizer_losses(self.model, x, self.stage, self.perceptual, seen, self.critics, without=self.without, magnify=self.magnify,
+                                **self._paint(i, x))
+    def _at_precision(self, terms: Callable, i: int, x: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bf16'): return terms(i, x)
 
     def _descend(self, name: str, params: list[nn.Parameter], terms: Callable, micro: list[dict], backward: Callable, sync: Callable) -> dict[str, float]:
         "Forward, backward and step of one optimizer. Raises `NotFinite` on every process if a number of any is bad."
-        goal, rng = 'loss_d' if name == 'critics' else 'loss', _rng()
+        goal, rng, terms = 'loss_d' if name == 'critics' else 'loss', _rng(), partial(self._at_precision, terms)
+        magnify = self.magnify if name == 'model' else 1.
         logs: dict[str, float] = {}
         bad: list[str] = []
         self.optimizers[name].zero_grad(set_to_none=True)
         for i, b in enumerate(micro):
-            with torch.autocast(b['image'].device.type, torch.bfloat16, enabled=self.precision == 'bf16'): losses = terms(i, b['image'])
+            losses = terms(i, b['image'])
             values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
             bad = [k for k, v in values.items() if not abs(v) < float('inf')]
             if bad: break
-            backward(losses[goal]/len(micro))
+            if not losses[goal].requires_grad: raise UserError(f'the losses of stage {self.stage.name!r} depend on nothing that it trains; see Stage.train')
+            backward(losses[goal]*(magnify/len(micro)))
             for k, v in values.items(): logs[k] = logs.get(k, 0.) + v/len(micro)
         own = [k for k in bad if k not in ('vf_scale', goal)]       # these two follow from others
         if not sync(not bad): raise NotFinite(*(own or (_blame(params, terms, micro, rng) if bad else ['a loss of another process'])))
+        if magnify != 1: torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1/magnify)
         norm = float(nn.utils.clip_grad_norm_(params, self.clip if self.clip and name == 'model' else float('inf')))
         if not abs(norm) < float('inf'): raise NotFinite(*_blame(params, terms, micro, rng))
         self.optimizers[name].step()
+        self.optimizers[name].zero_grad(set_to_none=True)
         return {**logs, 'grad_norm_d' if name == 'critics' else 'grad_norm': norm}
 
-    def _remember(self) -> tuple[list[Tensor], list[Tensor]]:
-        "What changes before a step is certain, and copies of it: buffers, discriminators and their optimizer."
-        live = [b for n in self.nets.values() for k, b in n.named_buffers() if not k.startswith('vfm.')]
-        live += [p.data for p in self.critic_params]
-        if self.critics: live += [t for s in self.optimizers['critics'].state.values() for t in s.values() if isinstance(t, Tensor)]
-        return live, [t.clone() for t in live]
+    def _remember(self) -> Callable[[], None]:
+        "Copies what changes before a step is certain (buffers, discriminators, their optimizer); what is returned puts it back."
+        live = [b for n in self.nets.values() for k, b in n.named_buffers() if not k.startswith('vfm.')] + [p.data for p in self.critic_params]
+        state: dict = self.optimizers['critics'].state if self.critics else {}
+        live += [t for s in state.values() for t in s.values() if isinstance(t, Tensor)]
+        copies, known, steps = [t.clone() for t in live], {*state}, [c.steps for c in self.codebooks]
+        def undo() -> None:
+            for t, kept in zip(live, copies, strict=True): t.copy_(kept)
+            for p in [p for p in state if p not in known]: del state[p]
+            for c, n in zip(self.codebooks, steps, strict=True): c.steps = n
+        return undo
 
     def step(self, micro: list[dict], backward: Callable, sync: Callable, seen: int) -> dict[str, float]:
         "The discriminators' descent, the tokenizer's, the average. Raises `NotFinite` with every tensor as it was."
-        (live, copies), fresh, logs = self._remember(), not self.critics or not self.optimizers['critics'].state, {}
+        undo, logs = self._remember(), {}
         if isinstance(self.perceptual, nn.Module): self.perceptual.to(micro[0]['image'].device)
         try:
             if {*self.critics} - self.without: logs = self._descend('critics', self.critic_params, self._critic_terms, micro, backward, sync)
             with _frozen(self.critic_params):
                 logs |= self._descend('model', self.params, partial(self._model_terms, seen=seen+self.start), micro, backward, sync)
         except NotFinite:
-            for t, kept in zip(live, copies, strict=True): t.copy_(kept)
-            if fresh and self.critics: self.optimizers['critics'].state.clear()
+            undo()
+            self.magnify, self.good = max(1., self.magnify/2), 0        # with float16, the usual reason
             raise
         finally:
             self.looks.clear()
             for o in self.optimizers.values(): o.zero_grad(set_to_none=True)
         for k, w in self.waits.items():
-            if (leans := dict(gan='l1', patchgan='gan')[k]) in logs: w.add(everywhere(logs[leans], micro[0]['image'].device))
+            if _LEANS[k] in logs: w.add(everywhere(logs[_LEANS[k]], micro[0]['image'].device))
+        self.good += 1
+        if self.precision == 'fp16' and self.good % 2000 == 0: self.magnify = min(2.**24, 2*self.magnify)
         self.ema.update(self.model, world()*sum(len(b['image']) for b in micro), seen+self.start)
         return logs
 
@@ -315,4 +362,4 @@ def _blame(params: list[nn.Parameter], terms: Callable, micro: list[dict], rng: 
         for k, v in terms(i, b['image']).items():
             grads = torch.autograd.grad(v, params, retain_graph=True, allow_unused=True) if v.requires_grad and k not in ('loss', 'loss_d') else ()
             if any(g is not None and not g.isfinite().all() for g in grads): found[f'the gradient of {k}'] = None
-    return list(found) or ['a gradient of another process']
+    return list(found) or ['a gradient of another process' if world() > 1 else 'the norm of the gradient']

@@ -124,6 +124,11 @@ def load_task_state(task: Task, tensors: Mapping[str, Tensor], plain: dict) -> N
     if tree['extra'] is not None: getattr(task, 'load_state')(tree['extra'])  # noqa: B009
 
 # %% ../nbs/10_train.ipynb #e7015d8c
+def _dotted(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    "{'a': {'b': 1}} as {'a.b': 1}."
+    return {k: v for key, value in tree.items()
+            for k, v in (_dotted(value, f'{prefix}{key}.') if isinstance(value, Mapping) else {f'{prefix}{key}': value}).items()}
+
 class Run:
     "A folder with `config.json`, `log.jsonl` and `step-*.safetensors`; `Run('name')` lies under `home()/runs`, a path is taken as it is."
     def __init__(self, name: str | Path, keep: int = 2):
@@ -133,19 +138,20 @@ class Run:
     def checkpoints(self) -> list[Path]:
         "Whole checkpoints, oldest first (the JSON is written last, so a checkpoint with JSON is whole)."
         return sorted(p for p in self.dir.glob('step-*.safetensors') if p.with_suffix('.json').exists())
-    def save(self, task: Task, step: int, seen: int) -> Path:
-        "Writes a checkpoint and drops all but the newest `keep`."
+    def save(self, task: Task, step: int, seen: int, loop: Mapping[str, Any] | None = None) -> Path:
+        "Writes a checkpoint and drops all but the newest `keep`; `loop`: what else a resumed run must agree with, such as its batch."
         tensors, plain = task_state(task)
-        path = save_weights(self.dir/f'step-{step:08d}.safetensors', tensors, dict(step=step, images=seen, config=task.config(), task=plain, made=provenance()))
+        meta = dict(step=step, images=seen, config=task.config(), loop=loop or {}, task=plain, made=provenance())
+        path = save_weights(self.dir/f'step-{step:08d}.safetensors', tensors, meta)
         for old in self.checkpoints()[:-self.keep]:
             for p in (old.with_suffix('.json'), old): p.unlink()
         return path
-    def load(self, task: Task) -> int:
-        "Resumes from the newest checkpoint; returns its step, 0 if there is none. A checkpoint of another configuration is refused with the difference."
+    def load(self, task: Task, loop: Mapping[str, Any] | None = None) -> int:
+        "Resumes from the newest checkpoint; returns its step, 0 if there is none. One of another configuration or loop is refused with the difference."
         found = self.checkpoints()
         if not found: return 0
         tensors, meta = load_weights(found[-1])
-        a, b = json.loads(json.dumps(meta['config'])), json.loads(json.dumps(task.config()))
+        a, b = _dotted(meta['config'] | meta.get('loop', {})), _dotted(json.loads(json.dumps(dict(task.config(), **(loop or meta.get('loop', {}))))))
         bad = [f'{k}: {a.get(k)} there, {b.get(k)} here' for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
         if bad: raise UserError(f"{found[-1]} belongs to another configuration ({'; '.join(bad)}); choose another run name or delete {self.dir}")
         load_task_state(task, tensors, meta['task'])
@@ -171,7 +177,8 @@ def read_nets(path: str | Path # a run's folder, one of its checkpoints, or a fi
     "({name of a net or 'ema': its tensors}, images it has seen). UserError if there is no checkpoint."
     path = Path(path)
     if path.suffix != '.safetensors':
-        found = Run(path).checkpoints() if path.is_dir() else []
+        folder = path if path.is_dir() else home()/'runs'/path
+        found = Run(f'{folder}{os.sep}').checkpoints() if folder.is_dir() else []
         if not found: raise UserError(f'no checkpoint in {path}; give the folder of a run (of several stages: of one stage) or a .safetensors file')
         path = found[-1]
     tensors, meta = load_weights(path)
@@ -182,7 +189,10 @@ def read_nets(path: str | Path # a run's folder, one of its checkpoints, or a fi
 def load_nets(task: Task, state: Mapping[str, Mapping[str, Tensor]]) -> None:
     "Puts what `read_nets` gave into the nets of a task, as far as both have them. UserError if shapes differ."
     for k, n in task.nets.items():
-        if k in state: _load_trained(n, state[k])
+        try:
+            if k in state: _load_trained(n, state[k])
+        except UserError as e:
+            raise UserError(f'{k}: {e}; begin with the same {k}, or with a finished tokenizer (.safetensors), where discriminators start anew') from None
     if task.ema and 'ema' in state: _load_trained(task.ema.net, state['ema'])
 
 # %% ../nbs/10_train.ipynb #fc85da89
@@ -334,7 +344,10 @@ def fit(task: Task,               # nets, optimizers, one step
     if task.ema: task.ema.net.to(acc.device)
     _same_start(task, acc)
     per_step = loader.batch_size*accumulate
-    steps, first = images//per_step, run.load(task) if run else 0
+    loop = dict(batch=per_step, seed=seed)
+    steps, first = images//per_step, run.load(task, loop) if run else 0
+    if everywhere((first-everywhere(first, acc.device))**2, acc.device) > 0:
+        raise UserError(f'the processes find different checkpoints; put the run on a disk that all of them share (here: step {first})')
     kept = run if acc.is_main_process else None       # all processes resume, one writes
     history = kept.history(before=first) if kept else []
     if kept: write_json(kept.dir/'config.json', dict(task=task.config(), images=images, batch=per_step, seed=seed, made=provenance()))
@@ -361,7 +374,7 @@ def fit(task: Task,               # nets, optimizers, one step
             bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f} {row['images_per_s']:.0f} img/s {row['memory_gb']:.1f} GB", refresh=False)
             window = _Window()
         if save and kept:
-            kept.save(task, step+1, seen)
+            kept.save(task, step+1, seen, loop)
             if look: write_atomic(kept.dir/'look.png', lambda p: p.write_bytes(to_png(look())))
         bar.update(1)
     bar.close()

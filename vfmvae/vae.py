@@ -142,6 +142,9 @@ class Codebook(nn.Module):
         self.register_buffer('vocab_usage', torch.zeros(vocab))
 
     def forward(self, f: Tensor) -> Codes:
+        with torch.autocast(f.device.type, enabled=False): return self._nearest(f.to(torch.promote_types(f.dtype, torch.float32)))
+
+    def _nearest(self, f: Tensor) -> Codes:
         f, e = F.normalize(f, dim=-1), F.normalize(self.codebook.weight, dim=-1)
         index = (f @ e.mT).argmax(-1)
         q = F.embedding(index, e)
