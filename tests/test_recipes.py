@@ -94,7 +94,8 @@ def test_all_stages_on_a_folder_at_another_size_and_a_branch(tmp_path, pictures,
 
 SHORT = Preset(TINY, (Stage('a', dict(l1=1., vf=1., kl=1e-6), lr=1e-3, images=16),
                       Stage('b', dict(l1=1., vf=1., gan=.1), lr=1e-3, images=24, equivariance=SCALES),
-                      Stage('c', dict(gan=.1, patchgan=.1, feature_matching=1.), ('synthesis>32',), 1e-3, images=16)), 4, 40, critic='tiny', patch_width=4, cosine=True)
+                      Stage('c', dict(gan=.1, patchgan=.1, feature_matching=1.), ('synthesis>32',), 1e-3, images=16)),
+               4, 40, critic='tiny', patch_width=4, cosine=True)
 
 
 def test_a_training_that_was_stopped_within_a_stage_ends_as_the_straight_one(tmp_path):
@@ -124,8 +125,8 @@ def test_a_stage_picked_alone_goes_on_from_the_one_before_it_in_the_run(tmp_path
 
 
 def test_an_impossible_later_stage_is_refused_before_the_first_is_trained(tmp_path):
-    for kw, says in ((dict(size=32), 'synthesis>32'), (dict(batch=20), 'groups of at most 8'), (dict(accumulate=0), 'micro-batches'), (dict(out='a.pt'), 'safetensors'),
-                     (dict(size=72), 'multiple of 16'), (dict(workers=-1), 'workers'), (dict(batch=0), 'batch of 0')):
+    for kw, says in ((dict(size=32), 'synthesis>32'), (dict(batch=20), 'groups of at most 8'), (dict(accumulate=0), 'micro-batches'),
+                     (dict(out='a.pt'), 'safetensors'), (dict(size=72), 'multiple of 16'), (dict(workers=-1), 'workers'), (dict(batch=0), 'batch of 0')):
         with pytest.raises(UserError, match=says): train_tokenizer(SHORT, run=tmp_path/'a', **{'images': 600, **kw})
     assert not list(tmp_path.rglob('*.safetensors'))
 
