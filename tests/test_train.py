@@ -450,3 +450,31 @@ def test_accumulated_gradient_is_that_of_the_large_batch():
     fit(a, data(16), 32, show=quiet)
     fit(b, data(4), 32, accumulate=4, show=quiet)
     torch.testing.assert_close(a.net.weight, b.net.weight, atol=1e-6, rtol=1e-5)
+
+
+def test_the_live_plot_redraws_curves_and_pictures_in_place(monkeypatch):
+    from vfmvae.plots import show_images
+    from vfmvae.train import Live
+    shown = []
+    class Handle:
+        def __init__(self, fig): self.drawn = [fig]; shown.append(self)
+        def update(self, fig): self.drawn.append(fig)
+    monkeypatch.setattr('IPython.display.display', lambda fig, display_id: Handle(fig))
+    t = task()
+    live = Live(every=0, look=lambda: show_images(t.ema.net.decode(torch.zeros(2, 16, 8, 8)).detach()))
+    live.on = True
+    fit(t, data(), 16, log_every=1, show=live)
+    assert [len(h.drawn) for h in shown] == [3, 3]                             # from the second row on: the curves, the pictures
+    names = {ax.get_ylabel() for ax in shown[0].drawn[-1].axes}
+    assert {'loss', 'gradient norm', 'adaptive weight', 'images/s', 'memory (GB)'} <= names
+
+
+def test_a_compiled_decoder_trains_the_same_model():
+    out = []
+    for compiled in (False, True):
+        t = task()
+        if compiled: t.model.synthesis.compile(backend='eager')               # the tracing, without minutes of compiling
+        torch.manual_seed(1)
+        out.append(t.step([data().batch_at(0)], lambda x: x.backward(), lambda ok=True: ok, 4))
+        assert not [k for k in t.model.own_state() if '_orig_mod' in k]
+    assert out[0] == out[1]
