@@ -195,3 +195,12 @@ def test_threads_that_share_a_vfm_do_not_mix_their_features():
     with ThreadPoolExecutor(4) as pool: together = list(pool.map(lambda x: vfm.features(x, [0, 2, -1]), images))
     for a, b in zip(alone, together, strict=True):
         for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name,mode,antialias', [('tiny', 'bilinear', True), ('vit_tiny_patch16_224.mae', 'bilinear', False), ('eva02-l', 'bilinear', False),
+                                                 ('dinov2-s', 'bicubic', True), ('siglip2-b', 'bilinear', True)])
+def test_images_are_shrunk_before_a_vfm_as_published(name, mode, antialias):
+    vfm, x = VFM('tiny', pretrained=False), torch.rand(1, 3, 64, 64)
+    vfm.name, vfm.interpolation = name, 'bicubic' if name.startswith(('dino', 'eva')) else 'bilinear'
+    wanted = torch.nn.functional.interpolate(x, (48, 48), mode=mode, antialias=antialias)
+    assert torch.equal(vfm.shrink(x, .75), wanted)

@@ -624,6 +624,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'vfmvae.vfm.VFM.features': ('vfm.html#vfm.features', 'vfmvae/vfm.py'),
                             'vfmvae.vfm.VFM.forward': ('vfm.html#vfm.forward', 'vfmvae/vfm.py'),
                             'vfmvae.vfm.VFM.normalize': ('vfm.html#vfm.normalize', 'vfmvae/vfm.py'),
+                            'vfmvae.vfm.VFM.shrink': ('vfm.html#vfm.shrink', 'vfmvae/vfm.py'),
                             'vfmvae.vfm.VFM.train': ('vfm.html#vfm.train', 'vfmvae/vfm.py'),
                             'vfmvae.vfm._at_size': ('vfm.html#_at_size', 'vfmvae/vfm.py'),
                             'vfmvae.vfm._create': ('vfm.html#_create', 'vfmvae/vfm.py'),

@@ -82,7 +82,7 @@ def paint(model: VFMVAE,
          ) -> tuple[Encoded, Tensor, list[Tensor], Tensor]:
     "(encoding, the sampled latent before the warp, images of every scale, the target of the largest) (spec section 9)."
     c, target = model.config, target_transform(x, warp.scale, warp.k, getattr(model.vfm, 'interpolation', 'bilinear'))
-    seen = target if warp.prior else x
+    seen = model.vfm.shrink(x, warp.scale) if warp.prior and warp.scale < 1 else x
     look = model.look(seen) if look is None else look
     h, w = (side//c.stride*c.shuffle for side in seen.shape[2:])
     code = model.project_parts([look[k] for k in c.layers], (h, w))
@@ -284,8 +284,7 @@ class TokenizerTask:
         warp = draw_warp(self.scales) if self.scales else _STILL
         key = i, warp.scale if warp.prior else 1.
         if key not in self.looks:
-            small = target_transform(x, key[1], 0, getattr(self.model.vfm, 'interpolation', 'bilinear'))
-            self.looks[key] = self.model.look(small)
+            self.looks[key] = self.model.look(x if key[1] == 1 else self.model.vfm.shrink(x, key[1]))
         return dict(warp=warp, look=self.looks[key])
     def _critic_terms(self, i: int, x: Tensor) -> dict[str, Tensor]:
         with torch.no_grad(): _, _, images, target = paint(self.model, x, **self._paint(i, x))

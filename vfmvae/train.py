@@ -214,12 +214,13 @@ def loss_curves(history: list[dict],             # rows of `Run.history` or `fit
                   **{'ylabel': 'loss', 'log': True, **axis})
 
 # %% ../nbs/10_train.ipynb #5a43a4da
-_KINDS = {'gradient norm': ('grad_norm', 'grad_norm_d'), 'adaptive weight': ('vf_scale',), 'learning rate': ('lr',), 'images/s': ('images_per_s',),
+_KINDS = {'KL (nats)': ('kl',), 'gradient norm': ('grad_norm', 'grad_norm_d'),
+          'adaptive weight': ('vf_scale',), 'learning rate': ('lr',), 'images/s': ('images_per_s',),
           'memory (GB)': ('memory_gb',), 'discriminators': ('gan', 'gan_real', 'gan_fake', 'patchgan', 'patchgan_real', 'patchgan_fake', 'loss_d')}
 
 def training_curves(history: list[dict] # rows of `Run.history` or `fit`
                    ) -> Any:
-    "Figure: losses, discriminators, gradient norms, adaptive weight, learning rate, images/s and memory against images seen, as far as they are there."
+    "Figure: losses, KL, discriminators, gradient norms, adaptive weight, learning rate, images/s and memory against images seen, as far as they are there."
     there = list(dict.fromkeys(k for r in history for k in r if k not in ('step', 'images', 'stage', 'skipped')))
     known = {k for keys in _KINDS.values() for k in keys}
     kinds = {'loss': [k for k in there if k not in known], **{kind: [k for k in keys if k in there] for kind, keys in _KINDS.items()}}

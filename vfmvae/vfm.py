@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/05_vfm.ipynb #cb5608ca
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/05_vfm.ipynb #fe1bdebe
@@ -284,6 +284,12 @@ class VFM(nn.Module):
         if any(s % self.patch or not s for s in x.shape[2:]):
             raise UserError(f'{self.name} has patches of {self.patch} px, which do not divide {tuple(x.shape[2:])}; resize the image first')
         return ((x.to(self._mean.dtype)+1)/2 - self._mean)/self._std
+
+    def shrink(self, x: Tensor, scale: float) -> Tensor:
+        "Images (b,3,H,W) smaller by `scale`, as the published training shrinks them before this VFM: EVA and MAE bilinear without antialias (spec section 1)."
+        plain = any(w in f"{self.name} {self.spec['architecture']}".lower() for w in ('eva', 'mae'))
+        size = [int(s*scale+1e-6) for s in x.shape[2:]]
+        return F.interpolate(x, size, mode='bilinear' if plain else self.interpolation, align_corners=False, antialias=not plain)
 
     def features(self,
                  x: Tensor,                                  # image (b,3,H,W) in [-1,1]; H, W multiples of `patch`; never resized here
