@@ -335,7 +335,7 @@ def estimate(preset: str | Preset,
         speed = steps*n/(time.time()-begin)*acc.num_processes
         disk = 4e-9*sum(t.numel() for t in task_state(task)[0].values())
         rows.append(dict(stage=stage.name, images=stage.images, images_per_s=speed, hours=stage.images/speed/3600, memory_gb=memory_gb(), disk_gb=2*disk))
-        say(f"{stage.name}: {stage.images:,} images at {speed:.1f} images/s: {rows[-1]['hours']:.2f} h; {rows[-1]['memory_gb']:.1f} GB memory with {n} images "
+        say(f"{stage.name}: {stage.images:,} images at {speed:.3g} images/s: {rows[-1]['hours']:.2f} h; {rows[-1]['memory_gb']:.1f} GB memory with {n} images "
             f"a step, {2*disk:.2f} GB disk for two checkpoints")
     say(f"together {sum(r['hours'] for r in rows):.2f} h on {acc.num_processes} x {acc.device.type}")
     return rows
