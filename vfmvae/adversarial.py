@@ -7,7 +7,7 @@ __all__ = ['gan_loss_d', 'gan_loss_g', 'feature_matching', 'diff_augment', 'blur
            'ProjectedDiscriminator', 'PatchGAN']
 
 # %% ../nbs/09b_adversarial.ipynb #d8ade2e5
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/09b_adversarial.ipynb #5837f9c4
-from .core import UserError, nearest
+from .core import UserError, at_least_float32, nearest
 from .losses import resize
-from .vfm import VFM, _misfit, layer_index
+from .vfm import VFM, CarriesVFM, _misfit, layer_index
 
 # %% ../nbs/09b_adversarial.ipynb #edd91d9f
 _GAN: dict[str, tuple[Callable, Callable, Callable]] = { # what a logit costs: D on a real image, D on a fake one, G on its fake
@@ -26,13 +26,11 @@ _GAN: dict[str, tuple[Callable, Callable, Callable]] = { # what a logit costs: D
     'mse': (lambda x: (x-1).square(), lambda x: x.square(), lambda x: (x-1).square()),
     'bce': (lambda x: F.softplus(-x), lambda x: F.softplus(x), lambda x: F.softplus(-x))}
 
-def _wide(x: Tensor) -> Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
-
 def _cost(logits: Tensor | Sequence, kind: str, role: int) -> Tensor:
     if kind not in _GAN: raise UserError(f"no adversarial loss {kind!r};{nearest(kind, _GAN)} (known: {', '.join(_GAN)})")
     scales = [logits] if isinstance(logits, Tensor) else [s if isinstance(s, Tensor) else s[-1] for s in logits]
     if not scales: raise UserError('adversarial loss: the list of logits is empty; give at least one scale')
-    return torch.stack([_GAN[kind][role](_wide(s)).mean() for s in scales]).mean()
+    return torch.stack([_GAN[kind][role](at_least_float32(s)).mean() for s in scales]).mean()
 
 # %% ../nbs/09b_adversarial.ipynb #de031d5d
 def gan_loss_d(real: Tensor | Sequence, # logits of real images, any shape; or a list of them (scales, averaged); or what `PatchGAN` returns
@@ -57,7 +55,7 @@ def feature_matching(fake: Sequence[Sequence[Tensor]], # D's layer outputs for d
     if shapes[0] != shapes[1] or not any(shapes[0]):
         raise UserError('feature_matching: fake and real must have the same scales, layers and shapes; give what PatchGAN returns for equal batches')
     pairs = [(a, b, 4/len(f[:-1])) for f, r in zip(fake, real, strict=True) for a, b in zip(f[:-1], r[:-1], strict=True)]
-    return torch.stack([k*(_wide(a)-_wide(b.detach())).abs().mean() for a, b, k in pairs]).sum()/len(fake)
+    return torch.stack([k*(at_least_float32(a)-at_least_float32(b.detach())).abs().mean() for a, b, k in pairs]).sum()/len(fake)
 
 # %% ../nbs/09b_adversarial.ipynb #e10c52e6
 def _device(g: torch.Generator | None) -> Any: return 'cpu' if g is None else g.device
@@ -132,7 +130,7 @@ class BatchNormLocal(nn.Module):
         n = max(1, -(-b//self.group))
         if not b or b % n:
             raise UserError(f'BatchNormLocal: a batch of {b} does not split into {n} equal groups of at most {self.group}; use a multiple of {self.group}')
-        h = _wide(x).reshape(n, b//n, c, -1)
+        h = at_least_float32(x).reshape(n, b//n, c, -1)
         var, mean = torch.var_mean(h, (1, 3), correction=0, keepdim=True)
         h = (h-mean)*torch.rsqrt(var+1e-5)*self.weight[:, None] + self.bias[:, None]
         return h.reshape(x.shape).to(x.dtype)
@@ -165,24 +163,15 @@ class SpectralConv(nn.Module):
         return F.conv1d(F.pad(x, (self.pad, self.pad), mode='circular') if self.pad else x, self.weight(), self.bias)
 
 # %% ../nbs/09b_adversarial.ipynb #8110a50e
-class _Judge(nn.Module):
-    "What discriminators share: everything but a submodule `vfm` is their own."
-    def trainable(self) -> dict[str, nn.Parameter]:
-        "Named parameters outside the VFM."
-        return {k: p for k, p in self.named_parameters() if not k.startswith('vfm.')}
+class _Judge(CarriesVFM):
+    "What discriminators share."
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         "Switches the trainable parameters; a VFM stays frozen."
         for p in self.trainable().values(): p.requires_grad_(requires_grad)
         return self
-    def own_state(self) -> dict[str, Tensor]:
-        "The state dict without the frozen VFM."
-        return {k: v for k, v in self.state_dict().items() if not k.startswith('vfm.')}
-    def load_own_state(self, tensors: Mapping[str, Tensor]) -> None:
-        "Loads `own_state`, strictly: UserError that lists missing, unknown and misshaped tensors."
-        own = self.own_state()
+    def check_own_state(self, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+        "UserError that lists missing, unknown and misshaped tensors."
         if bad := _misfit(tensors, own): raise UserError(f'the weights do not fit this discriminator: {bad}; use the same VFM and layers')
-        with torch.no_grad():
-            for k, v in own.items(): v.copy_(tensors[k])
 
 # %% ../nbs/09b_adversarial.ipynb #b44afee5
 def _mix(c: int, kernel: int) -> nn.Sequential: return nn.Sequential(SpectralConv(c, c, kernel), BatchNormLocal(c), nn.LeakyReLU(0.2))
@@ -247,7 +236,7 @@ class ProjectedDiscriminator(_Judge):
     def look(self, x: Tensor) -> Tensor:
         "What the VFM is shown, (b,3,size,size) in [-1,1] before augmentation: augmented and cropped in training mode, then resized."
         if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'a discriminator takes images (b,3,H,W), not {tuple(x.shape)}')
-        x = _wide(x)
+        x = at_least_float32(x)
         if self.training: x = diff_augment(x, self.policy)
         if self.training and self.crop and min(x.shape[2:]) > self.size and torch.rand(()) < 0.5: x = _random_crop(x, self.size)
         return resize(x, self.size, mode=self.mode)
@@ -290,6 +279,6 @@ class PatchGAN(_Judge):
 
     def forward(self, x: Tensor) -> list[list[Tensor]]:
         if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'a discriminator takes images (b,3,H,W), not {tuple(x.shape)}')
-        sizes = [_wide(x)]
+        sizes = [at_least_float32(x)]
         for _ in range(self.scales-1): sizes.append(F.avg_pool2d(sizes[-1], 3, 2, 1, count_include_pad=False))
         return [self._one(self.scales-1-i, s) for i, s in enumerate(sizes)]

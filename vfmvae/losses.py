@@ -17,7 +17,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/09_losses.ipynb #8b2eeec2
-from .core import UserError
+from .core import UserError, at_least_float32
 
 # %% ../nbs/09_losses.ipynb #fbe4200a
 def resize(x: Tensor,                                  # (b,c,H,W), any range: resizing is affine, so [-1,1] and [0,1] agree
@@ -65,8 +65,6 @@ def draw_warp(scales: Sequence[float] = (.25, .5, .75, 1.), # the last is 1
     return Warp(rng.choice(scales[:-1]) if rng.random() < .25 else 1.)
 
 # %% ../nbs/09_losses.ipynb #4979e960
-def _wide(x: Tensor) -> Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
-
 def _same(x: Tensor, y: Tensor) -> None:
     if x.shape != y.shape: raise UserError(f'images of shape {tuple(x.shape)} and {tuple(y.shape)} cannot be compared; resize one of them')
 
@@ -95,7 +93,7 @@ def ssim_loss(x: Tensor, # (b,3,H,W), at least 11 px a side; clamped to [-1,1]
     _same(x, y)
     if min(x.shape[-2:]) < 11: raise UserError(f'SSIM needs 11 px a side, got {x.shape[-2]}x{x.shape[-1]}; leave the term out')
     with torch.autocast(x.device.type, enabled=False):   # a variance as a difference of two means needs more than bfloat16's three digits
-        value = ssim(_wide(x).clamp(-1, 1), _wide(y).clamp(-1, 1), data_range=2.)
+        value = ssim(at_least_float32(x).clamp(-1, 1), at_least_float32(y).clamp(-1, 1), data_range=2.)
     assert isinstance(value, Tensor)
     return 1 - value
 
@@ -157,15 +155,15 @@ class _Mean(nn.Module):
     def train(self, mode: bool = True): return super().train(False)
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         _same(x, y)
-        with torch.autocast(x.device.type, enabled=False): return self.net(_wide(x), _wide(y)).mean()
+        with torch.autocast(x.device.type, enabled=False): return self.net(at_least_float32(x), at_least_float32(y)).mean()
 
 # %% ../nbs/09_losses.ipynb #7fddb336
 def _matched(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     (h, w), (H, W) = u.shape[2:], a.shape[2:]
     if u.shape[:2] != a.shape[:2] or H < h or W < w:
         raise UserError(f'cannot align {tuple(u.shape)} with {tuple(a.shape)}: batch and channels must agree and the VFM grid be no smaller')
-    wide = torch.promote_types(u.dtype, torch.float32)
-    return u.to(wide), F.adaptive_avg_pool2d(a.detach().to(wide), (h, w))
+    u = at_least_float32(u)
+    return u, F.adaptive_avg_pool2d(a.detach().to(u.dtype), (h, w))
 
 # %% ../nbs/09_losses.ipynb #5a16f58f
 def marginal_cosine(u: Tensor,         # projected latent (b,c,h,w)

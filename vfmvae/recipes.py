@@ -8,9 +8,9 @@ __all__ = ['WARPS', 'PRESETS', 'open_data', 'open_tokenizer', 'evaluate_tokenize
            'encode_images', 'decode_latents', 'fresh_decoder', 'demo']
 
 # %% ../nbs/18_recipes.ipynb #eea65592
-import base64, html, time
+import base64, html, json, time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import lcm
 from pathlib import Path
@@ -30,7 +30,7 @@ from .plots import show_images, to_png
 from .published import load_vfmvae
 from .tok_train import SCALES, STAGES, TINY, Stage, TokenizerTask, check_stage
 from .tokenizer import fit_stats, reconstruct, tokenizers
-from .train import NotFinite, Run, fit, load_nets, loss_curves, memory_gb, processes, provenance, read_nets, task_state, warm_cosine
+from .train import NotFinite, Run, checkpoints, fit, load_nets, loss_curves, memory_gb, processes, provenance, read_nets, task_state, warm_cosine
 from .vae import VFMVAE, VFMVAEConfig, open_vfmvae, save_vfmvae
 from .vfm import VFM
 
@@ -222,7 +222,7 @@ def _before(p: Preset, stage: Stage, folders: Mapping[str, Path | None]) -> Path
     "The folder of the stage before `stage` in the same run, if it has a checkpoint."
     at = [s.name for s in p.stages].index(stage.name)
     folder = folders[p.stages[at-1].name] if at else None
-    return folder if folder and folder.is_dir() and Run(f'{folder}/').checkpoints() else None
+    return folder if folder and checkpoints(folder) else None
 
 def _check_plan(model: VFMVAE, todo: Sequence[Stage], folders: Mapping[str, Path | None], seen: int,
                 batch: int, accumulate: int, world: int, judged: bool) -> None:
@@ -235,8 +235,8 @@ def _check_plan(model: VFMVAE, todo: Sequence[Stage], folders: Mapping[str, Path
     for s in todo:
         check_stage(model, s)
         folder = folders[s.name]
-        found = Run(f'{folder}/').checkpoints() if folder and folder.is_dir() else []
-        began = load_weights(found[-1])[1]['config'].get('start', 0) if found else seen
+        found = checkpoints(folder) if folder else []
+        began = json.loads(found[-1].with_suffix('.json').read_text(encoding='utf-8'))['config'].get('start', 0) if found else seen
         if began != seen:
             raise UserError(f'{folder} began after {began} images and would now begin after {seen}: the stages before it have another length; '
                             'choose another run name, or delete that folder')
@@ -275,10 +275,10 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
     model, critics, perceive = build_training(p, todo, vfm, size, critic, seed, perceive)
     folders = {s.name: None if run is None else Run(run).dir/(s.name if len(p.stages) > 1 else '') for s in p.stages}
     start = start or _before(p, todo[0], folders)
-    _check_plan(model, todo, folders, read_nets(start)[1] if start else 0, batch, accumulate, acc.num_processes, bool(critics))
+    state, seen = read_nets(start) if start else ({}, 0)
+    _check_plan(model, todo, folders, seen, batch, accumulate, acc.num_processes, bool(critics))
     ds = open_data(data, size=model.config.img_size, augment=True) if isinstance(data, str | Path) else data
     x = (held_out or ds).batch(range(min(8, len(held_out or ds))))['image']
-    state, seen = read_nets(start) if start else ({}, 0)
     torch.backends.cudnn.allow_tf32 = False     # published; matrix products do not use it by default
     history: list[dict] = []
     for stage in todo:
@@ -301,7 +301,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
     whole = loader(ds, min(64, len(ds)), seed=seed)      # every process looks at the same images
     fit_stats(done, (whole.batch_at(i)['image'].to(acc.device) for i in range(min(8, len(whole)))))
     if out and acc.is_main_process:
-        recipe = dict(stages=[asdict(replace(s, weights=dict(s.weights))) for s in todo], images=seen, batch=batch, data=str(data), seed=seed,
+        recipe = dict(stages=[s.config() for s in todo], images=seen, batch=batch, data=str(data), seed=seed,
                       start=str(start) if start else None, half_life=p.half_life, betas=p.betas, clip=p.clip, cosine=p.cosine, precision=precision)
         save_vfmvae(out, done, recipe=recipe, made=provenance(seed=seed))
     return done, history

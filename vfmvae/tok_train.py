@@ -61,6 +61,9 @@ class Stage:
         for k in self.warmup: need(k in _LEANS, f' has no warm-up for {k!r}; known: gan, patchgan')
         for k, other in _LEANS.items():
             need(k not in self.warmup or {k, other} <= on, f': {k} cannot wait for {other} to settle unless both have a weight')
+    def config(self) -> dict:
+        "As JSON; the weights may be any mapping."
+        return asdict(replace(self, weights=dict(self.weights)))
     def active(self, seen: int = 0 # images so far, of all stages
               ) -> dict[str, float]:
         "The weights that count now."
@@ -259,7 +262,7 @@ class TokenizerTask:
 
     def config(self) -> dict:
         "Architecture, stage and optimisers, as JSON; without the stage's length, so that a run can be made longer."
-        stage = {k: v for k, v in asdict(replace(self.stage, weights=dict(self.stage.weights))).items() if k != 'images'}
+        stage = {k: v for k, v in self.stage.config().items() if k != 'images'}
         critics = {k: c.config() if hasattr(c, 'config') else {} for k, c in self.critics.items()}
         return dict(model=asdict(self.model.config), stage=stage, betas=list(self.betas), half_life=self.half_life, clip=self.clip,
                     critics=critics, precision=self.precision, start=self.start)

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/07_vae.ipynb #6c7b9145
-from .core import Gaussian, UserError, build_config, data_dir, load_weights, save_weights, to_grid, to_tokens
+from .core import Gaussian, UserError, at_least_float32, build_config, data_dir, load_weights, save_weights, to_grid, to_tokens
 from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, EqualLinear, GridAttention, ToRGB, Upsample, dwsep,
                            norm_groups, pointwise, unit_moment)
 from .tokenizer import LatentStats, tokenizers
-from .vfm import VFM
+from .vfm import VFM, CarriesVFM
 
 # %% ../nbs/07_vae.ipynb #1feef848
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Codebook(nn.Module):
         self.register_buffer('vocab_usage', torch.zeros(vocab))
 
     def forward(self, f: Tensor) -> Codes:
-        with torch.autocast(f.device.type, enabled=False): return self._nearest(f.to(torch.promote_types(f.dtype, torch.float32)))
+        with torch.autocast(f.device.type, enabled=False): return self._nearest(at_least_float32(f))
 
     def _nearest(self, f: Tensor) -> Codes:
         f, e = F.normalize(f, dim=-1), F.normalize(self.codebook.weight, dim=-1)
@@ -281,7 +281,7 @@ class Encoded:
 def _check_sides(what: str, h: int, w: int, unit: int) -> None:
     if h % unit or w % unit or not h or not w: raise UserError(f'a {h}x{w} {what} does not fit; its sides must be multiples of {unit}')
 
-class VFMVAE(nn.Module):
+class VFMVAE(CarriesVFM):
     "The tokenizer of arXiv 2510.18457. `vfm` is a frozen `VFM` or None (then `project` and `decode` work, `encode` does not)."
     published: dict | None = None # the settings of the published file it was loaded from
     def __init__(self, config: VFMVAEConfig, # its shape
@@ -316,20 +316,9 @@ class VFMVAE(nn.Module):
         twin.__dict__.update(deepcopy(self.__dict__, memo))
         return twin
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        "Named parameters outside the VFM."
-        return {k: p for k, p in self.named_parameters() if not k.startswith('vfm.')}
-
-    def own_state(self) -> dict[str, Tensor]:
-        "The state dict without the frozen VFM; latent stats included."
-        return {k: v for k, v in self.state_dict().items() if not k.startswith('vfm.')}
-
-    def load_own_state(self, tensors: dict[str, Tensor]) -> None:
-        "Loads `own_state`, strictly: UserError that lists missing, extra and misshaped tensors."
-        own = self.own_state()
+    def check_own_state(self, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+        "UserError that lists missing, extra and misshaped tensors."
         complain(own, tensors)
-        with torch.no_grad():
-            for k, v in own.items(): v.copy_(tensors[k])
 
     @property
     def last_weight(self) -> Tensor:
@@ -375,7 +364,7 @@ class VFMVAE(nn.Module):
 
     def _parts(self, features: dict[int, Tensor], rows: int) -> Encoded:
         moments, codes = self.ldm_adapter.down([features[k] for k in self.config.layers], rows), None
-        if self.config.mode == 'kl': raw = Gaussian.split(moments.to(torch.promote_types(moments.dtype, torch.float32)))
+        if self.config.mode == 'kl': raw = Gaussian.split(at_least_float32(moments))
         else:
             codes = self.ldm_adapter.quantizer(to_tokens(moments))
             raw = Gaussian(to_grid(codes.z, moments.shape[2]))
