@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UserError', 'home', 'data_dir', 'nearest', 'Registry', 'Gaussian', 'at_least_float32', 'to_tokens', 'to_grid',
-           'seed_all', 'progress', 'write_atomic', 'write_json', 'save_weights', 'load_weights', 'build_config']
+           'seed_all', 'progress', 'write_atomic', 'write_json', 'save_weights', 'load_weights', 'build_config',
+           'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
 import difflib, importlib, json, os, random, sys
@@ -221,3 +222,43 @@ def build_config(cls: Any,   # a dataclass
     bad = [k for k in values if k not in fields]
     if bad: raise UserError(f"{cls.__name__} has no setting {', '.join(map(repr, bad))};{nearest(bad[0], fields)} (known: {', '.join(fields)})")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+# %% ../nbs/00_core.ipynb #298df7bf
+class Table(list):
+    "Rows (dicts) and, as attributes, what they have in common: `t.mean`, all of it in `t.facts`. Displays itself; `pandas.DataFrame(t)` takes it."
+    def __init__(self, rows: Iterable[Mapping] = (), **facts: Any):
+        super().__init__(dict(r) for r in rows)
+        self.facts = facts
+    def __getattr__(self, name: str) -> Any:
+        if name in (facts := self.__dict__.get('facts', {})): return facts[name]
+        raise AttributeError(f"this table has no {name!r}; it has {', '.join(facts) or 'rows only'}")
+    @property
+    def columns(self) -> list[str]:
+        "Names that occur in any row, in order of appearance."
+        return list(dict.fromkeys(k for r in self for k in r))
+    def column(self, name: str) -> list:
+        "One value a row, None where a row has none. UserError if no row has it."
+        if name not in self.columns: raise UserError(f"no column {name!r};{nearest(name, self.columns)} (known: {', '.join(self.columns)})")
+        return [r.get(name) for r in self]
+    def where(self, **values: Any) -> 'Table':
+        "The rows in which every given column has the given value, with the same facts."
+        return Table((r for r in self if all(r.get(k) == v for k, v in values.items())), **self.facts)
+    def csv(self, path: str | Path) -> Path:
+        "Writes the rows as CSV, atomically; full precision."
+        import csv
+        def write(p: Path) -> None:
+            with open(p, 'w', newline='', encoding='utf-8') as f:
+                out = csv.DictWriter(f, self.columns)
+                out.writeheader()
+                out.writerows(self)
+        return write_atomic(Path(path), write)
+    def _texts(self) -> list[list[str]]:
+        show = lambda v: '' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
+        return [self.columns, *([show(r.get(k)) for k in self.columns] for r in self)]
+    def __repr__(self) -> str:
+        lines = self._texts()
+        wide = [max(map(len, c)) for c in zip(*lines, strict=True)]
+        return '\n'.join('  '.join(c.ljust(w) for c, w in zip(line, wide, strict=True)).rstrip() for line in lines)
+    def _repr_markdown_(self) -> str:
+        head, *body = ('| '+' | '.join(c.replace('|', '\\|') for c in line)+' |' for line in self._texts())
+        return '\n'.join([head, '|'+'---|'*len(self.columns), *body])
