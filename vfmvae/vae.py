@@ -396,13 +396,14 @@ class VFMVAE(CarriesVFM):
 
 def complain(want: dict[str, Tensor],        # what the model has
              got: dict[str, Tensor],         # what was given
-             what: str = 'the weights'       # noun in the message
+             what: str = 'the weights',      # noun in the message
+             whose: str = 'this tokenizer'   # what they were meant for
             ) -> None:
     "UserError, one line, listing missing, extra and misshaped tensors: the first four of each with counts."
     lists = {'missing': [k for k in want if k not in got], 'extra': [k for k in got if k not in want],
              'misshaped': [f'{k} {tuple(got[k].shape)} for {tuple(v.shape)}' for k, v in want.items() if k in got and got[k].shape != v.shape]}
     said = [f"{len(v)} {k}: {', '.join(v[:4])}{', ...' if len(v) > 4 else ''}" for k, v in lists.items() if v]
-    if said: raise UserError(f"{what} do not fit this tokenizer; {'; '.join(said)}; check the configuration")
+    if said: raise UserError(f"{what} do not fit {whose}; {'; '.join(said)}; check the configuration")
 
 # %% ../nbs/07_vae.ipynb #693284c5
 def save_vfmvae(path: str | Path,  # `*.safetensors`
