@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['SIZES', 'FAMILIES', 'DiTConfig', 'Parts', 'DiT', 'save_net', 'open_net', 'image_seed', 'NetFeatures']
 
-# %% ../nbs/15_dit.ipynb #2b00e377
+# %% ../nbs/15_dit.ipynb #74100a81
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# %% ../nbs/15_dit.ipynb #87f14b7a
+# %% ../nbs/15_dit.ipynb #0c7ed544
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/15_dit.ipynb #fd0103e3
+# %% ../nbs/15_dit.ipynb #605c7b2e
 from .core import UserError, build_config, load_weights, save_weights
 from .dit_layers import (MLPS, NORMS, QK_NORMS, Block, FinalLayer, LabelEmbed, PatchEmbed, TimeEmbed, modulations, projector, rope_table,
                                sincos_table, unpatchify)
 from .vae import complain
 
-# %% ../nbs/15_dit.ipynb #7c53eaac
+# %% ../nbs/15_dit.ipynb #b80d9ee5
 @dataclass(frozen=True)
 class DiTConfig:
     "Shape of a `DiT`; defaults: SiT-XL/2 on 4-channel latents. Validated at construction (UserError). JSON by `asdict` and `build_config`."
@@ -86,14 +86,14 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
     yield 'base_depth', c.base_depth <= c.depth, f'{c.base_depth} is more than the {c.depth} blocks there are'
     yield 'cls_dim', not (c.cls_dim and c.head_depth), 'a class token and a DDT head do not go together; set one of them to 0'
 
-# %% ../nbs/15_dit.ipynb #e070b018
+# %% ../nbs/15_dit.ipynb #541c75ef
 SIZES = {'S': dict(hidden_size=384, depth=12, num_heads=6), 'B': dict(hidden_size=768, depth=12, num_heads=12),
          'L': dict(hidden_size=1024, depth=24, num_heads=16), 'XL': dict(hidden_size=1152, depth=28, num_heads=16)}
 FAMILIES: dict[str, dict[str, Any]] = {
     'sit': {}, 'lightningdit': dict(norm='rms', mlp='swiglu', rope=True), 'repa': dict(z_dims=(768,)), 'reg': dict(z_dims=(768,), cls_dim=768),
     'rae': dict(norm='rms', mlp='swiglu', rope=True, fourier=True, head_hidden_size=2048, head_depth=2, head_num_heads=16)}
 
-# %% ../nbs/15_dit.ipynb #4941b1af
+# %% ../nbs/15_dit.ipynb #6f18503f
 @dataclass
 class Parts:
     "What a pass of a `DiT` yields. Tokens hold a class token, where there is one, at position 0."
@@ -117,7 +117,7 @@ def _places(c: DiTConfig, h: int, w: int, device: torch.device, dtype: torch.dty
     if not c.rope: return _Places(first, None, None)
     return _Places(first, turns(c.hidden_size//c.num_heads), turns(c.head_hidden_size//c.head_num_heads) if c.head_depth else None)
 
-# %% ../nbs/15_dit.ipynb #b8ddb2bc
+# %% ../nbs/15_dit.ipynb #c68ecf32
 class DiT(nn.Module):
     """A velocity net over latents: `net(z, t, y, cls=None)` -> noise - data, for every family of `FAMILIES` (spec/diffusion.md section 3).
     t is the noise level: 0 data, 1 noise. `layers` names what `forward` can be asked for."""
@@ -153,7 +153,7 @@ class DiT(nn.Module):
             if 'adaLN_modulation' in k or '_layer.linear' in k: nn.init.zeros_(p)
 
     def places(self, h: int, w: int, device: torch.device, dtype: torch.dtype) -> _Places:
-        "Position tables of an h x w grid of tokens, computed once."
+        "Position tables of an h x w grid of tokens, computed once; asked for before `torch.compile`, they are constants of the compiled net."
         key = h, w, device, dtype
         if key in self._kept: return self._kept[key]
         with torch.inference_mode(False): made = _places(self.config, h, w, device, dtype)
@@ -229,7 +229,7 @@ def _check(net: DiT, z: Tensor, t: Tensor, y: Tensor, cls: Tensor | None, drop: 
                         f'drop is ({b},) bool, not {tuple(drop.shape)} {drop.dtype}')
     if bad := [k for k in layers if k not in net.layers]: raise UserError(f"no layer {bad[0]!r} in this net; it has {', '.join(map(str, net.layers))}")
 
-# %% ../nbs/15_dit.ipynb #f125be96
+# %% ../nbs/15_dit.ipynb #849f84f6
 def save_net(path: str | Path, # `*.safetensors`
              net: DiT,
              **meta            # tokenizer, measured numbers, recipe, licence
@@ -249,7 +249,7 @@ def open_net(path: str | Path # written by `save_net`
     net.meta = meta
     return net.eval()
 
-# %% ../nbs/15_dit.ipynb #10b4e4aa
+# %% ../nbs/15_dit.ipynb #3a3ec179
 def image_seed(image: Tensor, # (3,H,W) in [-1,1]
                seed: int = 0  # another number, another seed for every image
               ) -> int:
@@ -270,7 +270,7 @@ class NetFeatures:
         if tokenizer.channels != net.config.in_channels:
             raise UserError(f'{tokenizer.name} has {tokenizer.channels} channels, this net was built for {net.config.in_channels}; choose its own tokenizer')
         if not 0 <= t <= 1: raise UserError(f't = {t} is no noise level; choose between 0 (data) and 1 (noise)')
-        self.net, self.tokenizer, self.t, self.seed, self.cls = net, tokenizer, t, seed, cls
+        self.net, self.tokenizer, self.t, self.seed, self.cls = net, tokenizer, float(t), seed, cls
         self.name, self.layers = name or f'dit-{tokenizer.name}@t{t:g}', net.layers
 
     def noised(self, x: Tensor) -> tuple[Tensor, Tensor | None]: # (b,3,H,W) in [-1,1]

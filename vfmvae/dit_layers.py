@@ -7,19 +7,19 @@ __all__ = ['NORMS', 'QK_NORMS', 'MLPS', 'PatchEmbed', 'unpatchify', 'sincos_tabl
            'LabelEmbed', 'RMSNorm', 'Attention', 'MLP', 'SwiGLU', 'projector', 'modulate', 'Block', 'FinalLayer',
            'modulations']
 
-# %% ../nbs/04b_dit_layers.ipynb #1a13bc2c
+# %% ../nbs/04b_dit_layers.ipynb #0685ce97
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# %% ../nbs/04b_dit_layers.ipynb #cf9b1bf0
+# %% ../nbs/04b_dit_layers.ipynb #7bbd457d
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/04b_dit_layers.ipynb #8f82aa5f
+# %% ../nbs/04b_dit_layers.ipynb #182d613d
 from .core import at_least_float32, to_tokens
 
-# %% ../nbs/04b_dit_layers.ipynb #89710fba
+# %% ../nbs/04b_dit_layers.ipynb #9b829948
 class PatchEmbed(nn.Module):
     "Latent (b,c,h,w) to tokens (b,h*w/p^2,dim), row-major: a convolution with stride p."
     def __init__(self, in_channels: int, dim: int, patch: int):
@@ -31,7 +31,7 @@ def unpatchify(x: Tensor, h: int, w: int, p: int) -> Tensor:
     "Tokens (b,h*w,p*p*c), a patch in the order (row,column,channel), to (b,c,h*p,w*p)."
     return x.unflatten(1, (h, w)).unflatten(3, (p, p, -1)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
-# %% ../nbs/04b_dit_layers.ipynb #49f83445
+# %% ../nbs/04b_dit_layers.ipynb #1a94782b
 def sincos_table(h: int, w: int, # rows and columns of the grid
                  dim: int        # channels, a multiple of 4
                 ) -> Tensor:
@@ -40,7 +40,7 @@ def sincos_table(h: int, w: int, # rows and columns of the grid
     row, col = (p.flatten()[:, None]*omega for p in torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij'))
     return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], 1).float()
 
-# %% ../nbs/04b_dit_layers.ipynb #37d80768
+# %% ../nbs/04b_dit_layers.ipynb #9998672d
 def rope_table(h: int, w: int, # rows and columns of the grid
                dim: int        # channels of a head, a multiple of 4
               ) -> Tensor:
@@ -57,7 +57,7 @@ def rotate(x: Tensor,     # (b,heads,n,d)
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
     return (x*rope[0] + turned*rope[1]).to(x.dtype)
 
-# %% ../nbs/04b_dit_layers.ipynb #e9e65c17
+# %% ../nbs/04b_dit_layers.ipynb #8719c6e9
 class TimeEmbed(nn.Module):
     "Noise level (b,) to (b,dim): [cos|sin](t 10000^(-k/128)), k < 128, then an MLP; or [sin|cos](2 pi W t) with W fixed, random (256,)."
     W: Tensor
@@ -75,7 +75,7 @@ class TimeEmbed(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], 1)
     def forward(self, t: Tensor) -> Tensor: return self.mlp(self.waves(at_least_float32(t)).to(next(self.mlp.parameters()).dtype))
 
-# %% ../nbs/04b_dit_layers.ipynb #43764f2b
+# %% ../nbs/04b_dit_layers.ipynb #9006f34b
 class LabelEmbed(nn.Module):
     "Labels (b,) int64 to (b,dim); label `num_classes` is the null label. `drop` (b,) bool: these become the null label."
     def __init__(self, num_classes: int, dim: int):
@@ -84,7 +84,7 @@ class LabelEmbed(nn.Module):
     def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
         return self.embedding_table(y if drop is None else torch.where(drop, self.embedding_table.num_embeddings-1, y))
 
-# %% ../nbs/04b_dit_layers.ipynb #2c1c3c65
+# %% ../nbs/04b_dit_layers.ipynb #5bf73966
 class RMSNorm(nn.Module):
     "x/rms(x)*weight over the last axis; statistics in float32."
     def __init__(self, dim: int, eps: float = 1e-6):
@@ -95,7 +95,7 @@ class RMSNorm(nn.Module):
 NORMS: dict[str, Callable] = {'layer': lambda dim: nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False), 'rms': RMSNorm}
 QK_NORMS: dict[str, Callable] = {'none': lambda dim: nn.Identity(), 'layer': nn.LayerNorm, 'rms': RMSNorm}
 
-# %% ../nbs/04b_dit_layers.ipynb #ad0ed715
+# %% ../nbs/04b_dit_layers.ipynb #b83b1c90
 class Attention(nn.Module):
     "Multi-head self-attention on tokens (b,n,dim), with normalised (`qk_norm`) and rotated (`rope` (2,n,dim/heads)) queries and keys."
     def __init__(self, dim: int, heads: int, qk_norm: str = 'none'):
@@ -131,11 +131,10 @@ def projector(dim: int, hidden: int, out: int) -> nn.Sequential:
 
 MLPS: dict[str, Callable] = {'gelu': MLP, 'swiglu': SwiGLU}
 
-# %% ../nbs/04b_dit_layers.ipynb #876a9874
+# %% ../nbs/04b_dit_layers.ipynb #8a4fd266
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor: # (b,n,c) and (b,1,c) or (b,n,c)
     "x*(1+scale) + shift, (b,n,c)."
-    x = x*(1+scale)
-    return x if shift is None else x + shift
+    return x*(1+scale) if shift is None else torch.addcmul(shift, x, 1+scale)
 
 class Block(nn.Module):
     "x += gate*attn(modulate(norm x)); x += gate*mlp(modulate(norm x)): tokens (b,n,dim), modulated by m (b,1 or n,6*dim), 4*dim without shifts."
@@ -153,8 +152,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, m: Tensor, rope: Tensor | None = None) -> Tensor:
         if self.shift: shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, -1)
         else: (scale1, gate1, scale2, gate2), shift1, shift2 = m.chunk(4, -1), None, None
-        x = x + gate1*self.attn(modulate(self.norm1(x), shift1, scale1), rope)
-        return x + gate2*self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rope))
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 class FinalLayer(nn.Module):
     "Modulated norm, then a linear map: tokens (b,n,dim) to (b,n,out); with `cls_dim`, token 0 goes its own way and comes second, (b,cls_dim)."
@@ -168,7 +167,7 @@ class FinalLayer(nn.Module):
         x = modulate(self.norm_final(x), *m.chunk(2, -1))
         return (self.linear(x[:, 1:]), self.linear_cls(x[:, 0])) if self.cls_dim else self.linear(x)
 
-# %% ../nbs/04b_dit_layers.ipynb #c352d5f1
+# %% ../nbs/04b_dit_layers.ipynb #5e9f8c28
 def modulations(layers: Sequence[Any],     # blocks and final layers
                 c: Tensor,                 # (b,dim) for all tokens, or (b,n,dim) token by token
                 merge: bool | None = None  # one matrix product for all; None: where a copy of the weights costs nothing, off the CPU

@@ -165,18 +165,21 @@ def load_vfmvae(source: Mapping | str | Path, # a state dict or a checkpoint's c
     model.attach(_vfm(sd, vfm, model.config.vfm))
     return model.eval()
 
-# %% ../nbs/17_published.ipynb #e57051c9
-def _net_tensors(content: Mapping, encoder_depth: int | None) -> dict[str, Tensor]:
-    "The net's tensors under today's names: of `ema` if it is there, else of `model`, else the mapping itself. UserError if there is none."
+# %% ../nbs/17_published.ipynb #b06f5119
+def _net_tensors(content: Mapping, given: Mapping) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The net's tensors under today's names, and the settings that old names tell: of `ema` if it is there, else of `model`, else the mapping itself.
+    UserError if there is none."""
     for k in ('ema', 'model', 'state_dict'):
         if isinstance(content.get(k), Mapping) and content[k]: content = content[k]; break
     sd = {re.sub(r'^(module\.|_orig_mod\.)+', '', k): v for k, v in content.items() if isinstance(v, Tensor)}
     if 'x_embedder.proj.weight' not in sd: raise UserError('this holds no diffusion net: no tensor x_embedder.proj.weight; choose another file')
-    start = encoder_depth or len({k.split('.')[1] for k in sd if k.startswith('blocks.')})
+    if not any(k.startswith('decoder_blocks.') for k in sd): return sd, {}
+    start = given.get('encoder_depth', len({k.split('.')[1] for k in sd if k.startswith('blocks.')}))
     today = {k: re.sub(r'^decoder_blocks\.(\d+)', lambda m: f'blocks.{int(m[1])+start}', k) for k in sd}
-    return {k if n != k and n in sd else n: sd[k] for k, n in today.items()}      # a name that is taken stays as it was, and is listed as extra
+    # a name that is taken stays as it was, and is listed as extra
+    return {k if n != k and n in sd else n: sd[k] for k, n in today.items()}, {'encoder_depth': start}
 
-# %% ../nbs/17_published.ipynb #280153a9
+# %% ../nbs/17_published.ipynb #8e7d3fda
 NET_KEYS = {'in_channels': 'in_channels', 'patch_size': 'patch_size', 'hidden_size': 'hidden_size', 'depth': 'depth', 'num_heads': 'num_heads',
             'mlp_ratio': 'mlp_ratio', 'num_classes': 'num_classes', 'learn_sigma': 'learn_sigma', 'class_dropout_prob': 'label_dropout',
             'encoder_depth': 'encoder_depth', 'z_dims': 'z_dims', 'projector_dim': 'projector_dim', 'use_rope': 'rope', 'use_pos_embed': 'pos_embed'}
@@ -198,7 +201,7 @@ def _heads(sd: Mapping[str, Tensor], dim: int, block: int, rope: str) -> int:
     raise UserError(f'the number of heads cannot be read off this file of width {dim}; give num_heads=...')
 
 def _read_off(sd: Mapping[str, Tensor], family: str, given: Mapping) -> dict[str, Any]:
-    "Settings of a net as the shapes tell them; switches in `given` come first."
+    "Settings of a net as the shapes tell them; switches in `given` come first. The projectors read block 8, in nets of up to 12 blocks block 4."
     def size(k: str, axis: int, default: int) -> int: return sd[k].shape[axis] if k in sd and sd[k].ndim > axis else default
     def there(k: str) -> bool: return k in sd
     channels, patch, last = (size('x_embedder.proj.weight', i, 1) for i in (1, 2, 0))
@@ -226,7 +229,7 @@ def _read_off(sd: Mapping[str, Tensor], family: str, given: Mapping) -> dict[str
     if family == 'reg': out['cls_dim'] = size('cls_projectors2.weight', 1, 768)
     return out
 
-# %% ../nbs/17_published.ipynb #63bd418a
+# %% ../nbs/17_published.ipynb #06e23ea2
 def _net_config(sd: Mapping[str, Tensor], family: str, given: Mapping) -> DiTConfig:
     "The configuration that caller and file tell together. UserError on a setting that no published net has; one warning lists unknown ones."
     unknown = sorted(k for k in given if k not in NET_KEYS and k not in NET_SWITCHES and not NET_IDLE.fullmatch(k))
@@ -240,11 +243,13 @@ def _net_config(sd: Mapping[str, Tensor], family: str, given: Mapping) -> DiTCon
         else: own[NET_KEYS[k]] = v
     if given.get('decoder_hidden_size', own['hidden_size']) != own['hidden_size']:
         raise UserError(f"decoder_hidden_size={given['decoder_hidden_size']} is not supported, only that of hidden_size ({own['hidden_size']})")
+    if family in ('repa', 'reg') and 'encoder_depth' not in given and own['encoder_depth'] > own['depth']:
+        raise UserError(f"the block that the projectors read cannot be told from this file of {own['depth']} blocks; give encoder_depth=...")
     if 'num_heads' not in own: own['num_heads'] = _heads(sd, own['hidden_size'], 0, 'enc_feat_rope' if family == 'rae' else 'feat_rope')
     if family == 'rae' and 'head_num_heads' not in own: own['head_num_heads'] = _heads(sd, own['head_hidden_size'], own['depth'], 'dec_feat_rope')
     return build_config(DiTConfig, own)
 
-# %% ../nbs/17_published.ipynb #3a576f1a
+# %% ../nbs/17_published.ipynb #6c48c36c
 def _tables(c: DiTConfig, sd: Mapping[str, Tensor], family: str, input_size: int | None) -> dict[str, Tensor]:
     "The position tables that a published file of this configuration holds, computed."
     ropes = {'rae': {'enc_feat_rope': c.hidden_size//c.num_heads, 'dec_feat_rope': c.head_hidden_size//max(1, c.head_num_heads)}}
@@ -262,8 +267,8 @@ def load_net(source: Mapping | str | Path, # a state dict or a checkpoint's cont
     """A published net, float32, eval mode, in the library's time direction: t is the noise level, the velocity noise - data. `.meta` keeps the settings.
     UserError, one line, on missing, extra and misshaped tensors, position tables that are not ours (1e-5), unsupported settings, and unsafe files."""
     if family not in FAMILIES: raise UserError(f"no family {family!r} of nets;{nearest(family, FAMILIES)} (known: {', '.join(FAMILIES)})")
-    sd = _net_tensors(source if isinstance(source, Mapping) else read_checkpoint(source), config.get('encoder_depth'))
-    c = _net_config(sd, family, config)
+    sd, told = _net_tensors(source if isinstance(source, Mapping) else read_checkpoint(source), config)
+    c = _net_config(sd, family, told | config)
     with torch.device('meta'): net = DiT(c)
     tables = _tables(c, sd, family, config.get('input_size'))
     complain(net.state_dict() | tables, sd, 'the tensors of this checkpoint', f'this {family} net')
