@@ -736,6 +736,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vfmvae.views._tensor': ('views.html#_tensor', 'vfmvae/views.py'),
                               'vfmvae.views.as_source': ('views.html#as_source', 'vfmvae/views.py'),
                               'vfmvae.views.extract_views': ('views.html#extract_views', 'vfmvae/views.py'),
+                              'vfmvae.views.gather': ('views.html#gather', 'vfmvae/views.py'),
                               'vfmvae.views.label': ('views.html#label', 'vfmvae/views.py'),
                               'vfmvae.views.see': ('views.html#see', 'vfmvae/views.py'),
                               'vfmvae.views.views': ('views.html#views', 'vfmvae/views.py')},
