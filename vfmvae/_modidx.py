@@ -397,6 +397,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vfmvae.measures._entropy_rank': ('measures.html#_entropy_rank', 'vfmvae/measures.py'),
                                  'vfmvae.measures._grid': ('measures.html#_grid', 'vfmvae/measures.py'),
                                  'vfmvae.measures._inputs': ('measures.html#_inputs', 'vfmvae/measures.py'),
+                                 'vfmvae.measures._leading': ('measures.html#_leading', 'vfmvae/measures.py'),
                                  'vfmvae.measures._left': ('measures.html#_left', 'vfmvae/measures.py'),
                                  'vfmvae.measures._measured': ('measures.html#_measured', 'vfmvae/measures.py'),
                                  'vfmvae.measures._measures': ('measures.html#_measures', 'vfmvae/measures.py'),

@@ -158,7 +158,7 @@ def cca(a: Any,                # (n,d) raw rows
 def pwcca(a: Any, # (n,d) raw rows, whose variance weighs
           b: Any  # (n,e)
          ) -> float:
-    "Canonical correlations weighted by sum_j |<variate, column j of a>|, in [0, 1] (Morcos et al. 2018). Not symmetric; means little for n <= d+e."
+    "Canonical correlations weighted by sum_j |<variate, column j of a>|, in [0, 1] (Morcos et al. 2018). Not symmetric; not unique for n <= d+e."
     a, b = _two(a, b)
     W, rho, _ = torch.linalg.svd(a.basis[0].T@b.basis[0], full_matrices=False)
     weight = ((a.basis[0]@W).T@a.centred).abs().sum(1)
@@ -178,10 +178,11 @@ def svcca99(a: Any, b: Any,      # (n,d), (n,e) raw rows
            ) -> float:
     "Mean canonical correlation of the leading directions that hold `share` of the variance of each side, in [0, 1] (Raghu et al. 2017). Symmetric."
     if not 0 < share <= 1: raise UserError(f'share = {share}; choose a share of the variance above 0, at most 1')
-    def lead(U: Tensor, S: Tensor) -> Tensor:
-        part = S.square().cumsum(0)/S.square().sum()
-        return U[:, :int((part < share).sum())+1]
-    return _correlations(*(lead(*s.basis) for s in _two(a, b))).mean().item()
+    return _correlations(*(_leading(*s.basis, share) for s in _two(a, b))).mean().item()
+
+def _leading(U: Tensor, S: Tensor, share: float) -> Tensor:
+    part = S.square().cumsum(0)/S.square().sum()
+    return U[:, :int((part < share).sum())+1]
 
 # %% ../nbs/13b_measures.ipynb #7c856f86
 def procrustes(a: Any,                # (n,d) raw rows
@@ -223,7 +224,9 @@ def _ranks(d: Tensor) -> Tensor:
     new[1:] = val[1:] - val[:-1] > 1e-13*val[-1]
     del val
     first = torch.cat([new.nonzero().flatten(), order.new_tensor([len(order)])])
-    d[order] = ((first[:-1] + first[1:] - 1).double()/2)[new.cumsum(0)-1]
+    rank, group = (first[:-1] + first[1:]).double().sub_(1).div_(2), new.cumsum(0).sub_(1)
+    del first, new
+    d[order] = rank[group]
     return d
 
 def _dissimilarities(s: _Set, distance: str) -> Tensor:
@@ -241,8 +244,8 @@ def rsa(a: Any,                        # (n,d) raw rows, 3 <= n <= 10,000
         distance: str = 'euclidean',   # 'euclidean' | 'cosine' | 'correlation', between rows
         method: str = 'spearman'       # 'spearman' ranks, ties averaged | 'pearson' values
        ) -> float:
-    """Correlation of the distances of all row pairs in a and in b, in [-1, 1] (Kriegeskorte et al. 2008). Symmetric; invariant to rotation and scale,
-    euclidean also to an offset of all rows. Memory about 50 bytes a pair: 2.5 GB for 10,000 rows; UserError above that, or if all pairs are equally far."""
+    """Correlation of the distances of all row pairs in a and in b, in [-1, 1] (Kriegeskorte et al. 2008). Symmetric; invariant to scale, cosine and
+    euclidean also to rotation, euclidean to an offset. About 67 bytes a pair (pearson 27), 3.4 GB for 10,000 rows; UserError above, or if all pairs are equally far."""
     if distance not in ('euclidean', 'cosine', 'correlation'): raise UserError(f"no distance {distance!r}; choose 'euclidean', 'cosine' or 'correlation'")
     if method not in ('spearman', 'pearson'): raise UserError(f"no method {method!r}; choose 'spearman' or 'pearson'")
     a, b = _two(a, b)
@@ -281,7 +284,7 @@ def alignment(a: Any, b: Any,      # as `mean_cosine`
 class Measure(NamedTuple):
     "A line of `METRICS`."
     rows: str       # 'prepared': clamped and of unit length (`align.prepare`) | 'raw'
-    sides: str      # 'a, b': symmetric | 'a -> b': both directions are measured | 'a': of one set, measured for each
+    sides: str      # 'a, b': symmetric, cknna to about 1e-4 | 'a -> b': both directions are measured | 'a': of one set, measured for each
     setting: str    # the arguments of `compare` that it listens to, and what is fixed
     says: str       # one line
     call: Callable
@@ -363,7 +366,7 @@ def compare(a: Any,                              # (n,d) raw rows, or a Bank
             lam: float = 1.                      # of ridge_r2
            ) -> Table:
     """Rows dict(metric, of, value, rows, setting), one for each measure (two where it has a direction or is of one set); facts n, k, dims, left_out.
-    UserError on unknown names, banks of different images, unequal n, n < 4, NaN, k outside 1..n-1."""
+    UserError on unknown names, banks of different images, unequal n, n < 4, NaN, k outside 1..n-1, q outside 0..1."""
     metrics = [metrics] if isinstance(metrics, str) else metrics
     for m in () if metrics is None else metrics:
         if m not in METRICS: raise UserError(f"no metric named {m!r};{nearest(m, METRICS)} (known: {', '.join(METRICS)})")
@@ -372,6 +375,7 @@ def compare(a: Any,                              # (n,d) raw rows, or a Bank
     _two(sa, sb)
     if sa.n < 4: raise UserError(f'a comparison of {sa.n} rows; it takes at least 4')
     if not 1 <= k < sa.n: raise UserError(f'k = {k} neighbours among {sa.n} rows; choose k between 1 and {sa.n-1}')
+    if not 0 <= q <= 1: raise UserError(f'q = {q} is no share; choose between 0 and 1')
     rows: list[dict] = []
     left, options = {}, dict(k=k, directions=directions, sigma=sigma, lam=lam)
     for name in METRICS if metrics is None else metrics:
