@@ -245,7 +245,7 @@ def rsa(a: Any,                        # (n,d) raw rows, 3 <= n <= 10,000
         method: str = 'spearman'       # 'spearman' ranks, ties averaged | 'pearson' values
        ) -> float:
     """Correlation of the distances of all row pairs in a and in b, in [-1, 1] (Kriegeskorte et al. 2008). Symmetric; invariant to scale, cosine and
-    euclidean also to rotation, euclidean to an offset. About 67 bytes a pair (pearson 27), 3.4 GB for 10,000 rows; UserError above, or if all pairs are equally far."""
+    euclidean also to rotation, euclidean to an offset. 67 bytes a pair (pearson 27), 3.4 GB at 10,000 rows; UserError above, or if all pairs are as far."""
     if distance not in ('euclidean', 'cosine', 'correlation'): raise UserError(f"no distance {distance!r}; choose 'euclidean', 'cosine' or 'correlation'")
     if method not in ('spearman', 'pearson'): raise UserError(f"no method {method!r}; choose 'spearman' or 'pearson'")
     a, b = _two(a, b)
