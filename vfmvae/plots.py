@@ -159,7 +159,7 @@ def curves(series: Mapping[str, Any], # name -> y, or (x, y) as a tuple
             ends = [dict(low=float(a), high=float(b)) if shaded else {} for a, b in zip(low, high, strict=True)]
             _keep(fig, [dict(series=name, x=float(a), y=float(b), **e) for a, b, e in zip(xs, ys, ends, strict=True)])
         if floor is not None:
-            ax.fill_between(*map(_array, floor), color='0.85', linewidth=0, zorder=0, label='chance')
+            ax.fill_between(_array(floor[0]), _array(floor[1]), color='0.85', linewidth=0, zorder=0, label='chance')
             _keep(fig, [dict(series='chance', x=float(a), y=float(b)) for a, b in zip(*floor, strict=True)])
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale='log' if log else 'linear')
         _legend(ax, len(series) + (floor is not None))

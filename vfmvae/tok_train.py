@@ -87,7 +87,8 @@ def paint(model: Any,                     # a tokenizer that can be trained: `VF
          ) -> tuple[Encoded, Tensor, list[Tensor], Tensor]:
     "(encoding, the sampled latent before the warp, images of every scale, the target of the largest) (spec section 9)."
     target = target_transform(x, warp.scale, warp.k, model.interpolation)
-    code = model.encode_parts(model.shrink(x, warp.scale) if warp.prior and warp.scale < 1 else x, look)
+    seen = model.shrink(x, warp.scale) if warp.prior and warp.scale < 1 else x
+    code = model.encode_parts(seen, model.look(seen) if look is None else look)
     z = code.posterior.sample()
     return code, z, model.decode_scales(z if warp.prior else latent_transform(z, warp.scale, warp.k)), target
 
