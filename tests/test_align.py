@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from vfmvae import align
-from vfmvae.align import cka, cknna, cknna_null, cknna_parts, knn_accuracy, knn_graph, linear_probe, mutual_knn, prepare, ridge_probe
+from vfmvae import align, neighbours
+from vfmvae.align import (
+    cka, cknna, cknna_null, cknna_pairs, cknna_parts, cknna_score, knn_accuracy, knn_graph, linear_probe, mutual_knn, prepare, ridge_probe,
+)
 from vfmvae.core import UserError
 
 SHARED = Path(os.environ.get('VFMVAE_SHARED') or Path(__file__).resolve().parents[2]/'shared')/'golden'
@@ -134,8 +136,111 @@ def test_cknna_is_the_dense_definition(k, unbiased):
 def test_block_size_changes_nothing(monkeypatch):
     x = prepare(torch.cat([y := normal(60, 17), y[::2]]))   # with twins
     whole, c = knn_graph(x, 9), cka(x, x[:, :3], 'rbf')
-    monkeypatch.setattr(align, '_blocks', lambda n, width: (slice(i, min(n, i+7)) for i in range(0, n, 7)))
+    for module in (align, neighbours): monkeypatch.setattr(module, '_blocks', lambda n, width: (slice(i, min(n, i+7)) for i in range(0, n, 7)))
     assert torch.equal(knn_graph(x, 9).idx, whole.idx) and cka(x, x[:, :3], 'rbf') == pytest.approx(c, abs=1e-12)
+    for block, group in ((36, 4), (40, 32), (64, 7), (89, 5)):
+        monkeypatch.setattr(neighbours, 'BLOCK', block); monkeypatch.setattr(neighbours, 'GROUP', group)
+        assert torch.equal(knn_graph(x, 9).idx, whole.idx)
+        np.testing.assert_allclose(knn_graph(x, 9).val, whole.val, atol=1e-14)
+
+
+def nearest_by_definition(q, x, k, alone):
+    "Float64 products summed in one order, rounded to the type of the features, value descending, index ascending."
+    sim = torch.stack([(x.double()*row).sum(1) for row in q.double()]).to(x.dtype)
+    if alone: sim.fill_diagonal_(-torch.inf)
+    return sim.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+KINDS = {
+    'normal': lambda x: x, 'unit': prepare, 'twins': lambda x: x[torch.arange(len(x)) % max(2, len(x)//3)], 'signs': lambda x: x.sign(),
+    'zeros': lambda x: x*(torch.arange(len(x)) % 3 > 0)[:, None], 'constant': torch.ones_like, 'offset': lambda x: x+30, 'negative': lambda x: -x.abs(),
+    'few': lambda x: x.where(torch.arange(len(x))[:, None] > 5, 0.),
+    'sizes': lambda x: x*torch.logspace(-4, 4, len(x))[:, None], 'coarse': lambda x: (2*x).round()/2,
+    'large': lambda x: x*1e12, 'small': lambda x: x*1e-12, 'turned': lambda x: prepare(x).T.contiguous().T,
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
+def test_the_fast_graph_is_the_definition(monkeypatch, kind, dtype):
+    draw = np.random.default_rng(list(KINDS).index(kind))
+    walked = 0
+    offer = neighbours._Pool.offer
+    def counting(*args, **kwargs):
+        nonlocal walked
+        walked += 1
+        return offer(*args, **kwargs)
+    monkeypatch.setattr(neighbours._Pool, 'offer', counting)
+    for seed in range(8):
+        n, d = (700, 5) if seed == 7 else (int(draw.integers(4, 250)), int(draw.integers(1, 200 if seed < 3 else 40)))
+        block = int(draw.integers(8, 120))
+        monkeypatch.setattr(neighbours, 'BLOCK', block); monkeypatch.setattr(neighbours, 'GROUP', int(draw.integers(2, 33)))
+        k = int(draw.integers(1, max(2, min(n-1, block//4)+1))) if seed % 4 else int(draw.integers(1, n))
+        x, loops = KINDS[kind](normal(n, d, seed).to(dtype)), bool(seed % 2)
+        g = knn_graph(x, k, loops)
+        assert torch.equal(g.idx, nearest_by_definition(x, x, k, not loops)), (n, d, k, block)
+        some = slice(0, 40)
+        np.testing.assert_allclose(g.val[some], (x.double()[some, None]*x.double()[g.idx[some]]).sum(2), rtol=1e-12, atol=1e-13*x.double().square().sum(1).max())
+        q = KINDS[kind](normal(int(draw.integers(1, 150)), d, seed+50).to(dtype))
+        assert torch.equal(neighbours._nearest(q, x, min(k, n))[0], nearest_by_definition(q, x, min(k, n), False))
+    assert walked > 20
+
+
+def test_crowded_rows_go_back_to_whole_rows(monkeypatch):
+    monkeypatch.setattr(neighbours, 'BLOCK', 64); monkeypatch.setattr(neighbours, 'GROUP', 8)
+    seen, whole = [], neighbours._whole
+    def spy(q, x, k, rows, alone, scales=(1., 1.)):
+        seen.append(len(rows))
+        return whole(q, x, k, rows, alone, scales)
+    monkeypatch.setattr(neighbours, '_whole', spy)
+    x = torch.cat([normal(200, 16), normal(1, 16, 1).repeat(100, 1)])   # 100 equal images among 300
+    assert torch.equal(knn_graph(x, 5).idx, nearest_by_definition(x, x, 5, True))
+    assert len(seen) == 1 and 100 <= seen[0] < 300
+    knn_graph(normal(300, 16), 5)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize('setting', ('medium', 'high', 'highest'))
+def test_reduced_precision_cannot_enter(setting):
+    x, before = prepare(normal(1500, 40)), torch.get_float32_matmul_precision()
+    want = nearest_by_definition(x, x, 7, True)
+    try:
+        torch.set_float32_matmul_precision(setting)
+        with torch.autocast('cpu'): assert torch.equal(knn_graph(x.clone().requires_grad_(), 7).idx, want)
+        assert torch.get_float32_matmul_precision() == setting
+    finally: torch.set_float32_matmul_precision(before)
+
+
+def test_a_relabelled_set_has_the_relabelled_graph(monkeypatch):
+    monkeypatch.setattr(neighbours, 'BLOCK', 50); monkeypatch.setattr(neighbours, 'GROUP', 8)
+    x, order = prepare(normal(333, 20)), torch.randperm(333, generator=torch.Generator().manual_seed(2))
+    g, h = knn_graph(x, 8), knn_graph(x[order], 8)
+    assert torch.equal(g.shuffled(order).idx, h.idx) and torch.allclose(g.shuffled(order).val, h.val, atol=1e-15)
+    assert torch.equal(knn_graph(x, 12).first(8).idx, g.idx)
+
+
+def test_the_graph_takes_little_memory(monkeypatch):
+    "Nothing as large as the n x n matrix, nor a float64 copy of the input, is ever made."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    largest = 0
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            nonlocal largest
+            out = f(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, torch.Tensor): largest = max(largest, t.untyped_storage().nbytes() if t.data_ptr() != x.data_ptr() else 0)
+            return out
+    x = prepare(normal(6000, 512))
+    with Watch(): knn_graph(x, 10)
+    assert 0 < largest <= 12*2**20 < x.nbytes*1.05 and 12*2**20 < 6000**2*4/10
+
+
+def test_golden_through_the_walk(monkeypatch):
+    "The golden numbers again, with blocks so small that nothing is done whole."
+    monkeypatch.setattr(neighbours, 'BLOCK', 44); monkeypatch.setattr(neighbours, 'GROUP', 8)
+    if not EXPECTED: pytest.skip('golden numbers absent; set VFMVAE_SHARED')
+    for case in PAIRS: test_float64(case, 'prepared(q=.95,exact,l2)')
+    for case in TIES: test_ties_are_exact(case)
 
 
 def test_twins_keep_the_index_order():
@@ -150,6 +255,67 @@ def test_null_is_a_shuffle_of_rows():
     for _ in range(4): orders.append(torch.randperm(150, generator=g))
     assert cknna_null(a, b, times=4, seed=5).tolist() == pytest.approx([cknna(a, b[o]) for o in orders], abs=1e-9)
     assert cknna(a, b) > cknna_null(a, b, times=50).max()
+
+
+@golden
+@pytest.mark.parametrize('case', PAIRS)
+def test_prepare_is_the_published_one(case):
+    f = load_file(GOLD/f'{case}.safetensors')
+    for dtype in (torch.float64, torch.float32):
+        for side in 'AB':
+            x, want = f[side].to(dtype), EXPECTED[case][str(dtype)[6:]]['prepared(q=.95,exact,l2)']
+            if (key := f'clamp_{side}') in want: assert neighbours._selected(x, int(.95*x.numel())).item() == pytest.approx(want[key], rel=1e-7)
+            assert torch.equal(prepare(x, 1), F.normalize(x, dim=1, eps=1e-12))
+            assert prepare(x).dtype == dtype and torch.equal(prepare(x.T.contiguous().T), prepare(x))
+
+
+def test_score_says_all():
+    a, b = pair()
+    s = cknna_score(a, b, k=8, times=50)
+    assert s.value == cknna(a, b, 8) and s.low < s.value < s.high and (s.n, s.k) == (150, 8) and s.p == pytest.approx(1/51)
+    null = cknna_null(a, b, 8, times=50)
+    assert s.null == pytest.approx(null.mean().item(), abs=1e-12) and s.q95 == pytest.approx(null.quantile(.95).item(), abs=1e-12)
+    assert s.calibrated == pytest.approx((s.value-s.q95)/(1-s.q95))
+    assert cknna_score(knn_graph(a, 20), knn_graph(b, 9), k=8, times=50) == pytest.approx(s)
+    wider = cknna_score(a[:40], b[:40], k=8, times=50)
+    assert wider.high-wider.low > 1.3*(s.high-s.low)
+    biased = cknna_score(a, b, k=8, unbiased=False, times=20)
+    assert biased.value == cknna(a, b, 8, unbiased=False)
+
+
+def test_a_weight_is_a_copy_of_a_row():
+    "With full weights on both sides the weighted HSIC is that of the matrix with its rows and columns repeated."
+    g = knn_graph(pair(60)[0], 6)
+    w = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(0)).double()
+    K = torch.zeros(60, 60, dtype=torch.float64).scatter_(1, g.idx, g.val)
+    i = torch.arange(60).repeat_interleave(w.long())
+    P, n = K[i][:, i], 60
+    want = ((P*P.T).sum() + P.sum()**2/((n-1)*(n-2)) - 2/(n-2)*(P.sum(0)@P.sum(1)))/(n*(n-3))
+    assert align._own(g).hsic(True, w, follow=1.).item() == pytest.approx(want.item(), abs=1e-15)
+
+
+def test_all_pairs_build_each_graph_once(monkeypatch):
+    a, b = pair()
+    calls, build = [], neighbours.knn_graph
+    monkeypatch.setattr(neighbours, 'knn_graph', lambda *args: (calls.append(1), build(*args))[1])
+    t = cknna_pairs({'a': a, 'noise': prepare(normal(150, 5, 9))}, {'a': a, 'b': b, 'g': build(b, 30)}, k=(3, 10), times=20)
+    assert len(calls) == 3 and len(t) == 12 and t.where(left='a', right='b')[1]['value'] == cknna(a, b)
+    assert t.where(right='b')[0]['value'] == t.where(right='g')[0]['value'] == cknna(a, b, 3)
+
+
+@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool))
+def test_other_types_become_float32(dtype):
+    x = (10*normal(40, 6).abs()).to(dtype)
+    assert prepare(x).dtype == torch.float32 and torch.equal(knn_graph(x, 3).idx, knn_graph(x.float(), 3).idx)
+    assert cknna(x, x.float(), 3) == cknna(x.float(), x.float(), 3)
+    assert cknna(x.tolist(), x.float().numpy(), 3) == cknna(x.float(), x.float(), 3)
+
+
+def test_constant_and_zero_rows_have_a_documented_result():
+    one = torch.ones(12, 3)
+    assert knn_graph(one, 4).idx[0].tolist() == [1, 2, 3, 4] and knn_graph(0*one, 4).idx[11].tolist() == [0, 1, 2, 3]
+    assert cknna(0*one, 0*one, 4) == 0 and np.isnan(cknna(0*one, 0*one, 4, eps=0))
+    assert torch.equal(prepare(0*one), 0*one)
 
 
 def test_prepare_takes_the_order_statistic():
@@ -216,7 +382,14 @@ def test_ridge_probe_knows_the_answer():
 
 @pytest.mark.parametrize('call, says', [
     (lambda a, b: cknna(a, b[:9]), 'same images'), (lambda a, b: cknna(a, b, k=1), 'k = 2'), (lambda a, b: cknna(a, b, k=150), 'between 1 and 149'),
-    (lambda a, b: cknna(a/0, b), 'NaN'), (lambda a, b: cknna(a[None], b[None]), 'pool the tokens'), (lambda a, b: cka(a, b, 'poly'), 'rbf'),
+    (lambda a, b: cknna(a/0, b), 'NaN'), (lambda a, b: mutual_knn(b, a/0), 'NaN'), (lambda a, b: prepare(a*torch.inf), 'infinity'),
+    (lambda a, b: cka(a/0, b), 'NaN'),
+    (lambda a, b: knn_graph(a, 0), 'between 1 and 149'), (lambda a, b: knn_graph(a, -3), 'between 1 and 149'), (lambda a, b: cknna(a[:3], b[:3], 2), '4 rows'),
+    (lambda a, b: cka(a[:3], b[:3]), 'at least 4'), (lambda a, b: prepare(a[:0]), 'pool the tokens'), (lambda a, b: prepare(a[:, :0]), 'pool the tokens'),
+    (lambda a, b: cknna_null(a, b[:9]), 'same images'),
+    (lambda a, b: cknna_score(a, b, k=150), 'between 1 and 149'), (lambda a, b: cknna_score(a, b, times=1), 'at least 20'),
+    (lambda a, b: cknna_pairs({'a': a}, {'b': b[:9]}), 'a: 150, b: 9'), (lambda a, b: cknna_pairs({}, {'b': b}), 'nothing to compare'),
+    (lambda a, b: cknna(a[None], b[None]), 'pool the tokens'), (lambda a, b: cka(a, b, 'poly'), 'rbf'),
     (lambda a, b: cka(a, b[:9]), 'same images'), (lambda a, b: prepare(a, 2), 'between 0 and 1'),
     (lambda a, b: cknna(knn_graph(a, 3), b), 'larger k'), (lambda a, b: cknna(knn_graph(a), b, unbiased=False), 'loops=True'),
     (lambda a, b: knn_accuracy(a, torch.zeros(150), b, torch.zeros(150)), 'same layer'),

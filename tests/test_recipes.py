@@ -189,15 +189,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys, monkey
 
 def test_a_tokenizer_file_of_another_model_is_refused(tmp_path):
     from vfmvae.core import load_weights, save_weights
-    from vfmvae.vae import save_vfmvae
+    from vfmvae.tokenizer import save_tokenizer
     tok = open_tokenizer('vfmvae-tiny-f8d16')
-    f = save_vfmvae(tmp_path/'a.safetensors', tok)
+    f = save_tokenizer(tmp_path/'a.safetensors', tok)
     tensors, meta = load_weights(f)
     del tensors['mapping.x_avg']
     save_weights(f, tensors, meta)
     with pytest.raises(UserError, match='1 missing: mapping.x_avg'): open_tokenizer(f)
     save_weights(f, dict(x=torch.zeros(1)), {})
-    with pytest.raises(UserError, match='no VFM-VAE configuration'): open_tokenizer(f)
+    with pytest.raises(UserError, match='no tokenizer configuration'): open_tokenizer(f)
 
 
 def test_grey_alpha_and_palette_pictures_are_read(tmp_path):

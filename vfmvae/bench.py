@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from .core import UserError, data_dir
 from .layers import ConvNeXt, GridAttention, ToRGB, Upsample, dense
 from .train import provenance
-from .vae import VFMVAE, VFMVAEConfig, open_vfmvae
+from .tokenizer import load_tokenizer
+from .vae import VFMVAE, VFMVAEConfig
 
 # %% ../nbs/18b_bench.ipynb #48d455fc
 def plain_modulated(x: Tensor,               # (b,i,h,w)
@@ -122,7 +123,7 @@ def matmul_speed(n: int = 2048, rounds: int = 5, device: Any = 'cpu') -> float:
 BATCH = {'tiny decode': 32, 'tiny train': 8, 'full decode': 1, 'full train': 1}
 
 def _model(config: str, device: str) -> VFMVAE:
-    if config == 'tiny': return open_vfmvae(data_dir()/'weights'/'vfmvae-tiny-f8d16.safetensors', vfm=False).to(device)
+    if config == 'tiny': return load_tokenizer(data_dir()/'weights'/'vfmvae-tiny-f8d16.safetensors', vfm=False).to(device)
     if config != 'full': raise UserError(f"there is no configuration {config!r} to measure; take 'tiny' or 'full'")
     torch.manual_seed(0)
     model = VFMVAE(VFMVAEConfig(legacy=True)).eval()

@@ -8,7 +8,7 @@ __all__ = ['UserError', 'home', 'data_dir', 'nearest', 'Registry', 'Gaussian', '
            'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
-import difflib, importlib, json, os, random, sys
+import dataclasses, difflib, importlib, json, os, random, sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +218,7 @@ def build_config(cls: Any,   # a dataclass
                  values: Mapping # field name -> value; lists become tuples
                 ) -> Any:
     "`cls(**values)`; an unknown key is a UserError that lists it with the nearest field."
-    fields = list(cls.__dataclass_fields__)
+    fields = [f.name for f in dataclasses.fields(cls)]
     bad = [k for k in values if k not in fields]
     if bad: raise UserError(f"{cls.__name__} has no setting {', '.join(map(repr, bad))};{nearest(bad[0], fields)} (known: {', '.join(fields)})")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -141,18 +141,28 @@ def _legend(ax: 'Axes', n: int) -> None:
 def curves(series: Mapping[str, Any], # name -> y, or (x, y) as a tuple
            xlabel: str, ylabel: str,
            log: bool = False,         # logarithmic y
+           bands: Mapping[str, tuple] | None = None, # name -> (low, high) over the x of that series, shaded
+           floor: tuple | None = None,               # (x, y): the level of chance, shaded in grey up to y
            title: str = '', width: str | float = 'column', ax: 'Axes | None' = None # draw on this one instead
           ) -> 'Figure':
-    "One line for each series; x counts from 0 where it is not given. Raises UserError when x and y differ in length."
+    "One line for each series; x counts from 0 where it is not given. Raises UserError when x and y, or a band, differ in length."
     fig, ax = _axes(ax, width)
     with _style():
         for i, (name, s) in enumerate(series.items()):
             xs, ys = (_array(a) for a in s) if isinstance(s, tuple) else (np.arange(len(s)), _array(s))
             if len(xs) != len(ys): raise UserError(f'series {name!r} has {len(xs)} x and {len(ys)} y; give as many of each')
             ax.plot(xs, ys, label=name, markevery=max(1, len(xs)//12), **_look(i))
-            _keep(fig, [dict(series=name, x=float(a), y=float(b)) for a, b in zip(xs, ys, strict=True)])
+            low, high = (_array(b) for b in (bands or {}).get(name, (np.full(len(xs), np.nan),)*2))
+            if not len(low) == len(high) == len(xs): raise UserError(f'the band of {name!r} has {len(low)} and {len(high)} ends for {len(xs)} x; give as many')
+            shaded = name in (bands or {})
+            if shaded: ax.fill_between(xs, low, high, color=PALETTE[i % len(PALETTE)], alpha=.15, linewidth=0)
+            ends = [dict(low=float(a), high=float(b)) if shaded else {} for a, b in zip(low, high, strict=True)]
+            _keep(fig, [dict(series=name, x=float(a), y=float(b), **e) for a, b, e in zip(xs, ys, ends, strict=True)])
+        if floor is not None:
+            ax.fill_between(_array(floor[0]), _array(floor[1]), color='0.85', linewidth=0, zorder=0, label='chance')
+            _keep(fig, [dict(series='chance', x=float(a), y=float(b)) for a, b in zip(*floor, strict=True)])
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale='log' if log else 'linear')
-        _legend(ax, len(series))
+        _legend(ax, len(series) + (floor is not None))
     return fig
 
 # %% ../nbs/01_plots.ipynb #8cbf2a6f

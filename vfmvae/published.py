@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHAPING', 'FIXED', 'DERIVED', 'IDLE', 'VFM_PREFIX', 'SIGLIP_PREFIX', 'NET_KEYS', 'NET_SWITCHES', 'NET_IDLE',
-           'PUBLISHED_HEADS', 'read_checkpoint', 'config_of', 'load_vfmvae', 'load_net']
+           'PUBLISHED_HEADS', 'read_checkpoint', 'config_of', 'load_vfmvae', 'load_convvae', 'load_net']
 
 # %% ../nbs/17_published.ipynb #9b6229d6
 import pickle, re, warnings, zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/17_published.ipynb #5c7026ee
+from .baselines import ConvVAE, ConvVAEConfig
 from .core import UserError, build_config, load_weights, nearest
 from .dit import FAMILIES, SIZES, DiT, DiTConfig
 from .dit_layers import rope_table, sincos_table
@@ -146,7 +148,7 @@ def _resolve(g_kwargs: Mapping, own: Mapping[str, Tensor]) -> VFMVAEConfig:
         raise UserError(f"legacy={g_kwargs['legacy']} disagrees with the file, which has {'' if noisy else 'no '}noise maps; set legacy={noisy}")
     align = 'ldm_adapter.linear_proj.weight' in own
     c = config_of(g_kwargs)
-    return VFMVAEConfig(**{**{k: getattr(c, k) for k in c.__dataclass_fields__}, 'legacy': noisy, 'align': align})
+    return replace(c, legacy=noisy, align=align)
 
 def load_vfmvae(source: Mapping | str | Path, # a state dict or a checkpoint's content; or the path of a .pth or .safetensors file
                 g_kwargs: Mapping,            # the `G_kwargs` mapping of the published YAML
@@ -165,7 +167,57 @@ def load_vfmvae(source: Mapping | str | Path, # a state dict or a checkpoint's c
     model.attach(_vfm(sd, vfm, model.config.vfm))
     return model.eval()
 
-# %% ../nbs/17_published.ipynb #b06f5119
+# %% ../nbs/17_published.ipynb #369c808c
+_BLOCK = {'resnets.(\\d+)': r'block.\1', 'attentions.(\\d+)': r'attn.\1', 'downsamplers.0': 'downsample', 'upsamplers.0': 'upsample',
+          'conv_shortcut': 'nin_shortcut', 'group_norm': 'norm', 'conv_norm_out': 'norm_out',
+          '(to_q|query)': 'q', '(to_k|key)': 'k', '(to_v|value)': 'v', r'(to_out\.0|proj_attn)': 'proj_out'}
+_MIDDLE = {'mid_block.resnets.0': 'mid.block_1', 'mid_block.resnets.1': 'mid.block_2', 'mid_block.attentions.0': 'mid.attn_1'}
+
+def _from_diffusers(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "The same weights under latent diffusion's names; those names stay as they are."
+    top = max((int(m[1]) for k in sd if (m := re.match(r'decoder\.up_blocks\.(\d+)\.', k))), default=0)
+    out = {}
+    for key, v in sd.items():
+        k = re.sub(r'down_blocks\.(\d+)', r'down.\1', re.sub(r'up_blocks\.(\d+)', lambda m: f'up.{top-int(m[1])}', key))
+        for there, here in (*_MIDDLE.items(), *_BLOCK.items()): k = re.sub(rf'(?<=\.){there}(?=\.)', here, k)
+        out[k] = v[:, :, None, None] if re.search(r'\.(q|k|v|proj_out)\.weight$', k) and v.ndim == 2 else v
+    return out
+
+def _conv_config(sd: Mapping[str, Tensor], vfm: Any) -> ConvVAEConfig:
+    "Sizes read off the shapes."
+    count = lambda pattern: 1 + max((int(m[1]) for k in sd if (m := re.match(pattern, k))), default=-1)
+    needed = ('encoder.conv_in.weight', 'decoder.conv_in.weight', 'quant_conv.weight', 'encoder.down.0.block.0.conv1.weight')
+    if lost := [k for k in needed if k not in sd]: raise UserError(f'not a convolutional KL autoencoder: it lacks {", ".join(lost)}')
+    width, levels = sd['encoder.conv_in.weight'].shape[0], count(r'encoder\.down\.(\d+)\.')
+    shape: dict[str, Any] = dict(
+        channels=sd['decoder.conv_in.weight'].shape[1], width=width, blocks=count(r'encoder\.down\.0\.block\.(\d+)\.'),
+        mults=tuple(sd[k].shape[0]//width for i in range(levels) if (k := f'encoder.down.{i}.block.0.conv1.weight') in sd),
+        decoder_blocks=count(r'decoder\.up\.0\.block\.(\d+)\.'), attention=tuple(i for i in range(levels) if f'encoder.down.{i}.attn.0.q.weight' in sd))
+    if 'linear_proj.weight' in sd: shape |= dict(dim=sd['linear_proj.weight'].shape[0], vfm=vfm.name if vfm else 'unknown', patch=vfm.patch if vfm else 16)
+    return ConvVAEConfig(**shape)
+
+def load_convvae(source: Mapping | str | Path,       # a state dict, or the path of a .safetensors, .ckpt, .pt or .bin file
+                 scale_factor: float | None = None,  # SD-VAE: .18215, which makes latents of unit scale; None: raw latents, as published
+                 vfm: Any = None,                    # of an aligned one (VA-VAE): the VFM, needed only to train on
+                 name: str | None = None
+                ) -> ConvVAE:
+    """SD-VAE, VA-VAE and their like, in eval mode; the names of latent diffusion (bare, or below `first_stage_model.`) or of diffusers, old or new.
+    Loss networks in the file are left out; else strict: UserError that lists missing, extra and misshaped tensors."""
+    sd = dict(source) if isinstance(source, Mapping) else read_checkpoint(source)
+    for k in ('state_dict', 'model'):
+        if isinstance(sd.get(k), Mapping): sd = dict(sd[k])
+    sd = {k.removeprefix('module.').removeprefix('first_stage_model.'): v for k, v in sd.items() if isinstance(v, Tensor)}
+    sd = _from_diffusers({k: v for k, v in sd.items() if not k.startswith(('loss.', 'foundation_model.', 'model.', 'cond_stage_model.', 'model_ema.'))})
+    sd = {k: v for k, v in sd.items() if '.' in k}                     # schedules of a whole diffusion checkpoint
+    model = ConvVAE(_conv_config(sd, vfm), vfm)
+    own = model.own_state()
+    complain({k: v for k, v in own.items() if not k.startswith('stats.')}, sd)
+    model.load_own_state({k: sd.get(k, v) for k, v in own.items()})
+    if scale_factor is not None: model.stats.set(torch.zeros(model.channels), torch.full((model.channels,), 1/scale_factor))
+    model.name = name or model.name
+    return model.eval()
+
+# %% ../nbs/17_published.ipynb #27f6f3fd
 def _net_tensors(content: Mapping, given: Mapping) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The net's tensors under today's names, and the settings that old names tell: of `ema` if it is there, else of `model`, else the mapping itself.
     UserError if there is none."""
@@ -179,7 +231,7 @@ def _net_tensors(content: Mapping, given: Mapping) -> tuple[dict[str, Tensor], d
     # a name that is taken stays as it was, and is listed as extra
     return {k if n != k and n in sd else n: sd[k] for k, n in today.items()}, {'encoder_depth': start}
 
-# %% ../nbs/17_published.ipynb #8e7d3fda
+# %% ../nbs/17_published.ipynb #6839ea38
 NET_KEYS = {'in_channels': 'in_channels', 'patch_size': 'patch_size', 'hidden_size': 'hidden_size', 'depth': 'depth', 'num_heads': 'num_heads',
             'mlp_ratio': 'mlp_ratio', 'num_classes': 'num_classes', 'learn_sigma': 'learn_sigma', 'class_dropout_prob': 'label_dropout',
             'encoder_depth': 'encoder_depth', 'z_dims': 'z_dims', 'projector_dim': 'projector_dim', 'use_rope': 'rope', 'use_pos_embed': 'pos_embed'}
@@ -229,7 +281,7 @@ def _read_off(sd: Mapping[str, Tensor], family: str, given: Mapping) -> dict[str
     if family == 'reg': out['cls_dim'] = size('cls_projectors2.weight', 1, 768)
     return out
 
-# %% ../nbs/17_published.ipynb #06e23ea2
+# %% ../nbs/17_published.ipynb #bf86a246
 def _net_config(sd: Mapping[str, Tensor], family: str, given: Mapping) -> DiTConfig:
     "The configuration that caller and file tell together. UserError on a setting that no published net has; one warning lists unknown ones."
     unknown = sorted(k for k in given if k not in NET_KEYS and k not in NET_SWITCHES and not NET_IDLE.fullmatch(k))
@@ -249,7 +301,7 @@ def _net_config(sd: Mapping[str, Tensor], family: str, given: Mapping) -> DiTCon
     if family == 'rae' and 'head_num_heads' not in own: own['head_num_heads'] = _heads(sd, own['head_hidden_size'], own['depth'], 'dec_feat_rope')
     return build_config(DiTConfig, own)
 
-# %% ../nbs/17_published.ipynb #6c48c36c
+# %% ../nbs/17_published.ipynb #3d220bb0
 def _tables(c: DiTConfig, sd: Mapping[str, Tensor], family: str, input_size: int | None) -> dict[str, Tensor]:
     "The position tables that a published file of this configuration holds, computed."
     ropes = {'rae': {'enc_feat_rope': c.hidden_size//c.num_heads, 'dec_feat_rope': c.head_hidden_size//max(1, c.head_num_heads)}}

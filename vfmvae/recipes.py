@@ -12,7 +12,6 @@ import base64, html, json, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 # %% ../nbs/18_recipes.ipynb #fe90f76b
 from .adversarial import PatchGAN, ProjectedDiscriminator
+from .baselines import ConvVAEConfig, RAEConfig
 from .core import UserError, load_weights, nearest, progress, save_weights, seed_all, write_atomic, write_json
 from .data import World, folder, loader, shards, to_pil
 from .losses import latent_transform, lpips, perceptual, target_transform, vfm_taps
@@ -29,9 +29,9 @@ from .metrics import psnr, ssim
 from .plots import show_images, to_png
 from .published import load_vfmvae
 from .tok_train import SCALES, STAGES, TINY, Stage, TokenizerTask, check_stage
-from .tokenizer import fit_stats, reconstruct, tokenizers
+from .tokenizer import families, fit_stats, load_tokenizer, reconstruct, save_tokenizer, tokenizers
 from .train import NotFinite, Run, checkpoints, fit, load_nets, loss_curves, memory_gb, processes, provenance, read_nets, task_state, warm_cosine
-from .vae import VFMVAE, VFMVAEConfig, open_vfmvae, save_vfmvae
+from .vae import VFMVAE, VFMVAEConfig
 from .vfm import VFM
 
 # %% ../nbs/18_recipes.ipynb #8afd1170
@@ -57,7 +57,7 @@ def _g_kwargs(path: str | Path | None, what: str | Path) -> dict:
     d = d if isinstance(d, dict) else {}
     return next((d[k] for k in ('G_kwargs', 'g_kwargs') if isinstance(d.get(k), dict)), d)
 
-def open_tokenizer(name: str | Path,                 # a registered name, a file of `save_vfmvae`, or a published checkpoint (.pth, .pt)
+def open_tokenizer(name: str | Path,                 # a registered name, a file of `save_tokenizer`, or a published checkpoint (.pth, .pt)
                    g_kwargs: str | Path | None = None, # published checkpoints: the YAML they were trained with
                    vfm: Any = None                   # a VFM to use instead of the one the file names
                   ) -> Any:
@@ -67,7 +67,7 @@ def open_tokenizer(name: str | Path,                 # a registered name, a file
     if path.suffix in ('.pth', '.pt', '.ckpt'):
         if not path.is_file(): raise UserError(f'no file {path}; check the path')
         return load_vfmvae(path, _g_kwargs(g_kwargs, path), vfm=vfm).eval()
-    if path.suffix == '.safetensors': return load_vfmvae(path, _g_kwargs(g_kwargs, path), vfm=vfm).eval() if g_kwargs else open_vfmvae(path, vfm=vfm)
+    if path.suffix == '.safetensors': return load_vfmvae(path, _g_kwargs(g_kwargs, path), vfm=vfm).eval() if g_kwargs else load_tokenizer(path, vfm=vfm)
     raise UserError(f"no tokenizer named {str(name)!r};{nearest(str(name), tokenizers)} (known: {', '.join(tokenizers)}; or a .safetensors or .pth file)")
 
 # %% ../nbs/18_recipes.ipynb #77732023
@@ -112,7 +112,7 @@ def evaluate_warps(tokenizer: Any,
 @dataclass(frozen=True)
 class Preset:
     "A tokenizer's whole recipe."
-    config: VFMVAEConfig
+    config: Any                   # its shape: a `VFMVAEConfig`, `ConvVAEConfig` or `RAEConfig`
     stages: tuple[Stage, ...]     # trained in this order, each for its `images`
     batch: int                    # images a step
     half_life: float = 160_000    # of the EMA, images
@@ -134,9 +134,25 @@ _TINY = (
     Stage('weak_align', dict(_PIXELS, perceptual=1., kl=1e-6, vf=1., gan=.2), lr=1e-3, images=32_000, equivariance=SCALES[1:]),
     Stage('ssim', dict(_PIXELS, perceptual=.2, ssim=.2, gan=.2), _DECODER, 1e-3, images=24_000),
     Stage('gan', dict(gan=.2, patchgan=.2, feature_matching=10.), ('synthesis>32',), 2e-4, images=8_000))
+_CONV = ConvVAEConfig(channels=16, width=8, mults=(1, 2, 6, 14), blocks=1, decoder_blocks=1, img_size=64, patch=8, dim=128)
+def _small(**latent: float) -> tuple[Stage, ...]: return (Stage('first', dict(l1=1., l2=2., **latent), (), 2e-3, images=48_000),)
+_SMALL = (   # one budget: 48,000 images each, the tiny VFM-VAE's first stage as well when they are compared
+    (_CONV, _small(kl=1e-6)), (replace(_CONV, vfm='tiny'), _small(kl=1e-6, vf=1.)),
+    (RAEConfig('tiny', 8, 128, stride=8, img_size=64, width=136, depth=4, heads=4), _small()))
+_PERCEIVED = dict(l1=1., perceptual=1., gan=.5)
+_SD = (Stage('first', dict(_PERCEIVED, kl=1e-6), (), 1e-4, images=108_000_000),)
+_VA = ConvVAEConfig(channels=32, mults=(1, 1, 2, 2, 4), attention=(4,))
+_VA_STAGES = (Stage('first', dict(_PERCEIVED, kl=1e-6, vf=.5), (), 1e-4, images=64_000_000),        # as VA-VAE: alignment strong, weak, then with margins
+              Stage('weak', dict(_PERCEIVED, kl=1e-6, vf=.1), (), 1e-4, images=83_000_000),
+              Stage('margins', dict(_PERCEIVED, kl=1e-6, vf=.1), (), 1e-4, images=13_000_000, cos_margin=.5, dist_margin=.25))
+_RAE = (Stage('first', dict(l1=1., perceptual=1., gan=.75), (), 2e-4, images=20_000_000),)
 PRESETS = {
     'tiny': Preset(TINY, _TINY, 16, 4_000, (.9, .99), 1., True, 'tiny', 16),   # data/results/tiny_vfmvae.json
     'f16d32': Preset(VFMVAEConfig(), STAGES, 512),   # published: rFID .52, PSNR 22.99, SSIM .593, LPIPS .221 (ImageNet 256, 44M images); not run here
+    **{c.name: Preset(c, s, 16, 4_000, (.9, .99), 1., True) for c, s in _SMALL},                 # data/results/baselines.json
+    'conv-f8d4': Preset(ConvVAEConfig(), _SD, 256),                                             # published rFID .62; losses and length are ours, not run
+    'conv-dinov2l-f16d32': Preset(replace(_VA, vfm='dinov2-l', patch=14), _VA_STAGES, 256),      # published rFID .28, 160M images; not run here
+    'rae-dinov2b-f16d768': Preset(RAEConfig(), _RAE, 256),                                      # published rFID .57 (ViT-XL decoder); not run here
 }
 
 # %% ../nbs/18_recipes.ipynb #a123c0f4
@@ -161,21 +177,20 @@ def plan(preset: Preset,
     return tuple(replace(s, lr=s.lr*faster, images=max(1, round(s.images*share)//batch)*batch) for s in chosen)
 
 # %% ../nbs/18_recipes.ipynb #03d2a50a
-def config_for(vfm: VFM,             # any VFM
-               base: VFMVAEConfig    # what to keep: decoder, latent
-              ) -> VFMVAEConfig:
-    "`base` with the patch, width, name and layers (first, middle, last) of another VFM, at the scale that keeps the token grid of `base`."
-    n = len(base.layers)
-    at = base.layers if max(base.layers) <= vfm.depth and base.vfm == vfm.name else (0, *(round(vfm.depth*i/(n-1)) for i in range(1, n-1)), -1)
-    return replace(base, vfm=vfm.name, patch=vfm.patch, in_dims=(vfm.dim,)*n, layers=at, scale=vfm.patch*base.shuffle/base.stride)
+def config_for(vfm: VFM,  # any VFM
+               base: Any  # what to keep: decoder, latent
+              ) -> Any:
+    "`base` on another VFM: its `for_vfm`."
+    return base.for_vfm(vfm)
 
 # %% ../nbs/18_recipes.ipynb #5995e295
-def default_perceptual(model: VFMVAE,  # its VFM is the fallback
+def default_perceptual(model: Any,     # a tokenizer; its VFM is the fallback
                        say: Callable[[str], Any] = print
                       ) -> Callable[[Tensor, Tensor], Tensor]:
-    "LPIPS if its VGG16 weights lie in torch's cache, else distances in the features of the frozen VFM."
+    "LPIPS if its VGG16 weights lie in torch's cache, else distances in the features of the frozen VFM. UserError if there is neither."
     try: return lpips()
-    except UserError:
+    except UserError as e:
+        if model.vfm is None: raise UserError(f'{model.name} has no VFM to fall back on, and {e}') from None
         say(f'no VGG16 weights for LPIPS in the cache: the perceptual loss uses the features of {model.config.vfm} instead')
         vfm, c = model.vfm, model.config
         return partial(perceptual, features=vfm_taps(vfm, size=None if c.scale == 1 else round(c.img_size*c.scale)))
@@ -193,21 +208,21 @@ def build_training(preset: Preset,
                    critic: str | VFM | None = None, # another VFM for the projected discriminator
                    seed: int = 0,
                    perceive: Callable | None = None # perceptual loss (x', x) -> scalar; None: `default_perceptual` where a stage weighs one
-                  ) -> tuple[VFMVAE, dict[str, Any], Callable | None]:
+                  ) -> tuple[Any, dict[str, Any], Callable | None]:
     "(model, discriminators by name, perceptual loss or None), randomly initialised. UserError if the size does not fit the decoder, or a VFM cannot be had."
-    net = vfm if isinstance(vfm, VFM) else VFM(vfm or preset.config.vfm)
+    named = vfm or preset.config.vfm
+    net = named if isinstance(named, VFM) or not named else VFM(named)
     config = preset.config if vfm is None else config_for(net, preset.config)
-    unit = lcm(config.stride*max(1, round(config.branch(0))), 1 << config.blocks)
-    if size and (size < 1 or size % unit): raise UserError(f'{size} px do not fit the decoder of {config.name}; use a multiple of {unit}')
+    if size and (size < 1 or size % config.unit): raise UserError(f'{size} px do not fit the decoder of {config.name}; use a multiple of {config.unit}')
     if size: config = replace(config, img_size=size)
     seed_all(seed)
-    model = VFMVAE(config, net)
+    model = families[config.family][1](config, net)
     weighed = {k for s in stages for k in s.active()}
     critics: dict[str, Any] = {}
     if 'gan' in weighed:
         name = critic or preset.critic
-        looks = name if isinstance(name, VFM) else net if name == net.name else VFM(name)
-        critics['gan'] = ProjectedDiscriminator(looks, size=preset.critic_size, mode=net.interpolation)
+        looks = name if isinstance(name, VFM) else net if net is not None and name == net.name else VFM(name)
+        critics['gan'] = ProjectedDiscriminator(looks, size=preset.critic_size, mode=model.interpolation)
     if weighed & {'patchgan', 'feature_matching'}: critics['patchgan'] = PatchGAN(preset.patch_width)
     return model, critics, perceive or (default_perceptual(model) if 'perceptual' in weighed else None)
 
@@ -224,7 +239,7 @@ def _before(p: Preset, stage: Stage, folders: Mapping[str, Path | None]) -> Path
     folder = folders[p.stages[at-1].name] if at else None
     return folder if folder and checkpoints(folder) else None
 
-def _check_plan(model: VFMVAE, todo: Sequence[Stage], folders: Mapping[str, Path | None], seen: int,
+def _check_plan(model: Any, todo: Sequence[Stage], folders: Mapping[str, Path | None], seen: int,
                 batch: int, accumulate: int, world: int, judged: bool) -> None:
     "UserError before anything is trained, where a later stage would fail."
     if accumulate < 1 or batch % (world*accumulate):
@@ -262,9 +277,9 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
                     precision: str = 'fp32',         # 'bf16' or 'fp16' on a GPU
                     compile: bool = False,           # torch.compile of the decoder
                     held_out: Any = None,            # data set whose first images are watched; None: the training data
-                    on_stage: Callable[[Stage, VFMVAE], Any] | None = None, # called after each stage with the averaged model
+                    on_stage: Callable[[Stage, Any], Any] | None = None, # called after each stage with the averaged model
                     **fit_kwargs                     # for `fit`: log_every, save_every, show
-                   ) -> tuple[VFMVAE, list[dict]]:
+                   ) -> tuple[Any, list[dict]]:
     """Trains stage by stage, averages, fits the latent stats on training images; returns (tokenizer in eval mode, log rows).
     Under `accelerate launch` it uses every process. UserError: unknown preset or data, a batch that does not split."""
     p, acc = chosen(preset), processes()
@@ -303,7 +318,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
     if out and acc.is_main_process:
         recipe = dict(stages=[s.config() for s in todo], images=seen, batch=batch, data=str(data), seed=seed,
                       start=str(start) if start else None, half_life=p.half_life, betas=p.betas, clip=p.clip, cosine=p.cosine, precision=precision)
-        save_vfmvae(out, done, recipe=recipe, made=provenance(seed=seed))
+        save_tokenizer(out, done, recipe=recipe, made=provenance(seed=seed))
     return done, history
 
 # %% ../nbs/18_recipes.ipynb #2c112f16

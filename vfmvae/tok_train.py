@@ -23,7 +23,7 @@ from .adversarial import feature_matching, gan_loss_d, gan_loss_g
 from .core import UserError, nearest
 from .losses import Warp, adaptive_weight, align_loss, draw_warp, latent_transform, multiscale, pixel, ssim_loss, target_transform
 from .train import EMA, NotFinite, everywhere, world
-from .vae import Codebook, Encoded, VFMVAE, VFMVAEConfig
+from .vae import Codebook, Encoded, VFMVAEConfig
 
 # %% ../nbs/11_tok_train.ipynb #35b026ce
 RECONSTRUCTION = ('l1', 'l2', 'ssim', 'perceptual', 'multiscale')   # what the adaptive weight balances the VF loss against
@@ -47,6 +47,8 @@ class Stage:
     equivariance: tuple[float, ...] = ()                                # scales of `draw_warp`, the last 1; (): no equivariance regularisation
     warmup: tuple[str, ...] = ()                                        # 'gan' waits until l1 has settled, 'patchgan' until gan has
     lr_critics: float | None = None                                     # of the discriminators; None: lr
+    cos_margin: float = 0.                                              # of the VF loss: positions this close cost nothing (VA-VAE: .5)
+    dist_margin: float = 0.                                             # likewise differences of distances (VA-VAE: .25)
     def __post_init__(self):
         def need(ok: bool, text: str) -> None:
             if not ok: raise UserError(f'stage {self.name!r}{text}')
@@ -78,22 +80,20 @@ STAGES = (
     Stage('gan', dict(gan=1., patchgan=1., feature_matching=10.), ('synthesis>32',), 5e-5, images=3_000_000))
 
 # %% ../nbs/11_tok_train.ipynb #2f873667
-def paint(model: VFMVAE,
+def paint(model: Any,                     # a tokenizer that can be trained: `VFMVAE`, or one of `vfmvae.baselines`
           x: Tensor,                      # images (b,3,H,W) in [-1,1]
           warp: Warp = _STILL,             # see `draw_warp`
           look: Mapping[int, Tensor] | None = None # frozen features of the (shrunk) images, by layer
          ) -> tuple[Encoded, Tensor, list[Tensor], Tensor]:
     "(encoding, the sampled latent before the warp, images of every scale, the target of the largest) (spec section 9)."
-    c, target = model.config, target_transform(x, warp.scale, warp.k, getattr(model.vfm, 'interpolation', 'bilinear'))
-    seen = model.vfm.shrink(x, warp.scale) if warp.prior and warp.scale < 1 else x
-    look = model.look(seen) if look is None else look
-    h, w = (side//c.stride*c.shuffle for side in seen.shape[2:])
-    code = model.project_parts([look[k] for k in c.layers], (h, w))
+    target = target_transform(x, warp.scale, warp.k, model.interpolation)
+    seen = model.shrink(x, warp.scale) if warp.prior and warp.scale < 1 else x
+    code = model.encode_parts(seen, model.look(seen) if look is None else look)
     z = code.posterior.sample()
     return code, z, model.decode_scales(z if warp.prior else latent_transform(z, warp.scale, warp.k)), target
 
 # %% ../nbs/11_tok_train.ipynb #eedb254e
-def tokenizer_losses(model: VFMVAE,       # in train mode
+def tokenizer_losses(model: Any,          # a tokenizer in train mode
                      x: Tensor,           # images (b,3,H,W) in [-1,1]
                      stage: Stage,
                      perceptual: Callable | None = None, # (x', x) -> scalar
@@ -110,12 +110,12 @@ def tokenizer_losses(model: VFMVAE,       # in train mode
         raise UserError(f"stage {stage.name!r} weighs a perceptual loss, but none was given; pass perceptual=... or drop it from the stage's weights")
     if not w: raise UserError(f'stage {stage.name!r} has no loss left after {seen} images; weigh one that lasts')
     code, z, images, target = paint(model, x, warp, look)
-    fake, mode = images[0], getattr(model.vfm, 'interpolation', 'bilinear')
+    fake, mode = images[0], model.interpolation
     terms: dict[str, Callable] = dict(
         l1=lambda: pixel(fake, target), l2=lambda: pixel(fake, target, p=2), ssim=lambda: ssim_loss(fake, target),
         perceptual=lambda: perceptual and perceptual(fake, target), multiscale=lambda: torch.stack(multiscale(images[1:], target, mode)).sum(),
         kl=lambda: code.raw.kl().mean(), vq=lambda: code.codes.vq, entropy=lambda: code.codes.entropy,
-        vf=lambda: align_loss(model.align_features(z), model.align_target(code)))
+        vf=lambda: align_loss(model.align_features(z), model.align_target(code), stage.dist_margin, stage.cos_margin))
     out = {k: terms[k]() for k in w if k in terms}
     out |= _judged(critics or {}, fake, target, w)
     def weighed(keys: Collection[str]) -> Tensor: return torch.stack([fake.new_zeros(()), *(w[k]*v for k, v in out.items() if k in keys)]).sum()
@@ -154,38 +154,41 @@ TINY = VFMVAEConfig(vfm='tiny', patch=8, scale=1., layers=(0, 2, -1), in_dims=(1
                     blocks=4, channel_base=4096, channel_max=128, res_blocks=0, fusion=(128, 64, 32, 16), attention=(1,), w_dim=64)
 
 # %% ../nbs/11_tok_train.ipynb #80996fd7
-def _above(model: VFMVAE, rule: str) -> list[str]:
+def _above(model: Any, rule: str) -> list[str]:
     "Prefixes of the decoder blocks with a side above that of 'synthesis>32', and of their fusion branches."
     above = int(rule.removeprefix('synthesis>')) if rule.removeprefix('synthesis>').isdigit() else 0
-    high = [i for i, side in enumerate(model.config.sides) if side > above > 0]
-    if not high: raise UserError(f'{model.name} has no decoder blocks {rule!r}; write synthesis>N, its sides are {model.config.sides}')
+    sides = getattr(model.config, 'sides', ())
+    high = [i for i, side in enumerate(sides) if side > above > 0]
+    if not high: raise UserError(f'{model.name} has no decoder blocks {rule!r}; write synthesis>N, its sides are {sides or "unknown"}')
     return [f'synthesis.blocks.{i}' for i in high] + [f'synthesis.z_convs.{i}' for i in high if str(i) in model.synthesis.z_convs]
 
-def select(model: VFMVAE, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
-    "The trainable parameters under any of the prefixes ('synthesis>32': the blocks above 32 px). UserError if a prefix matches nothing."
-    own, spelled = model.trainable(), [q for p in prefixes for q in (_above(model, p) if '>' in p else [p])]
+def select(model: Any, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
+    "The trainable parameters under any of the prefixes ('synthesis>32': the blocks above 32 px; none: all). UserError if a prefix matches nothing."
+    own = model.trainable()
+    spelled = [q for p in prefixes for q in (_above(model, p) if '>' in p else [p])] or [k for k in own]
     for p in spelled:
         if not any(k == p or k.startswith(p+'.') for k in own): raise UserError(f"no parameter of {model.name} is named {p!r};{nearest(p, own)}")
     return {k: v for k, v in own.items() if any(k == p or k.startswith(p+'.') for p in spelled)}
 
 # %% ../nbs/11_tok_train.ipynb #32dd4475
-def fitting_scales(c: VFMVAEConfig, scales: Sequence[float]) -> tuple[float, ...]:
-    "The scales nearest to `scales` at which the latent of a nominal image fits the decoder; 1 stays 1."
-    side, fold = c.img_size//c.stride, max(1, round(c.branch(0)))
+def fitting_scales(c: Any, scales: Sequence[float]) -> tuple[float, ...]:
+    "The scales nearest to `scales` at which the latent of a nominal image fits the decoder; 1 stays 1. c: a tokenizer's configuration."
+    side, fold = c.img_size//c.stride, c.fold
     return tuple(1. if s == 1 else min(side, max(fold, round(side*s/fold)*fold))/side for s in scales)
 
-def check_stage(model: VFMVAE, stage: Stage) -> tuple[float, ...]:
+def check_stage(model: Any, stage: Stage) -> tuple[float, ...]:
     "`fitting_scales` of a stage. UserError if the stage asks for what the model has not."
     on, scales, mode = {*stage.active()}, fitting_scales(model.config, stage.equivariance), model.config.mode
     def need(ok: bool, text: str) -> None:
         if not ok: raise UserError(f'stage {stage.name!r} {text}')
-    need(mode != 'kl' or not {'vq', 'entropy'} & on, f"weighs {' and '.join(sorted({'vq', 'entropy'} & on))}, which needs mode='discrete'")
+    need(mode == 'discrete' or not {'vq', 'entropy'} & on, f"weighs {' and '.join(sorted({'vq', 'entropy'} & on))}, which needs mode='discrete'")
+    need(mode != 'features' or 'kl' not in on, f'weighs kl, but the latent of {model.name} is fixed; leave it out')
     need('vf' not in on or model.config.align, 'weighs vf; build the model with align=True')
     small = int(min(scales, default=1.)*model.config.img_size)
     need('ssim' not in on or small >= 11, f'weighs ssim, which needs 11 px, and shrinks pictures to {small}; leave the small scales out of its equivariance')
     moved = select(model, stage.train)
     need('vf' not in on or not stage.adaptive or any(p is model.last_weight for p in moved.values()),
-         'balances vf at a weight that it does not train; train ldm_adapter or set adaptive=False')
+         'balances vf at a weight that it does not train; train it too, or set adaptive=False')
     return scales
 
 # %% ../nbs/11_tok_train.ipynb #e8c13b53
@@ -225,8 +228,9 @@ def _set_rng(state: tuple) -> None:
 PRECISIONS = ('fp32', 'bf16', 'fp16')   # bf16: autocast of everything but the losses; fp16: the last three decoder blocks, as published (spec section 8)
 
 class TokenizerTask:
-    "Trains a `VFMVAE` by one `Stage`: Adam, betas (0, .99) as published, an image half-life EMA, discriminators with an optimizer of their own. For `fit`."
-    def __init__(self, model: VFMVAE, stage: Stage,
+    "Trains a tokenizer by one `Stage`: Adam, betas (0, .99) as published, an image half-life EMA, discriminators with an optimizer of their own. For `fit`."
+    def __init__(self, model: Any,                        # a `VFMVAE`, or one of `vfmvae.baselines`
+                 stage: Stage,
                  perceptual: Callable | None = None,      # (x', x) -> scalar, frozen
                  half_life: float = 160_000,              # of the EMA, in images
                  betas: tuple[float, float] = (0., .99),
@@ -243,7 +247,7 @@ class TokenizerTask:
         self.critics = {k: (critics or {})[k].train() for k, on in wanted.items() if on}
         self.precision, self.start, self.betas, self.half_life = precision, start, betas, half_life
         self.scales = check_stage(model, stage)
-        model.synthesis.half_blocks = 3 if precision == 'fp16' else 0
+        self._half(model, 3 if precision == 'fp16' else 0)
         moved = select(model, stage.train)
         for k, p in model.trainable().items(): p.requires_grad_(k in moved)
         self.params, self.critic_params = list(moved.values()), [p for c in self.critics.values() for p in c.parameters() if p.requires_grad]
@@ -253,12 +257,15 @@ class TokenizerTask:
             lr = stage.lr_critics or stage.lr
             self.optimizers['critics'] = adam([dict(params=self.critic_params, lr=lr, lr_scale=lr/stage.lr)])
         self.ema, self.looks = EMA(model, half_life), {}
-        self.ema.net.synthesis.half_blocks = 0                          # evaluation is in full precision
+        self._half(self.ema.net, 0)                                     # evaluation is in full precision
         self.magnify, self.good = (2.**16 if precision == 'fp16' else 1.), 0
         self.codebooks = [m for m in model.modules() if isinstance(m, Codebook)]
         rules = {'gan': partial(Settled, .1, .01), 'patchgan': partial(Settled, .1, .05)}
         self.waits = {k: rules[k]() for k in stage.warmup}
     looks: dict[tuple[int, float], dict[int, Tensor]]     # frozen features within a step, by micro-batch and scale
+    def _half(self, model: Any, blocks: int) -> None:
+        if hasattr(model, 'synthesis'): model.synthesis.half_blocks = blocks
+        elif blocks: raise UserError(f'float16 is for the last decoder blocks of a VFM-VAE; train {model.name} with bf16')
 
     def config(self) -> dict:
         "Architecture, stage and optimisers, as JSON; without the stage's length, so that a run can be made longer."
@@ -287,7 +294,7 @@ class TokenizerTask:
         warp = draw_warp(self.scales) if self.scales else _STILL
         key = i, warp.scale if warp.prior else 1.
         if key not in self.looks:
-            self.looks[key] = self.model.look(x if key[1] == 1 else self.model.vfm.shrink(x, key[1]))
+            self.looks[key] = self.model.look(x if key[1] == 1 else self.model.shrink(x, key[1]))
         return dict(warp=warp, look=self.looks[key])
     def _critic_terms(self, i: int, x: Tensor) -> dict[str, Tensor]:
         with torch.no_grad(): _, _, images, target = paint(self.model, x, **self._paint(i, x))

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['VFMVAEConfig', 'Codes', 'Codebook', 'Quantizer', 'Adapter', 'Mapping', 'fusion_branch', 'Block', 'Synthesis',
-           'Encoded', 'VFMVAE', 'complain', 'save_vfmvae', 'open_vfmvae']
+           'Encoded', 'VFMVAE', 'complain']
 
 # %% ../nbs/07_vae.ipynb #96e2a8ee
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from math import lcm
+from typing import Any, ClassVar
 
 # %% ../nbs/07_vae.ipynb #4f71b94b
 import torch
@@ -21,16 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/07_vae.ipynb #6c7b9145
-from .core import Gaussian, UserError, at_least_float32, build_config, data_dir, load_weights, save_weights, to_grid, to_tokens
+from .core import Gaussian, UserError, at_least_float32, to_grid, to_tokens
 from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, EqualLinear, GridAttention, ToRGB, Upsample, dwsep,
                            norm_groups, pointwise, unit_moment)
-from .tokenizer import LatentStats, tokenizers
-from .vfm import VFM, CarriesVFM
+from .tokenizer import LatentStats, families, register_bundled
+from .vfm import CarriesVFM
 
 # %% ../nbs/07_vae.ipynb #1feef848
 @dataclass(frozen=True)
 class VFMVAEConfig:
     "Shape of a `VFMVAE`; defaults: the published f16d32 at 256 px. Validated at construction (UserError). JSON by `asdict` and `build_config`."
+    family: ClassVar[str] = 'vfmvae'
     vfm: str = 'siglip2-l'                    # name of the VFM: `VFM(config.vfm)`
     patch: int = 16                           # the VFM's patch, pixels
     scale: float = 2.0                        # the image is resized by this before the VFM sees it
@@ -76,6 +75,20 @@ class VFMVAEConfig:
     def widths(self) -> tuple[int, ...]:
         "Channels of each block (spec section 6)."
         return tuple(int(min(self.channel_base//(r/(self.img_size/256)), self.channel_max)) for r in self.sides)
+    @property
+    def fold(self) -> int:
+        "The decoder takes latents whose sides are multiples of this."
+        return max(1, round(self.branch(0)))
+    @property
+    def unit(self) -> int:
+        "`img_size` must be a multiple of this, pixels."
+        return lcm(self.stride*self.fold, 1 << self.blocks)
+    def for_vfm(self, vfm: Any) -> 'VFMVAEConfig':
+        "The same decoder and latent on another VFM: its patch, width, name and layers (first, middle, last), at the scale that keeps the token grid."
+        n = len(self.layers)
+        own = max(self.layers) <= vfm.depth and self.vfm == vfm.name
+        at = self.layers if own else (0, *(round(vfm.depth*i/(n-1)) for i in range(1, n-1)), -1)
+        return replace(self, vfm=vfm.name, patch=vfm.patch, in_dims=(vfm.dim,)*n, layers=at, scale=vfm.patch*self.shuffle/self.stride)
     @property
     def name(self) -> str:
         "family-vfm-f<stride>d<channels>, such as vfmvae-siglip2l-f16d32."
@@ -303,19 +316,6 @@ class VFMVAE(CarriesVFM):
         if bad: raise UserError(f'{vfm.name} has {vfm.dim} channels, the tokenizer was made for {bad[0]}; set config.in_dims')
         vfm.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> 'VFMVAE':
-        "Training mode for everything but the VFM."
-        super().train(mode)
-        if self.vfm is not None: self.vfm.eval()
-        return self
-
-    def __deepcopy__(self, memo: dict) -> 'VFMVAE':
-        # an average of the weights must not carry a second VFM, which is frozen and often larger than all the rest
-        memo |= {id(self.vfm): self.vfm}
-        memo[id(self)] = twin = type(self).__new__(type(self))
-        twin.__dict__.update(deepcopy(self.__dict__, memo))
-        return twin
-
     def check_own_state(self, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         "UserError that lists missing, extra and misshaped tensors."
         complain(own, tensors)
@@ -337,9 +337,11 @@ class VFMVAE(CarriesVFM):
             x = F.interpolate(x, size=size, mode=self.vfm.interpolation, align_corners=False, antialias=c.scale < 1)
         return self.vfm.features(x, list(c.layers))
 
-    def encode_parts(self, x: Tensor) -> Encoded:
-        "Everything one encoding yields; x (b,3,H,W) in [-1,1]."
-        return self._parts(self.look(x), x.shape[2]//self.stride*self.config.shuffle)
+    def encode_parts(self, x: Tensor,                        # (b,3,H,W) in [-1,1]
+                     look: dict[int, Tensor] | None = None # its frozen features, if `look` was asked before
+                    ) -> Encoded:
+        "Everything one encoding yields."
+        return self._parts(dict(self.look(x) if look is None else look), x.shape[2]//self.stride*self.config.shuffle)
 
     def encode(self, x: Tensor) -> Gaussian:
         "Images (b,3,H,W) in [-1,1] to the posterior over (b,c,H/stride,W/stride), unit scale. A smaller image: a smaller latent."
@@ -374,9 +376,8 @@ class VFMVAE(CarriesVFM):
                       psi: float = 1.0      # truncation of the style, 1: none
                      ) -> list[Tensor]:
         "Latents to images of every scale, largest first: (b,3,h*stride,w*stride), then halves (none unless progressive). Unclamped. UserError on a bad shape."
-        fold = max(1, round(self.config.branch(0)))
         if z.ndim != 4 or z.shape[1] != self.channels: raise UserError(f'latents must be (b,{self.channels},h,w), got {tuple(z.shape)}')
-        _check_sides('latent', z.shape[2], z.shape[3], fold)
+        _check_sides('latent', z.shape[2], z.shape[3], self.config.fold)
         deep = self.ldm_adapter.up(self.stats.unscale(z))
         return self.synthesis(deep, self.mapping(deep, psi))[::-1]
 
@@ -406,29 +407,7 @@ def complain(want: dict[str, Tensor],        # what the model has
     if said: raise UserError(f"{what} do not fit {whose}; {'; '.join(said)}; check the configuration")
 
 # %% ../nbs/07_vae.ipynb #693284c5
-def save_vfmvae(path: str | Path,  # `*.safetensors`
-                model: VFMVAE,
-                **meta             # measured numbers, recipe, licence, provenance
-               ) -> Path:
-    "Writes `own_state` and JSON with the configuration, atomically."
-    return save_weights(path, model.own_state(), dict(family='vfmvae', name=model.name, config=asdict(model.config), **meta))
-
-def open_vfmvae(path: str | Path,   # written by `save_vfmvae`
-                vfm: Any = None,    # a VFM; None: `VFM(config.vfm)`, which may need a network; False: no VFM, decode only
-                name: str | None = None # its name; None: from the file
-               ) -> VFMVAE:
-    "Builds a saved tokenizer, in eval mode. UserError if the file is damaged, is not a VFM-VAE, or does not fit its own configuration."
-    tensors, meta = load_weights(path)
-    if meta.get('family') != 'vfmvae' or 'config' not in meta:
-        raise UserError(f'{path} has no VFM-VAE configuration beside it ({Path(path).with_suffix(".json").name}); published checkpoints open with load_vfmvae')
-    model = VFMVAE(build_config(VFMVAEConfig, meta['config']), None)
-    model.load_own_state(tensors)
-    model.name, model.meta = name or meta.get('name') or model.name, meta
-    if vfm is not False: model.attach(VFM(model.config.vfm) if vfm is None else vfm)
-    return model.eval()
+if 'vfmvae' not in families: families.register('vfmvae', lambda: (VFMVAEConfig, VFMVAE))
 
 # %% ../nbs/07_vae.ipynb #ad4954aa
-def _bundled(name: str) -> VFMVAE: return open_vfmvae(data_dir()/'weights'/f'{name}.safetensors', name=name)
-
-# in one process with this notebook, the exported module may have been here before
-if 'vfmvae-tiny-f8d16' not in tokenizers: tokenizers.register('vfmvae-tiny-f8d16', partial(_bundled, 'vfmvae-tiny-f8d16'))
+register_bundled('vfmvae-tiny-f8d16')

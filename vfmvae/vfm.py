@@ -314,7 +314,26 @@ class VFM(nn.Module):
 
 # %% ../nbs/05_vfm.ipynb #53a7e566
 class CarriesVFM(nn.Module):
-    "A module whose submodule `vfm`, if any, is frozen and never saved with it."
+    "A module whose submodule `vfm`, if any, is frozen, never saved with it, and shared by its copies."
+    vfm: Any
+    def train(self, mode: bool = True) -> Any:
+        "Training mode for everything but the VFM."
+        super().train(mode)
+        if getattr(self, 'vfm', None) is not None: self.vfm.eval()
+        return self
+    def __deepcopy__(self, memo: dict) -> Any:
+        memo |= {id(v): v for v in [getattr(self, 'vfm', None)]}
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+    @property
+    def interpolation(self) -> str:
+        "How images are resized around it: the VFM's way, 'bilinear' without one."
+        return getattr(getattr(self, 'vfm', None), 'interpolation', 'bilinear')
+    def shrink(self, x: Tensor, scale: float) -> Tensor:
+        "Images (b,3,H,W) smaller by `scale`, as `VFM.shrink`; without a VFM bilinear, antialiased."
+        if getattr(self, 'vfm', None) is not None: return self.vfm.shrink(x, scale)
+        return F.interpolate(x, [int(s*scale+1e-6) for s in x.shape[2:]], mode='bilinear', align_corners=False, antialias=True)
     def trainable(self) -> dict[str, nn.Parameter]:
         "Named parameters outside the VFM."
         return {k: p for k, p in self.named_parameters() if not k.startswith('vfm.')}

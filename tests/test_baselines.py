@@ -1,0 +1,220 @@
+"""The tokenizers to compare with: SD-VAE's layout against diffusers, one protocol for every family, training through the same task."""
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file
+from vfmvae.baselines import RAE, ConvVAE, ConvVAEConfig, RAEConfig, sincos
+from vfmvae.core import UserError, build_config, load_weights, save_weights
+from vfmvae.data import World, loader
+from vfmvae.published import load_convvae
+from vfmvae.recipes import PRESETS, Preset, build_training, estimate, evaluate_tokenizer, open_tokenizer, train_tokenizer
+from vfmvae.tok_train import Stage, TokenizerTask, check_stage, tokenizer_losses
+from vfmvae.tokenizer import LatentFeatures, Tokenizer, families, fit_stats, load_tokenizer, reconstruct, save_tokenizer, tokenizers
+from vfmvae.train import fit
+from vfmvae.vfm import VFM
+
+GOLDEN = Path(__file__).parent/'golden'
+CONV = ConvVAEConfig(channels=16, width=8, mults=(1, 2, 2), blocks=1, decoder_blocks=1, img_size=32)
+ALIGNED = replace(CONV, mults=(1, 2, 2, 4), img_size=64, vfm='tiny', patch=8, dim=128)
+FROZEN = RAEConfig('tiny', 8, 128, stride=8, img_size=64, width=32, depth=1, heads=2)
+
+
+def build(config, vfm=None):
+    torch.manual_seed(0)
+    return families[config.family][1](config, vfm or (VFM('tiny') if config.vfm else None))
+
+
+# published weights -----------------------------------------------------------------------------------------------------------------------------
+
+def diffusers():
+    g = load_file(GOLDEN/'sdvae_tiny.safetensors')
+    return g, {k.removeprefix('weights.'): v.float() for k, v in g.items() if k.startswith('weights.')}
+
+
+def test_the_layout_gives_the_numbers_of_diffusers():
+    g, sd = diffusers()
+    vae = load_convvae(sd)
+    assert vae.config == ConvVAEConfig(width=16, mults=(1, 1), blocks=1, decoder_blocks=2) and not vae.stats.fitted
+    with torch.no_grad(): post = vae.encode(g['x'])
+    torch.testing.assert_close(post.mean, g['mean'], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(post.std, g['std'], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(vae.decode(g['mean']), g['y'], atol=2e-5, rtol=1e-4)
+
+
+def test_old_names_of_diffusers_and_those_of_latent_diffusion_are_the_same_model(tmp_path):
+    g, sd = diffusers()
+    one = load_convvae(sd)
+    old = {k.replace('to_q', 'query').replace('to_k', 'key').replace('to_v', 'value').replace('to_out.0', 'proj_attn'): v for k, v in sd.items()}
+    ours = {f'first_stage_model.{k}': v for k, v in one.own_state().items() if not k.startswith('stats.')}
+    whole = dict(state_dict=ours | {'model.diffusion_model.x.weight': torch.zeros(1), 'betas': torch.zeros(3), 'first_stage_model.loss.logvar': torch.zeros(1)})
+    torch.save(whole, tmp_path/'sd.ckpt')
+    save_weights(tmp_path/'vae.safetensors', old, {})
+    for other in (load_convvae(old), load_convvae(tmp_path/'sd.ckpt'), load_convvae(tmp_path/'vae.safetensors', scale_factor=.18215)):
+        torch.testing.assert_close(reconstruct(other, g['x']), reconstruct(one, g['x']), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other.encode(g['x']).mode(), one.encode(g['x']).mode()*.18215)
+
+
+def test_every_tensor_of_sd_vae_has_its_place():
+    shapes = {k: tuple(map(int, s.split(','))) for k, s in (line.split('\t') for line in (GOLDEN/'sdvae_names.tsv').read_text().splitlines())}
+    vae = load_convvae({k: torch.zeros(()).expand(s) for k, s in shapes.items()})
+    assert vae.config == ConvVAEConfig() and len(vae.own_state()) == len(shapes) + 2
+
+
+def test_vavae_is_read_with_its_alignment_map_and_without_its_foundation_model():
+    vae = build(replace(ALIGNED, attention=(3,)))
+    sd = {k: v for k, v in vae.own_state().items() if not k.startswith('stats.')}
+    sd |= {'foundation_model.cls_token': torch.zeros(1), 'loss.logvar': torch.zeros(1)}
+    again = load_convvae(sd, vfm=VFM('tiny'))
+    assert again.config == replace(vae.config, img_size=256)
+    assert load_convvae(sd).config.vfm == 'unknown' and torch.equal(again.linear_proj.weight, vae.linear_proj.weight)
+
+
+def test_a_file_that_does_not_fit_is_one_line_that_lists_it():
+    _, sd = diffusers()
+    bad = {k: v for k, v in sd.items() if k != 'decoder.conv_out.bias'} | {'surplus.weight': torch.zeros(1), 'quant_conv.weight': torch.zeros(8, 8, 3, 3)}
+    with pytest.raises(UserError) as e: load_convvae(bad)
+    assert '\n' not in (said := str(e.value))
+    assert all(s in said for s in ('1 missing: decoder.conv_out.bias', '1 extra: surplus.weight', 'quant_conv.weight (8, 8, 3, 3)'))
+    with pytest.raises(UserError, match='lacks encoder.conv_in.weight'): load_convvae({k: v for k, v in sd.items() if 'encoder.conv_in' not in k})
+
+
+# one protocol for all --------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['vfmvae-tiny-f8d16', 'conv-f8d16', 'conv-tiny-f8d16', 'rae-tiny-f8d128'])
+def test_every_bundled_tokenizer_keeps_the_protocol(name):
+    tok, world = tokenizers[name], World(16, seed=8)
+    assert name in tokenizers and isinstance(tok, Tokenizer) and tok.name == name and not tok.training and tok.stats.fitted
+    x = world.batch(range(8))['image']
+    with torch.no_grad():
+        post = tok.encode(x)
+        z = post.mode()
+        assert z.shape == (8, tok.channels, 8, 8) and tok.decode(z).shape == x.shape
+        assert tok.encode(x[:, :, :32, :16]).mode().shape == (8, tok.channels, 4, 2)
+        torch.testing.assert_close(tok.encode(x[3:4]).mode(), z[3:4], atol=1e-4, rtol=1e-4)             # no image sees its batch
+    many = LatentFeatures(tok).features(World(512, seed=9).batch(range(512))['image'])['latent']
+    assert (many.mean((0, 1)).abs() < .25).all() and ((many.std((0, 1))-1).abs() < .25).all()             # unit scale by itself
+    assert evaluate_tokenizer(tok, world, 16)['psnr'] > 18
+    assert {'recipe', 'made', 'measured', 'licence', 'source'} <= {*tok.meta}
+
+
+@pytest.mark.parametrize('config', [CONV, ALIGNED, FROZEN], ids=lambda c: c.name)
+def test_files_come_back_as_they_were(config, tmp_path):
+    tok, x = build(config), World(size=config.img_size).batch(range(4))['image']
+    fit_stats(tok.eval(), x)
+    f = save_tokenizer(tmp_path/'a.safetensors', tok, seed=3)
+    again = open_tokenizer(f)
+    assert type(again) is type(tok) and again.meta['seed'] == 3 and torch.equal(reconstruct(again, x), reconstruct(tok, x)) and again.stats.fitted
+    assert not any(k.startswith('vfm.') for k in load_weights(f)[0]) and build_config(type(config), json.loads(json.dumps(asdict(config)))) == config
+    assert load_tokenizer(f, vfm=False).decode(tok.encode(x).mode()).shape == x.shape
+    side = json.loads(f.with_suffix('.json').read_text())
+    f.with_suffix('.json').write_text(json.dumps(side | dict(family='gan')))
+    with pytest.raises(UserError, match="no tokenizer family named 'gan'"): open_tokenizer(f)
+
+
+def test_positions_fit_any_grid():
+    assert sincos(3, 5, 32).shape == (15, 32) and torch.equal(sincos(3, 5, 32)[0], sincos(7, 2, 32)[0])
+
+
+# training --------------------------------------------------------------------------------------------------------------------------------------
+
+PIXELS = dict(l1=1., l2=2.)
+STAGES = {'conv': Stage('s', dict(PIXELS, kl=1e-6), (), 1e-3, 64),
+          'aligned': Stage('s', dict(PIXELS, kl=1e-6, vf=1.), (), 1e-3, 64, cos_margin=.5, dist_margin=.25),
+          'rae': Stage('s', PIXELS, (), 1e-3, 64)}
+CONFIGS = dict(conv=CONV, aligned=ALIGNED, rae=FROZEN)
+
+
+@pytest.mark.parametrize('kind', list(CONFIGS))
+def test_a_few_steps_lower_the_loss_and_leave_the_vfm_alone(kind):
+    tok = build(CONFIGS[kind])
+    before = {k: v.clone() for k, v in tok.state_dict().items()}
+    task = TokenizerTask(tok, STAGES[kind], half_life=50)
+    rows = fit(task, loader(World(64, size=tok.config.img_size), 8), 8*30, lr=lambda step: 2e-3, log_every=10, show=lambda h: None)
+    assert rows[-1]['l1'] < rows[0]['l1']
+    moved = {k for k, v in tok.state_dict().items() if not torch.equal(v, before[k])}
+    assert {k for k, _ in tok.named_parameters() if not k.startswith('vfm.')} == moved
+    assert ('vf' in rows[0]) == (kind == 'aligned') and ('kl' in rows[0]) == (kind != 'rae')
+
+
+def test_the_margins_of_the_alignment_count():
+    tok, x = build(ALIGNED).train(), World().batch(range(4))['image']
+    look = lambda **kw: tokenizer_losses(tok, x, Stage('s', dict(l1=1., vf=1.), (), **kw))['vf'].item()
+    torch.manual_seed(1); free = look()
+    torch.manual_seed(1); held = look(cos_margin=.5, dist_margin=.25)
+    assert held < free and free-held <= .75 + 1e-6
+
+
+def test_the_adaptive_weight_balances_at_the_encoders_last_convolution():
+    tok, x = build(ALIGNED).train(), World().batch(range(4))['image']
+    out = tokenizer_losses(tok, x, Stage('s', dict(l1=1., vf=1.), ()))
+    size = lambda loss: torch.autograd.grad(loss, tok.encoder.conv_out.weight, retain_graph=True)[0].norm()
+    pull, alone = size(out['l1']), size(out['vf'])
+    torch.testing.assert_close(out['vf_scale'], pull/(alone+1e-4))
+    torch.testing.assert_close(out['loss'], out['l1'] + out['vf_scale']*out['vf'])
+
+
+def test_an_aligned_encoder_comes_closer_to_its_vfm_than_a_plain_one():
+    near = {}
+    for weight in (0., 2.):
+        tok = build(ALIGNED)
+        task = TokenizerTask(tok, Stage('s', dict(l1=1., vf=weight), (), 2e-3, 64, adaptive=False), half_life=50)
+        fit(task, loader(World(256), 16), 16*40, lr=lambda step: 2e-3, show=lambda h: None)
+        x = World(seed=8).batch(range(16))['image']
+        parts = tok.encode_parts(x, tok.look(x))
+        near[weight] = torch.nn.functional.cosine_similarity(tok.align_features(parts.posterior.mean), tok.align_target(parts)).mean().item()
+    assert near[2.] > near[0.] + .3
+
+
+def test_training_noise_of_an_rae_is_bounded_by_tau_and_off_in_eval():
+    tok, x = build(FROZEN), World().batch(range(8))['image']
+    assert tok.eval().encode(x).logvar is None
+    std = tok.train().encode(x).std
+    assert std.max() <= FROZEN.tau and len(std[:, 0, 0, 0].unique()) == 8 and build(replace(FROZEN, tau=0.)).train().encode(x).logvar is None
+
+
+def test_what_a_stage_and_a_family_cannot_do_together_is_said():
+    for config, stage, says in ((FROZEN, Stage('s', dict(l1=1., kl=1.), ()), 'latent of rae-tiny-f8d128 is fixed'),
+                                (FROZEN, Stage('s', dict(l1=1., vf=1.), ()), 'align=True'),
+                                (CONV, Stage('s', dict(l1=1., vf=1.), ()), 'align=True'),
+                                (CONV, Stage('s', dict(l1=1.), ('synthesis>32',)), 'no decoder blocks'),
+                                (CONV, Stage('s', dict(l1=1.), ('ldm_adapter',)), 'no parameter of conv-f4d16')):
+        with pytest.raises(UserError, match=says): check_stage(build(config), stage)
+    with pytest.raises(UserError, match='bf16'): TokenizerTask(build(CONV), STAGES['conv'], precision='fp16')
+    with pytest.raises(UserError, match='no VFM to fall back on'): build_training(PRESETS['conv-f8d4'], PRESETS['conv-f8d4'].stages, size=64, critic='tiny')
+    with pytest.raises(UserError, match='looks at no VFM'): build_training(PRESETS['conv-f8d16'], PRESETS['conv-f8d16'].stages, 'tiny')
+
+
+@pytest.mark.parametrize('name', ['conv-f8d16', 'conv-tiny-f8d16', 'rae-tiny-f8d128'])
+def test_the_recipe_runs_stops_and_resumes_to_the_bit(name, tmp_path):
+    kw = dict(data=World(64), batch=4, log_every=1, show=lambda h: None, save_every=2)
+    a, _ = train_tokenizer(name, images=24, run=tmp_path/'a', out=tmp_path/'a.safetensors', **kw)
+    with pytest.raises(KeyboardInterrupt): train_tokenizer(name, images=24, run=tmp_path/'b', **kw | dict(show=stop_after(4)))
+    b, _ = train_tokenizer(name, images=24, run=tmp_path/'b', **kw)
+    assert all(torch.equal(v, b.own_state()[k]) for k, v in a.own_state().items()) and a.name == name and a.stats.fitted
+    assert open_tokenizer(tmp_path/'a.safetensors').meta['recipe']['images'] == 24
+
+
+def stop_after(step):
+    def show(history):
+        if history[-1]['step'] >= step: raise KeyboardInterrupt
+    return show
+
+
+@pytest.mark.parametrize('name', [k for k, p in PRESETS.items() if p.config.family != 'vfmvae' and p.images > 1_000_000])
+def test_published_shapes_have_their_published_sizes(name):
+    config = PRESETS[name].config
+    with torch.device('meta'): tok = families[config.family][1](config, None)
+    latent = dict(zip(('conv-f8d4', 'conv-dinov2l-f16d32', 'rae-dinov2b-f16d768'), ((4, 8), (32, 16), (768, 16)), strict=True))[name]
+    assert (tok.name, (tok.channels, tok.stride)) == (name, latent) and config.img_size == 256
+
+
+def test_what_a_baseline_will_cost_is_said(capsys):
+    rows = estimate('rae-tiny-f8d128', images=32, batch=2, steps=1)
+    assert len(rows) == 1 and rows[0]['hours'] > 0 and 'together' in capsys.readouterr().out
+
+
+def test_a_preset_of_a_family_takes_another_vfm_and_size():
+    model, _, _ = build_training(Preset(FROZEN, (STAGES['rae'],), 8), (STAGES['rae'],), VFM('vit_tiny_patch16_224', pretrained=False, depth=1), 96)
+    assert model.name == 'rae-vit_tiny_patch16_224-f8d192' and model.config.scale == 2 and model.encode(torch.zeros(1, 3, 96, 96)).mode().shape == (1, 192, 12, 12)
+    assert isinstance(model, RAE) and isinstance(build(ALIGNED), ConvVAE)

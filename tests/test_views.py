@@ -1,0 +1,128 @@
+"""Views, SE-CKNNA and robustness: the published draws, the same pixels for everybody, names that must agree, numbers that follow from the parts."""
+import json
+import numpy as np
+import pytest, torch
+from vfmvae.align import alignment_under, cknna, prepare, se_cknna, stability
+from vfmvae.core import UserError
+from vfmvae.data import World, folder, published_noise, to_pil, to_uint8, transform
+from vfmvae.features import Bank
+from vfmvae.robustness import AXES, layer_figure, layer_scores, robustness, robustness_figure
+from vfmvae.tokenizer import LatentFeatures, tokenizers
+from vfmvae.vfm import VFM
+from vfmvae.views import NOISE, extract_views, label, see, views
+
+
+@pytest.fixture(scope='module')
+def tiny(): return VFM('tiny'), tokenizers['vfmvae-tiny-f8d16']
+
+
+def test_the_sets_are_those_of_the_paper(shared):
+    assert [label(v) for v in views('published')] == ['mixed', 'noise 0.05', 'noise 0.1', 'noise 0.15', 'noise 0.2']
+    turns, scales = {f'rotation {s}' for s in (90, 180, 270)}, {f'scale {s}' for s in (.25, .5, .75)}
+    assert {label(v) for v in views('axes')} == {f'noise {s:g}' for s in NOISE} | turns | scales
+    expected = json.loads((shared/'golden/alignment/expected.json').read_text())
+    key = next(k for k in expected if k.startswith('se_transform_records'))
+    records = expected[key]
+    records = list(records.values()) if isinstance(records, dict) else records
+    x = World(12).batch(range(12))['image']
+    sizes = {r: images.shape[-1] for rows, images in see(x, ('mixed', 1.), range(12)) for r, images in zip(rows, images[:, None], strict=True)}
+    assert [sizes[i] for i in range(12)] == [int(64*float(r['scale'])) for r in records]
+
+
+def test_noise_is_the_published_one_to_the_bit():
+    x = World(5, seed=3).batch(range(5))['image']
+    seen = see(x, ('noise', .15), [7, 8, 9, 100, 3])[0][1]
+    for i, j in enumerate([7, 8, 9, 100, 3]):
+        by_hand = published_noise(to_uint8(x[i]).permute(1, 2, 0).numpy(), .15, j)
+        assert np.array_equal(to_uint8(seen[i]).permute(1, 2, 0).numpy(), by_hand)
+
+
+@pytest.mark.parametrize('view', [('mixed', 1.), ('noise', .1), ('crop', .3), ('occlusion', .2), ('colour', .4), ('translation', .2)], ids=label)
+def test_what_an_image_draws_depends_on_its_place_alone(view, tiny):
+    vfm, world = tiny[0], World(20)
+    whole, parts = (extract_views({'v': (vfm, [-1])}, world, [view], batch_size=b, quiet=True)[label(view), 'v', -1].features for b in (20, 7))
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
+
+
+def test_places_follow_the_names_of_a_set_not_its_order(tmp_path, tiny):
+    for i, name in enumerate(['b', 'a', 'd', 'c']): to_pil(World()[i]['image']).save(tmp_path/f'{name}.png')
+    ds = folder(tmp_path, size=64)
+    assert ds.keys == ['a.png', 'b.png', 'c.png', 'd.png']
+    turned = list(range(len(ds)))[::-1]
+    class Backwards:
+        keys = [ds.keys[i] for i in turned]
+        def __len__(self): return len(ds)
+        def batch(self, at): return ds.batch([turned[i] for i in at])
+    one, two = (extract_views({'v': (tiny[0], [-1])}, d, ['mixed', ('noise', .2)], quiet=True) for d in (ds, Backwards()))
+    for at in one: torch.testing.assert_close(two[at].select(one[at].names).features, one[at].features, atol=1e-5, rtol=1e-5)
+
+
+def test_banks_of_views_are_saved_and_compared_by_name(tmp_path, tiny):
+    seen = extract_views({'v': (tiny[0], [-1])}, World(12), ['mixed'], quiet=True)
+    a = Bank.load(seen['mixed', 'v', -1].save(tmp_path/'a.safetensors'))
+    assert a.meta == dict(source='v', layer=-1, pooling='mean', transform='mixed') and torch.equal(a.features, seen['mixed', 'v', -1].features)
+    a.check(seen['clean', 'v', -1])
+    with pytest.raises(UserError, match='different images'): a.check(extract_views({'v': (tiny[0], [-1])}, World(12, seed=1), quiet=True)['clean', 'v', -1])
+
+
+def test_se_cknna_is_the_mean_of_its_parts(tiny):
+    vfm, tok = tiny
+    world = World(80, seed=8)
+    t = se_cknna(tok, vfm, world, 'axes', k=5, times=20, quiet=True)
+    assert len(t) == 11 and t[0]['transform'] == 'clean' and t.mean == pytest.approx(sum(r['value'] for r in t[1:])/10, abs=1e-12)
+    assert t.change == pytest.approx(t.mean/t.clean - 1) and t.mean_low <= t.mean <= t.mean_high and (t.n, t.k, t.pooling) == (80, 5, 'mean')
+    turned = torch.stack([transform(s['image'][None], 'rotation', 90)[0] for s in (world[i] for i in range(80))])
+    with torch.no_grad(): a, b = LatentFeatures(tok).features(turned)['latent'].mean(1), vfm.features(turned, [-1])[-1].mean(1)
+    assert t.where(transform='rotation 90')[0]['value'] == pytest.approx(cknna(prepare(a), prepare(b), 5), abs=1e-7)
+    plain = vfm.features(world.batch(range(80))['image'], [-1])[-1].mean(1)
+    clean = se_cknna(tok, vfm, world, [('rotation', 90)], 'clean', k=5, times=20, quiet=True)
+    assert clean[1]['value'] == pytest.approx(cknna(prepare(a), prepare(plain), 5), abs=1e-7) and clean.reference_state == 'clean'
+
+
+def test_intervals_of_views_are_paired(tiny):
+    vfm, tok = tiny
+    t = alignment_under([(tok, vfm), ((vfm, 2), vfm)], World(100, seed=8), [('noise', .05), ('noise', .1)], times=40, quiet=True)
+    s = stability(t)
+    assert [(r['source'], r['reference']) for r in s] == [('vfmvae-tiny-f8d16', 'tiny'), ('tiny [2]', 'tiny')]
+    alone = t.draws['tiny [2]', 'tiny', 'noise 0.05']
+    assert len(alone) == 41 and alone[0].item() == pytest.approx(t.where(source='tiny [2]', transform='noise 0.05')[0]['value'])
+    for r in s: assert r['change_high']-r['change_low'] < (r['mean_high']-r['mean_low'])/r['clean'] + (r['clean_high']-r['clean_low'])/r['clean']
+
+
+def test_unrelated_sources_are_undecided(tiny):
+    class Random:
+        name, layers = 'random', (0,)
+        def features(self, x, layers=None):
+            g = torch.Generator().manual_seed(int(x.abs().sum()*1000) % 2**31)
+            return {0: torch.randn(len(x), 4, 8, generator=g)}
+    t = se_cknna(Random(), tiny[0], World(120, seed=8), [('noise', .1)], times=40, quiet=True)
+    assert not t.decided and t[0]['p'] > .02
+    with pytest.raises(UserError, match='clean images alone'): robustness_figure(t.where(axis='clean'))
+
+
+def test_every_axis_has_a_curve(tiny):
+    vfm, _ = tiny
+    t = robustness([((vfm, 0), vfm)], World(24, seed=8), AXES, k=3, times=20, quiet=True)
+    fig = robustness_figure(t)
+    assert {r['axis'] for r in t} == {'clean', *AXES} and len([a for a in fig.axes if a.lines]) == len(AXES)
+    assert all('low' in r for r in fig.data if r['series'] != 'chance')
+
+
+def test_layers_of_any_source(tiny):
+    vfm, tok = tiny
+    t = layer_scores([vfm, tok], [vfm, (vfm, 0)], World(60, seed=8), k=5, times=20, quiet=True)
+    assert len(t) == (len(vfm.layers)+1)*2 and t.where(source='tiny', layer=0, reference='tiny [0]')[0]['value'] > .9
+    assert len(layer_figure(t, {'between two VFMs': .5}).axes) == 2
+    with pytest.raises(UserError, match='nothing to compare'): layer_scores([vfm], [], World(60))
+
+
+def test_bad_input_is_said_before_any_work(tiny):
+    vfm, tok = tiny
+    twin = VFM('tiny', pretrained=False)
+    cases = [(lambda: se_cknna(tok, vfm, World(9), 'publised'), 'nearest: published'), (lambda: se_cknna(tok, vfm, World(9), k=9, quiet=True), 'k = 9'),
+             (lambda: se_cknna(tok, vfm, World(20), reference_state='x'), 'same'), (lambda: alignment_under([(vfm, twin)], World(9)), 'two different sources'),
+             (lambda: se_cknna(3, vfm, World(9)), 'neither features nor encode'),
+             (lambda: se_cknna((tok, 'block'), vfm, World(20), quiet=True), "no layer 'block'"),
+             (lambda: se_cknna(tok, vfm, [], quiet=True), 'no images'), (lambda: views([('scale', 0)]), 'strengths from')]
+    for call, says in cases:
+        with pytest.raises(UserError, match=says): call()
