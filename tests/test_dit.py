@@ -175,13 +175,13 @@ def says(match): return pytest.raises(UserError, match=rf'^[^\n]*{match}[^\n]*$'
 def test_bad_input(net):
     z, t, y, *cls = batch(net)
     n, p = net.config.num_classes, net.config.patch_size
-    for bad in (z[:, :3], z[0], z[:, :, 0], z.long(), z[:0], z[..., :0]):
+    for bad in (z[:, :3], z[0], z[:, :, 0], z.long(), z[:0], z[..., :0], z[0, 0, 0, 0], None):
         with says('a latent for this net is'): net(bad, t, y, *cls)
     if p > 1:
         with says('patches of 2 do not divide a latent of 7 x 8'): net(z[:, :, :7], t, y, *cls)
-    for bad in (t[:2], t[:, None], t[0], y):
+    for bad in (t[:2], t[:, None], t[0], y, .5, None):
         with says('one noise level per latent'): net(z, bad, y, *cls)
-    for bad in (y[:2], y.int(), y.float(), y[:, None]):
+    for bad in (y[:2], y.int(), y.float(), y[:, None], 3, None):
         with says('one label per latent'): net(z, t, bad, *cls)
     for bad in (-1, n+1, 1000):
         with says(f'this net knows 0 to {n-1}, and {n} for no class'): net(z, t, torch.tensor([0, bad, 1]), *cls)

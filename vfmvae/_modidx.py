@@ -333,6 +333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'vfmvae.dit._check': ('dit.html#_check', 'vfmvae/dit.py'),
                             'vfmvae.dit._places': ('dit.html#_places', 'vfmvae/dit.py'),
                             'vfmvae.dit._rules': ('dit.html#_rules', 'vfmvae/dit.py'),
+                            'vfmvae.dit._what': ('dit.html#_what', 'vfmvae/dit.py'),
                             'vfmvae.dit.image_seed': ('dit.html#image_seed', 'vfmvae/dit.py'),
                             'vfmvae.dit.open_net': ('dit.html#open_net', 'vfmvae/dit.py'),
                             'vfmvae.dit.save_net': ('dit.html#save_net', 'vfmvae/dit.py')},

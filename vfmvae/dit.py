@@ -210,23 +210,28 @@ class DiT(nn.Module):
         v = unpatchify(tokens, z.shape[2]//c.patch_size, z.shape[3]//c.patch_size, c.patch_size)[:, :c.in_channels]
         return sign*v.to(z.dtype), None if v_cls is None else sign*v_cls.to(z.dtype)
 
+def _what(x: Any) -> str:
+    return f'{tuple(x.shape)} {x.dtype}' if isinstance(x, Tensor) else f'the {type(x).__name__} {x!r}'
+
 def _check(net: DiT, z: Tensor, t: Tensor, y: Tensor, cls: Tensor | None, drop: Tensor | None, layers: Sequence[int | str]) -> None:
     "UserError on input that does not fit the net."
-    c, p, b = net.config, net.config.patch_size, len(z)
-    if z.ndim != 4 or z.shape[1] != c.in_channels or not z.is_floating_point() or 0 in z.shape:
-        raise UserError(f'a latent for this net is (b,{c.in_channels},h,w) of floats, not {tuple(z.shape)} {z.dtype}; does the tokenizer belong to it?')
+    c, p = net.config, net.config.patch_size
+    if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != c.in_channels or not z.is_floating_point() or 0 in z.shape:
+        raise UserError(f'a latent for this net is (b,{c.in_channels},h,w) of floats, not {_what(z)}; does the tokenizer belong to it?')
+    b = len(z)
     if z.shape[2] % p or z.shape[3] % p:
         raise UserError(f'patches of {p} do not divide a latent of {z.shape[2]} x {z.shape[3]}; choose sides that are multiples of {p}')
-    if t.shape != (b,) or not t.is_floating_point(): raise UserError(f't is one noise level per latent, ({b},) floats, not {tuple(t.shape)} {t.dtype}')
-    if y.shape != (b,) or y.dtype != torch.int64: raise UserError(f'y is one label per latent, ({b},) int64, not {tuple(y.shape)} {y.dtype}')
+    if not isinstance(t, Tensor) or t.shape != (b,) or not t.is_floating_point():
+        raise UserError(f't is one noise level per latent, ({b},) floats, not {_what(t)}')
+    if not isinstance(y, Tensor) or y.shape != (b,) or y.dtype != torch.int64: raise UserError(f'y is one label per latent, ({b},) int64, not {_what(y)}')
     if not torch.compiler.is_compiling() and y.device.type != 'meta' and ((y < 0) | (y > c.num_classes)).any():
         raise UserError(f'labels reach from {int(y.min())} to {int(y.max())}; this net knows 0 to {c.num_classes-1}, and {c.num_classes} for no class')
     if cls is None and c.cls_dim: raise UserError(f'this net has a class token; give cls=({b},{c.cls_dim}), at the same noise level')
     if cls is not None and not c.cls_dim: raise UserError('this net has no class token; leave cls away')
-    if cls is not None and cls.shape != (b, c.cls_dim): raise UserError(f'cls is ({b},{c.cls_dim}) here, not {tuple(cls.shape)}')
+    if cls is not None and cls.shape != (b, c.cls_dim): raise UserError(f'cls is ({b},{c.cls_dim}) here, not {_what(cls)}')
     if drop is not None and (not net.training or drop.shape != (b,) or drop.dtype != torch.bool):
         raise UserError(f'drop is ({b},) bool and for training only; call .train(), or leave it away' if not net.training else
-                        f'drop is ({b},) bool, not {tuple(drop.shape)} {drop.dtype}')
+                        f'drop is ({b},) bool, not {_what(drop)}')
     if bad := [k for k in layers if k not in net.layers]: raise UserError(f"no layer {bad[0]!r} in this net; it has {', '.join(map(str, net.layers))}")
 
 # %% ../nbs/15_dit.ipynb #849f84f6
