@@ -341,7 +341,8 @@ def test_states_come_one_by_one():
     (dict(method='eular'), 'nearest: euler'), (dict(steps=0), 'at least 1'), (dict(path='vq'), 'nearest: vp'),
     (dict(grid=torch.tensor([1., .5, .5])), 'without repeats'), (dict(grid=torch.tensor([0., 1.])), 'without repeats'),
     (dict(grid=torch.tensor([1.])), 'without repeats'), (dict(grid=torch.tensor([999., 0.])), 'between 0'),
-    (dict(method='sde'), 'ImageNoise'), (dict(method='sde', draw=lambda: 0, last='mode'), "no last step 'mode'"), (dict(shift=0.), 'positive'),
+    (dict(method='sde'), 'ImageNoise'), (dict(method='sde', draw=lambda: 0, last='mode'), "no last step 'mode'"),
+    (dict(method='sde', draw=lambda: torch.zeros(3)), 'drawn noise'), (dict(shift=0.), 'positive'),
     (dict(method='sde', draw=lambda: torch.zeros(4, 3), form='sigm'), 'nearest: sigma'), (dict(velocity=lambda z, t: z[:2]), 'velocity and state')])
 def test_bad_input_of_samplers(kw, message):
     with pytest.raises(UserError, match=message): sample(**dict(velocity=gaussian, noise=normal(4, 3), steps=3) | kw)

@@ -367,7 +367,7 @@ def trajectory(velocity: Field,                 # f(z, t), see `field` and the g
     sde = _pick(method, METHODS, 'sampler') in SDES
     fresh = noise if isinstance(noise, ImageNoise) and draw is None else draw
     if sde and fresh is None: raise UserError(f'{method!r} draws noise at every step; pass noise=ImageNoise(seed, index, shape), or draw=')
-    if sde: _pick(str(last), ('mean', 'euler', 'tweedie', 'None'), 'last step')
+    if sde and last is not None: _pick(last, ('mean', 'euler', 'tweedie'), 'last step')
     if grid is None:
         low, high = t_interval(path, sampling=True)
         if sde and form == 'sbdm' and path != 'vp': high = 1-1e-3   # its w is infinite where no data is left
@@ -388,7 +388,8 @@ def trajectory(velocity: Field,                 # f(z, t), see `field` and the g
     for i, (t, s) in enumerate(zip(ts, ts[1:], strict=False)):
         if not sde: z = ODES[method](f, z, t, s)
         elif fresh is not None and (i < len(ts)-2 or last is None):
-            kick = math.sqrt(2*diffusion(t, form, norm, path).item()*(t-s))*fresh().to(z)
+            _alike(drawn := fresh().to(z), z, 'drawn noise and state')
+            kick = math.sqrt(2*diffusion(t, form, norm, path).item()*(t-s))*drawn
             z = _heun(drift, z+kick, t, s) if method == 'sde_heun' else _euler(drift, z, t, s)+kick
         elif last == 'tweedie': z = convert(f(z, t), z, t, 'velocity', 'data', path)
         else: z = _euler(drift if last == 'mean' else f, z, t, s)
