@@ -41,8 +41,9 @@ ARGS ?=
 train: $(CORE)   ## train a VFM-VAE, on your images with IMAGES=folder
 	$(BIN)/vfmvae train-tokenizer $(if $(IMAGES),--data "$(IMAGES)") --out outputs/tokenizer.safetensors $(ARGS)
 
-bench: $(CORE)   ## speed of the decoder and of a training step, as ratios
+bench: $(CORE)   ## speed of the decoder, of a training step and of CKNNA, as ratios
 	$(BIN)/python -m vfmvae.bench $(ARGS)
+	$(BIN)/python -m vfmvae.bench --cknna $(ARGS)
 
 # one after the other even under make -j, so that pytest has the last word
 test: $(DEV)     ## everything a change must pass

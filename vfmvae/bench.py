@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'plain_modulated', 'plain_decode_scales', 'plain_decode', 'take_turns', 'flops', 'matmul_speed',
-           'peak_memory', 'bench', 'bench_table', 'main']
+           'peak_memory', 'bench', 'plain_cknna', 'bench_cknna', 'bench_table', 'main']
 
 # %% ../nbs/18b_bench.ipynb #73880a9b
 import argparse, json, subprocess, sys, time
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/18b_bench.ipynb #39f087ef
-from .core import UserError, data_dir
+from .align import cknna
+from .core import UserError, data_dir, write_json
 from .layers import ConvNeXt, GridAttention, ToRGB, Upsample, dense
 from .train import provenance
 from .tokenizer import load_tokenizer
@@ -217,6 +218,62 @@ def bench(configs: Iterable[str] = ('tiny', 'full'), # of 'tiny', 'full'
         Path(out).write_text(json.dumps(result, indent=1)+'\n', encoding='utf-8')
     return result
 
+# %% ../nbs/18b_bench.ipynb #3052b67f
+def plain_cknna(a: Tensor, b: Tensor, # (n,d), (n,e) prepared
+                k: int = 10
+               ) -> float:
+    "`align.cknna` in the published dense form: whole kernels, masks, unbiased HSIC in float32 on n x n matrices."
+    n = len(a)
+    def hsic(K: Tensor, L: Tensor) -> Tensor:
+        K, L = K.clone().fill_diagonal_(0), L.clone().fill_diagonal_(0)
+        return ((K*L.T).sum() + K.sum()*L.sum()/((n-1)*(n-2)) - 2*(K@L).sum()/(n-2))/(n*(n-3))
+    def mask(K: Tensor) -> Tensor: return torch.zeros_like(K).scatter_(1, K.clone().fill_diagonal_(-torch.inf).topk(k).indices, 1.)
+    K, L = a@a.T, b@b.T
+    both = mask(K)*mask(L)
+    kl, kk, ll = hsic(both*K, both*L), hsic(mask(K)*K, mask(K)*K), hsic(mask(L)*L, mask(L)*L)
+    return (kl/((kk*ll).sqrt()+1e-6)).item()
+
+def _sets(n: int, d: int) -> tuple[Tensor, Tensor]:
+    "Two prepared views of n images, made in place: the generator's own peak must not hide what is measured."
+    g = torch.Generator().manual_seed(0)
+    f = torch.randn(n, 20, generator=g)
+    return tuple(F.normalize((f@torch.randn(20, d, generator=g)).tanh_().add_(torch.randn(n, d, generator=g), alpha=.3), dim=1) for _ in range(2))  # type: ignore[return-value]
+
+def _cknna_peak(n: int, d: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    cknna(*_sets(1200, d))                # what libraries load once
+    a, b = _sets(n, d)
+    _lower_water('cpu')
+    before = _high_water('cpu')
+    cknna(a, b)
+    print(json.dumps((_high_water('cpu')-before)*1e6/2**20))
+
+def bench_cknna(n: int = 10000, d: int = 1024, # images, width of both sets
+                dense_n: int = 2000,           # rows for the dense form
+                rounds: int = 2, memory: bool = True) -> dict:
+    "CPU seconds of `cknna` over those of two symmetric products (`ratio`, `ratio_best`), share of the floor, MiB over the inputs, dense form over ours."
+    a, b = _sets(n, d)
+    block = max(1, min(n, 2**22//d))
+    def best() -> None:                   # 1024 columns of each full product; half of it is one triangle
+        for x in (a, b):
+            for s in range(0, n, block): dense(x[s:s+block], x[:1024])
+    with torch.inference_mode():
+        runs: dict[str, Callable] = {'blas': lambda: [x@x.T for x in (a.numpy(), b.numpy())], 'best': best, 'ours': lambda: cknna(a, b)}
+        t = take_turns(runs, rounds)
+    cpu = {k: v['cpu'] for k, v in t.items()} | dict(best=t['best']['cpu']*n/min(n, 1024)/2)
+    out = dict(n=n, d=d, k=10, cpu_seconds=cpu, ratio=cpu['ours']/cpu['blas'], ratio_best=cpu['ours']/cpu['best'],
+               gflop_per_s={k: 2*n*n*d/v/1e9 for k, v in cpu.items()}, floor=cpu['best']/cpu['ours'], wall_seconds=t['ours']['wall'])
+    if dense_n:
+        x, y = (v[:dense_n] for v in (a, b))
+        t = take_turns({'ours': lambda: cknna(x, y), 'plain': lambda: plain_cknna(x, y)}, rounds)
+        out |= dict(dense_n=dense_n, dense_ratio=t['plain']['cpu']/t['ours']['cpu'], difference=abs(cknna(x, y)-plain_cknna(x, y)))
+    if memory:
+        args = (n, d, torch.get_num_threads())
+        run = subprocess.run([sys.executable, '-c', f'from vfmvae.bench import _cknna_peak; _cknna_peak(*{args!r})'], capture_output=True, text=True)
+        if run.returncode: raise UserError(f'the memory of cknna could not be measured: {run.stderr.strip().splitlines()[-1]}')
+        out['extra_mib'] = json.loads(run.stdout.splitlines()[-1])
+    return out
+
 # %% ../nbs/18b_bench.ipynb #c821dfa7
 def bench_table(result: dict # of `bench`
                ) -> str:
@@ -231,14 +288,20 @@ def bench_table(result: dict # of `bench`
     return '\n'.join([head, *(line(k, r) for k, r in result['rows'].items())])
 
 def main(argv: Sequence[str] | None = None) -> None:
-    "`python -m vfmvae.bench [--configs tiny full] [--full] [--threads N] [--rounds N] [--out FILE]`: measures, prints a table, writes JSON."
+    "`python -m vfmvae.bench [--configs tiny full] [--full] [--threads N] [--rounds N] [--cknna [FILE]] [--out FILE]`: measures, prints, writes JSON."
     p = argparse.ArgumentParser(prog='vfmvae.bench', description='Speed of the decoder against a plain form of the same mathematics.')
     p.add_argument('--configs', nargs='+', default=['tiny', 'full'], help='of: tiny full')
     p.add_argument('--full', action='store_true', help='also a training step of the full model (minutes, 5 GB)')
     p.add_argument('--threads', type=int, help='of torch; default: as it is set')
     p.add_argument('--rounds', type=int, help='default: 9 for tiny, 3 for full')
+    p.add_argument('--cknna', metavar='FILE', nargs='?', const='outputs/bench_cknna.json', help='measure CKNNA instead; with --full also 50,000 images')
     p.add_argument('--out', default='outputs/bench.json', help='JSON file; default: outputs/bench.json')
     a = p.parse_args(argv)
+    if a.threads: torch.set_num_threads(a.threads)
+    if a.cknna:
+        rows = [bench_cknna(rounds=a.rounds or 2), *([bench_cknna(50000, 256, 0, rounds=1)] if a.full else [])]
+        print(write_json(Path(a.cknna), dict(rows=rows, provenance=provenance())).read_text(encoding='utf-8'))
+        return
     try: print(bench_table(bench(a.configs, a.full, a.rounds, a.threads, out=a.out)))
     except UserError as e: p.error(str(e))
 

@@ -257,7 +257,7 @@ def _sorted(g: Graph) -> Graph:
 
 def _shared(a: Graph, b: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Edges that a, `_sorted`, and b have in common: rows, columns, values in a, values in b, (e,) each."
-    at = torch.searchsorted(a.idx, b.idx).clamp_(max=a.k-1)
+    at = torch.searchsorted(a.idx, b.idx.contiguous()).clamp_(max=a.k-1)
     i, q = (a.idx.gather(1, at) == b.idx).nonzero(as_tuple=True)
     return i, b.idx[i, q], a.val[i, at[i, q]], b.val[i, q]
 
