@@ -10,6 +10,7 @@ from vfmvae.core import Gaussian, UserError, build_config
 from vfmvae.dit import FAMILIES, DiT, DiTConfig, NetFeatures, image_seed, open_net, save_net
 from vfmvae.dit_layers import Block, modulations, rope_table, rotate, sincos_table
 from vfmvae.features import FeatureSource, banks
+from vfmvae.flow import classifier_free, field, internal_guidance, join, sample
 from vfmvae.published import load_net
 from vfmvae.tokenizer import LatentStats
 
@@ -167,6 +168,22 @@ def test_start():
 def test_modulations_of_one_layer_and_of_none(): # widths may differ, and a single layer is no special case
     blocks = [Block(16, 2, 32), Block(16, 2, 32, shift=False)]
     for merge in (False, True): assert [m.shape for m in modulations(blocks, torch.randn(3, 16), merge)] == [(3, 1, 96), (3, 1, 64)]
+
+@torch.no_grad()
+def test_samplers_drive_it(net):
+    "A float64 state, guided, with and without a class token; and internal guidance from one pass."
+    z, _, y, *cls = batch(net)
+    state, shape = (join(z, *cls), z.shape[1:]) if cls else (z, None)
+    plain = sample(field(net, y, shape), state.double(), 4)
+    guided = sample(classifier_free(net, y, net.config.num_classes, 2., shape=shape), state.double(), 4)
+    assert guided.shape == state.shape and guided.isfinite().all() and (guided-plain)[y != net.config.num_classes].abs().max() > 1e-4
+    early = DiT(DiTConfig(**{**asdict(net.config), 'base_depth': 2})).eval()
+    early.load_state_dict(net.state_dict(), strict=False)
+    def both(z, t):
+        p = early(z, torch.full((len(z),), t), y, *cls, layers=[])
+        return p.v, p.base
+    whole, base = both(z, .5)
+    torch.testing.assert_close(internal_guidance(both, 1.5)(z, .5), base + 1.5*(whole-base))
 
 # bad input -------------------------------------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from vfmvae.dit import FAMILIES, SIZES, DiT, DiTConfig
 from vfmvae.dit_layers import rope_table, sincos_table
+from vfmvae.flow import FLOW_WEIGHTS, flow_loss
 from vfmvae.published import load_net
 
 SHARED = Path(os.environ.get('VFMVAE_SHARED') or Path(__file__).resolve().parents[2]/'shared')
@@ -122,6 +123,18 @@ def test_losses_and_gradients(trained):
     for k, p in trained.net.named_parameters():
         ref = trained.g[f'grad.{k}']
         assert (p.grad-ref).abs().max() <= max(1e-6, 2e-4*float(ref.abs().max())), k
+
+def test_the_library_computes_the_same_total(trained):
+    g, family = trained.g, trained.family
+    kept = []
+    def net(z, t, y, *cls):
+        kept.append(trained.net(z, t, y, *cls, layers=[]))
+        return (kept[-1].v, kept[-1].v_cls) if cls else kept[-1].v
+    t, noise = (1-g['in.t'], g['loss.x0']) if family == 'lightningdit' else (g['loss.t'], g['loss.noise'])
+    targets = [g[k] for k in sorted(g) if k.startswith('in.z')]
+    heads = {} if family == 'lightningdit' else dict(targets=targets, projections=lambda: kept[-1].projections)
+    cls = dict(cls=g['in.cls'], cls_noise=g['loss.noise_cls']) if family == 'reg' else {}
+    with torch.no_grad(): close(flow_loss(net, g['in.x'], g['in.y'], FLOW_WEIGHTS[family], t, noise, **heads, **cls)['loss'], g['loss.total'])
 
 # the lists of full-size files ------------------------------------------------------------------------------------------------------------------
 
