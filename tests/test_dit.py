@@ -185,6 +185,22 @@ def test_samplers_drive_it(net):
     whole, base = both(z, .5)
     torch.testing.assert_close(internal_guidance(both, 1.5)(z, .5), base + 1.5*(whole-base))
 
+def test_one_graph(net):
+    "Nothing breaks the graph that torch.compile makes, in training neither, and tables asked for before are not made again in it."
+    x = batch(net)
+    net.places(*(s//net.config.patch_size for s in x[0].shape[2:]), x[0].device, torch.float32)
+    graphs = []
+    def count(module, inputs):
+        graphs.append([n.target for n in module.graph.nodes])
+        return module.forward
+    torch._dynamo.reset()
+    fast = torch.compile(net, backend=count, fullgraph=True)
+    with torch.no_grad(): torch.testing.assert_close(flat(fast(*x)), flat(net(*x)))
+    assert len(graphs) == 1 and torch.meshgrid not in graphs[0]
+    p = torch.compile(net.train(), backend=count, fullgraph=True)(*x, layers=[1])
+    (p.v.square().mean() + p.tokens[1].square().mean()).backward()
+    assert net.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+
 # bad input -------------------------------------------------------------------------------------------------------------------------------------
 
 def says(match): return pytest.raises(UserError, match=rf'^[^\n]*{match}[^\n]*$')
