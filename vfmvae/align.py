@@ -157,7 +157,7 @@ def cknna_score(a: Any, b: Any,      # as `cknna`
                ) -> Alignment:
     """`cknna` with interval, chance level, p-value and calibrated value.
     Interval: percentiles of a bootstrap over images with fixed neighbour lists; an image's weight counts in full as a row, by half as a neighbour.
-    In simulations (n = 200 to 400, k = 5 and 10) this covered 94 to 99 %, weights on rows alone 79 to 89 %, full weights 99 to 100 %."""
+    The half was chosen by simulation: rows alone give intervals that are too short, full weights too long ones (the notebook; LOG.md)."""
     ga, gb = _graphs(a, b, k, loops=not unbiased)
     _scored(ga, gb)
     weights = _resamples(ga.n, _times(times), seed)

@@ -135,10 +135,10 @@ _TINY = (
     Stage('ssim', dict(_PIXELS, perceptual=.2, ssim=.2, gan=.2), _DECODER, 1e-3, images=24_000),
     Stage('gan', dict(gan=.2, patchgan=.2, feature_matching=10.), ('synthesis>32',), 2e-4, images=8_000))
 _CONV = ConvVAEConfig(channels=16, width=8, mults=(1, 2, 6, 14), blocks=1, decoder_blocks=1, img_size=64, patch=8, dim=128)
-def _small(**latent: float) -> tuple[Stage, ...]: return (Stage('first', dict(l1=1., l2=2., **latent), (), 2e-3, images=48_000),)
-_SMALL = (   # one budget: 48,000 images each, the tiny VFM-VAE's first stage as well when they are compared
-    (_CONV, _small(kl=1e-6)), (replace(_CONV, vfm='tiny'), _small(kl=1e-6, vf=1.)),
-    (RAEConfig('tiny', 8, 128, stride=8, img_size=64, width=136, depth=4, heads=4), _small()))
+def _small(lr: float, **latent: float) -> tuple[Stage, ...]: return (Stage('first', dict(l1=1., l2=2., **latent), (), lr, images=48_000),)
+_SMALL = (   # shape, stages, batch; one budget of images, a learning rate and batch for each (LOG.md)
+    (_CONV, _small(1e-3, kl=1e-6), 4), (replace(_CONV, vfm='tiny'), _small(1e-3, kl=1e-6, vf=1.), 4),
+    (RAEConfig('tiny', 8, 128, stride=8, img_size=64, width=136, depth=4, heads=4), _small(2e-3), 16))
 _PERCEIVED = dict(l1=1., perceptual=1., gan=.5)
 _SD = (Stage('first', dict(_PERCEIVED, kl=1e-6), (), 1e-4, images=108_000_000),)
 _VA = ConvVAEConfig(channels=32, mults=(1, 1, 2, 2, 4), attention=(4,))
@@ -149,7 +149,7 @@ _RAE = (Stage('first', dict(l1=1., perceptual=1., gan=.75), (), 2e-4, images=20_
 PRESETS = {
     'tiny': Preset(TINY, _TINY, 16, 4_000, (.9, .99), 1., True, 'tiny', 16),   # data/results/tiny_vfmvae.json
     'f16d32': Preset(VFMVAEConfig(), STAGES, 512),   # published: rFID .52, PSNR 22.99, SSIM .593, LPIPS .221 (ImageNet 256, 44M images); not run here
-    **{c.name: Preset(c, s, 16, 4_000, (.9, .99), 1., True) for c, s in _SMALL},                 # data/results/baselines.json
+    **{c.name: Preset(c, s, b, 4_000, (.9, .99), 1., True) for c, s, b in _SMALL},               # data/results/baselines.json
     'conv-f8d4': Preset(ConvVAEConfig(), _SD, 256),                                             # published rFID .62; losses and length are ours, not run
     'conv-dinov2l-f16d32': Preset(replace(_VA, vfm='dinov2-l', patch=14), _VA_STAGES, 256),      # published rFID .28, 160M images; not run here
     'rae-dinov2b-f16d768': Preset(RAEConfig(), _RAE, 256),                                      # published rFID .57 (ViT-XL decoder); not run here
