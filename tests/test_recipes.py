@@ -169,6 +169,8 @@ BAD = {
     'unknown critic': (('train-tokenizer', '--critic', 'dinov9'), 'dino'),
     'a batch that does not split into groups of eight': (('train-tokenizer', '--batch', '13', '--images', '200', '--stages', 'gan'), 'batch of 13'),
     'no shards': (('train-tokenizer', '--data', '{tmp}/none-*.tar'), 'none-'),
+    'unknown transform': (('align', '--images', 'world', '--n', '20', '--transforms', 'rotatoin'), 'nearest: rotation'),
+    'too few images for k': (('align', '--images', 'world', '--n', '8'), 'k = 10 neighbours among 8 rows'),
 }
 
 
@@ -182,9 +184,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys, monkey
     argv, says = BAD[case]
     argv = [a.format(tmp=tmp_path) for a in argv]
     if argv[0] in ('encode', 'train-tokenizer'): argv += ['--out', str(tmp_path/'out.safetensors')]
+    if argv[0] == 'align': argv += ['--out', str(tmp_path/'out.json')]
     if argv[0] == 'decode': argv += ['--out', str(tmp_path/'out')]
     assert says in one_line(capsys, *argv)
     assert not list(tmp_path.glob('out*')) and not list(tmp_path.rglob('*.tmp'))
+
+
+def test_alignment_from_the_command_line(tmp_path, capsys):
+    assert main(['align', '--images', 'world', '--n', '40', '--k', '5', '--times', '20', '--transforms', 'hflip', '--out', str(tmp_path/'a.json')]) == 0
+    said, kept = capsys.readouterr().out, json.loads((tmp_path/'a.json').read_text())
+    assert 'hflip 1' in said and 'reference same' in said and [r['transform'] for r in kept['rows']] == ['clean', 'hflip 1']
+    assert kept['mean'] == kept['rows'][1]['value'] and (kept['n'], kept['k'], kept['tokenizer'], kept['vfm']) == (40, 5, 'vfmvae-tiny-f8d16', 'tiny')
 
 
 def test_a_tokenizer_file_of_another_model_is_refused(tmp_path):

@@ -188,6 +188,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vfmvae.bench.plain_modulated': ('bench.html#plain_modulated', 'vfmvae/bench.py'),
                               'vfmvae.bench.take_turns': ('bench.html#take_turns', 'vfmvae/bench.py')},
             'vfmvae.cli': { 'vfmvae.cli._accelerator': ('cli.html#_accelerator', 'vfmvae/cli.py'),
+                            'vfmvae.cli._align': ('cli.html#_align', 'vfmvae/cli.py'),
                             'vfmvae.cli._bundle': ('cli.html#_bundle', 'vfmvae/cli.py'),
                             'vfmvae.cli._decode': ('cli.html#_decode', 'vfmvae/cli.py'),
                             'vfmvae.cli._demo': ('cli.html#_demo', 'vfmvae/cli.py'),

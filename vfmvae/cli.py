@@ -50,7 +50,7 @@ def checkup() -> dict[str, tuple[bool, str]]:
     "What the doctor looks at: name -> (well, finding or fix). The hub is the only check that uses a network."
     found: dict[str, tuple[bool, str]] = dict(python=(sys.version_info >= (3, 11), platform.python_version()))
     for name in ('torch', 'torchvision', 'timm', 'accelerate', 'torchmetrics', 'sklearn', 'matplotlib'): found[name] = _import(name)
-    for name in ('ipywidgets', 'webdataset', 'torch_fidelity'): found[f'{name} (optional)'] = _import(name)
+    for name in ('ipywidgets', 'webdataset', 'torch_fidelity', 'torchdiffeq'): found[f'{name} (optional)'] = _import(name)
     if found['torch'][0]: found['accelerator'] = _accelerator()
     if all(found[n][0] for n in ('torch', 'torchvision', 'timm')): found['bundled weights'] = _bundle()
     found['folder for runs'] = (os.access(home(), os.W_OK), str(home()))
@@ -122,6 +122,24 @@ def _evaluate(a) -> int:
     print(json.dumps(dict(tokenizer=tok.name, data=a.images, **evaluate_tokenizer(tok, data(a.images), a.n or 256), made=provenance()), indent=1))
     return 0
 
+def _align(a) -> int:
+    from vfmvae.align import se_cknna
+    from vfmvae.core import Table, write_json
+    from vfmvae.train import provenance
+    from vfmvae.vfm import VFM
+    from vfmvae.views import Fitted
+    tok, data = _open(a)
+    vfm = VFM(a.vfm, a.vfm_weights or True)
+    images = data(a.images)
+    if a.n and a.n < len(images): images = [images[i] for i in range(a.n)]
+    t = se_cknna(tok, Fitted(vfm, a.vfm_ratio), images, a.transforms, a.reference, a.k, times=a.times, seed=a.seed)
+    print(Table({c: r[c] for c in ('transform', 'value', 'low', 'high', 'q95', 'p')} for r in t))
+    change = f'{t.change:+.1%} [{t.change_low:+.1%}, {t.change_high:+.1%}]' if t.decided else 'undecided, the clean score is at the level of chance'
+    print(f'clean {t.clean:.4f}, mean over {t.views} views {t.mean:.4f}, change {change}; n {t.n}, k {t.k}, {t.pooling} pooling, reference {t.reference_state}')
+    facts = {k: v for k, v in t.facts.items() if k != 'draws'}
+    if a.out: print(f'written: {write_json(Path(a.out), dict(rows=list(t), **facts, tokenizer=tok.name, vfm=vfm.name, made=provenance())).resolve()}')
+    return 0
+
 # %% ../nbs/20_cli.ipynb #2b50d1c2
 def parser() -> argparse.ArgumentParser:
     "The command line: `vfmvae <command> --help` explains each."
@@ -142,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     command('demo', _demo, 'reconstruct pictures, train a decoder for a minute, leave a page',
             ('--images', str, None, "a folder of one's own pictures"), ('--out', str, 'outputs/demo', 'folder of the page'),
             ('--train-images', int, 2400, 'how many images the new decoder sees'), seed)
-    command('train-tokenizer', _train, 'train a VFM-VAE by preset',
+    command('train-tokenizer', _train, 'train a tokenizer by preset',
             ('--preset', str, 'tiny', 'see vfmvae.recipes.PRESETS'), ('--data', str, 'world', "a folder, shards (*.tar), or 'world'"),
             ('--held-out', str, None, 'data to measure on'), ('--vfm', str, None, 'tiny or any timm name, instead of the preset\'s'),
             ('--images', int, None, 'how many to see'), ('--batch', int, None, 'images a step'), ('--lr', float, None, 'learning rate'),
@@ -160,6 +178,13 @@ def parser() -> argparse.ArgumentParser:
     command('decode', _decode, 'a file of latents -> pictures', *which,
             ('--latents', str, ..., 'file of vfmvae encode'), ('--out', str, 'outputs/decode', 'folder'))
     command('evaluate', _evaluate, 'PSNR and SSIM on a data set, as JSON', *which, images, size, ('--n', int, 256, 'how many images'))
+    command('align', _align, 'CKNNA and SE-CKNNA of a tokenizer with a VFM, with chance and intervals', *which, images, size,
+            ('--vfm', str, 'tiny', 'the reference: tiny or any timm name'), ('--vfm-weights', str, None, "a file of the VFM's weights, where there is no hub"),
+            ('--vfm-ratio', float, 1., 'images are resized by this before the VFM (DINOv2 on 256 px: 0.875)'),
+            ('--transforms', str, 'published', 'published, axes, or one axis such as rotation'),
+            ('--reference', str, 'same', "the VFM sees the 'same' pixels or the 'clean' ones"),
+            ('--k', int, 10, 'neighbours'), ('--n', int, 3000, 'images, from the start of the set'), ('--times', int, 200, 'resamples and shuffles'), seed,
+            ('--out', str, None, 'JSON file of the table'))
     command('doctor', _doctor, 'versions, devices, weights, hub; prints what to mend')
     return top
 
