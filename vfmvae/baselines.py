@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .core import Gaussian, UserError, at_least_float32, to_grid, to_tokens
 from .dit_layers import sincos_table
 from .layers import norm_groups
-from .tokenizer import LatentStats, families
+from .tokenizer import LatentStats, families, register_bundled
 from .vae import Encoded
 from .vfm import CarriesVFM
 
@@ -165,6 +165,15 @@ class _Decoder(nn.Module):
         for level in reversed(self.up): x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
+# %% ../nbs/08_baselines.ipynb #fa9a4faa
+def _start(net: nn.Module) -> None:
+    "Variance-preserving convolutions, zero at the end of every residual branch."
+    for name, m in net.named_modules():
+        if not isinstance(m, nn.Conv2d): continue
+        nn.init.kaiming_normal_(m.weight, nonlinearity='linear')
+        if m.bias is not None: nn.init.zeros_(m.bias)
+        if name.endswith(('conv2', 'proj_out')): nn.init.zeros_(m.weight)
+
 # %% ../nbs/08_baselines.ipynb #ce20fb61
 def _images(x: Tensor, unit: int) -> Tensor:
     if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'images must be (b,3,H,W), got {tuple(x.shape)}')
@@ -193,6 +202,7 @@ class ConvVAE(CarriesVFM):
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2*c.channels, 2*c.channels, 1), nn.Conv2d(c.channels, c.channels, 1)
         self.stats = LatentStats(c.channels)
         self.meta: dict = {}
+        _start(self)
         if c.align:
             self.linear_proj = nn.Conv2d(c.channels, c.dim, 1, bias=False)
             nn.init.xavier_normal_(self.linear_proj.weight, gain=0.5)
@@ -339,3 +349,4 @@ class RAE(CarriesVFM):
 # %% ../nbs/08_baselines.ipynb #ac614a0b
 if 'conv' not in families: families.register('conv', lambda: (ConvVAEConfig, ConvVAE))
 if 'rae' not in families: families.register('rae', lambda: (RAEConfig, RAE))
+for _name in ('conv-f8d16', 'conv-tiny-f8d16', 'rae-tiny-f8d128'): register_bundled(_name)

@@ -135,7 +135,7 @@ _TINY = (
     Stage('ssim', dict(_PIXELS, perceptual=.2, ssim=.2, gan=.2), _DECODER, 1e-3, images=24_000),
     Stage('gan', dict(gan=.2, patchgan=.2, feature_matching=10.), ('synthesis>32',), 2e-4, images=8_000))
 _CONV = ConvVAEConfig(channels=16, width=8, mults=(1, 2, 6, 14), blocks=1, decoder_blocks=1, img_size=64, patch=8, dim=128)
-def _small(lr: float, **latent: float) -> tuple[Stage, ...]: return (Stage('first', dict(l1=1., l2=2., **latent), (), lr, images=32_000),)
+def _small(lr: float, **latent: float) -> tuple[Stage, ...]: return (Stage('first', dict(l1=1., l2=2., **latent), (), lr, images=24_000),)
 _SMALL = (   # shape, stages, batch; one budget of images, a learning rate and batch for each (LOG.md)
     (_CONV, _small(1e-3, kl=1e-6), 4), (replace(_CONV, vfm='tiny'), _small(1e-3, kl=1e-6, vf=1.), 4),
     (RAEConfig('tiny', 8, 128, stride=8, img_size=64, width=136, depth=4, heads=4), _small(2e-3), 16))
