@@ -1,6 +1,7 @@
 "CKNNA, CKA, mutual kNN against the published numbers; laws; probes against other implementations."
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -402,3 +403,32 @@ def test_ridge_probe_knows_the_answer():
 def test_bad_input_is_one_line(call, says):
     with pytest.raises(UserError) as e: call(*pair())
     assert says in str(e.value) and '\n' not in str(e.value)
+
+
+@golden
+def test_leave_one_out_accuracy_is_the_golden_one():
+    seen = 0
+    for case in PAIRS:
+        want, f = EXPECTED[case].get('extras_on_raw_float64', {}), load_file(GOLD/f'{case}.safetensors')
+        for key, value in want.items():
+            if not (m := re.match(r'knn_top1_(majority|softT0.07)_k(\d+)_([AB])$', key)): continue
+            score = knn_accuracy(f[m[3]], f['labels'], k=int(m[2]), temperature=.07 if m[1].startswith('soft') else None)
+            assert score.value == pytest.approx(value, abs=1e-12)
+            seen += 1
+    assert seen == 12
+
+
+def test_a_probe_of_any_source_is_its_parts():
+    from vfmvae.data import World
+    from vfmvae.features import extract
+    from vfmvae.probes import probe
+    from vfmvae.tokenizer import LatentFeatures, tokenizers
+    tok, train, test = LatentFeatures(tokenizers['vfmvae-tiny-f8d16']), World(120, seed=7), World(80, seed=8)
+    row = probe(tok, train, test, seeds=(0, 1), k=5, batch_size=32)[0]
+    a, b = (extract(tok, w, quiet=True)['latent'] for w in (train, test))
+    ya, yb = (w.batch(range(len(w)))['label'] for w in (train, test))
+    scores = [linear_probe(a, ya, b, yb, s) for s in (0, 1)]
+    assert row['linear'] == pytest.approx(sum(s.value for s in scores)/2) and row['knn'] == knn_accuracy(a, ya, b, yb, 5).value and row['layer'] == 'latent'
+    assert row['linear_low'] == min(s.low for s in scores) and row['linear_spread'] == pytest.approx(abs(scores[0].value-scores[1].value))
+    with pytest.raises(UserError, match='labelled images'): probe(tok, [], test)
+    with pytest.raises(UserError, match='at least one seed'): probe(tok, train, test, seeds=())

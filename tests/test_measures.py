@@ -45,7 +45,7 @@ REASONS = {
     r'clamp_[AB]': 'the threshold is inside `prepare`; what it leaves is compared by checksum in test_align',
     r'inexact_clamp_A': 'a clamp that the published evaluation has and does not use; not offered',
     r'svcca_official_20seeds_q10_prepared': 'mean and spread of a randomised method over 20 seeds, 0.76 for identical sets: no function of its input',
-    r'knn_top1_': 'accuracy of one set against labels, leave-one-out: a probe, not a measure of two sets',
+    r'knn_top1_': 'accuracy of one set against labels, leave-one-out: compared in test_align',
     r'official_torch_topk_': 'for information only: depends on the order that torch.topk gives to ties',
     r'n|dA|dB|kind|note|params|tie_sensitive_keys': 'says what the case is'}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cknna_parts', 'cknna', 'cknna_null', 'Alignment', 'cknna_score', 'cknna_pairs', 'cka', 'alignment_of',
            'alignment_under', 'stability', 'se_cknna', 'Graph', 'knn_graph', 'mutual_knn', 'prepare', 'PENALTIES',
-           'Score', 'knn_accuracy', 'linear_probe', 'ridge_probe']
+           'Score', 'knn_accuracy', 'linear_probe', 'probe', 'ridge_probe']
 
 # %% ../nbs/13_align.ipynb #641b7fdc
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,9 @@ from torch import Tensor
 from .core import Table, UserError
 from .features import Bank
 from .neighbours import Graph, _blocks, _graph, _graphs, _rows, _shared, _sorted, knn_graph, mutual_knn, prepare
-from .probes import PENALTIES, Score, knn_accuracy, linear_probe, ridge_probe
+from .probes import PENALTIES, Score, knn_accuracy, linear_probe, probe, ridge_probe
 from .views import as_source, extract_views, gather, label, views
-_all_ = ['Graph', 'knn_graph', 'mutual_knn', 'prepare', 'PENALTIES', 'Score', 'knn_accuracy', 'linear_probe', 'ridge_probe']   # one door for all of it
+_all_ = ['Graph', 'knn_graph', 'mutual_knn', 'prepare', 'PENALTIES', 'Score', 'knn_accuracy', 'linear_probe', 'probe', 'ridge_probe']   # one door for all of it
 
 # %% ../nbs/13_align.ipynb #0c443630
 def _hsic(cross: Tensor,                # sum_ij P_ij Q_ji, diagonals left out if unbiased
