@@ -38,7 +38,7 @@ demo: $(CORE)    ## a first look, on your images with IMAGES=folder
 
 # more words for the command, such as ARGS='--vfm siglip2-b --size 256 --images 100000 --dry-run'
 ARGS ?=
-train: $(CORE)   ## train a VFM-VAE, on your images with IMAGES=folder
+train: $(CORE)   ## train a tokenizer, on your images with IMAGES=folder
 	$(BIN)/vfmvae train-tokenizer $(if $(IMAGES),--data "$(IMAGES)") --out outputs/tokenizer.safetensors $(ARGS)
 
 bench: $(CORE)   ## speed of the decoder, of a training step and of CKNNA, as ratios
