@@ -51,7 +51,9 @@ def robustness_figure(table: Table,               # of `robustness` or `align.al
             series[name], bands[name] = (x, [r['value'] for _, r in at]), ([r['low'] for _, r in at], [r['high'] for _, r in at])
             for s, r in at: floor[s] = max(floor.get(s, 0.), r['q95'])
         curves(series, axis, 'CKNNA', ax=ax, bands=bands, floor=([*sorted(floor)], [floor[s] for s in sorted(floor)]))
-        if axis != axes[0] and ax.get_legend(): ax.get_legend().remove()
+        if ax.get_legend(): ax.get_legend().remove()
+    handles, names = places[0].get_legend_handles_labels()
+    fig.legend(handles, names, loc='outside lower center', ncols=min(5, len(names)), fontsize=7, frameon=False)
     return fig
 
 # %% ../nbs/13d_robustness.ipynb #c5642faa
