@@ -195,9 +195,9 @@ def test_crowded_rows_go_back_to_whole_rows(monkeypatch):
         seen.append(len(rows))
         return whole(q, x, k, rows, alone, scales)
     monkeypatch.setattr(neighbours, '_whole', spy)
-    x = torch.cat([normal(200, 16), normal(1, 16, 1).repeat(100, 1)])   # 100 equal images among 300
+    x = torch.cat([normal(200, 16), normal(1, 16, 1).repeat(200, 1)])   # 200 equal images among 400
     assert torch.equal(knn_graph(x, 5).idx, nearest_by_definition(x, x, 5, True))
-    assert len(seen) == 1 and 100 <= seen[0] < 300
+    assert len(seen) == 1 and 200 <= seen[0] < 400
     knn_graph(normal(300, 16), 5)
     assert len(seen) == 1
 

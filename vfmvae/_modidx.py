@@ -609,6 +609,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'vfmvae.neighbours._Pool.offer': ('neighbours.html#_pool.offer', 'vfmvae/neighbours.py'),
                                    'vfmvae.neighbours._Pool.thin': ('neighbours.html#_pool.thin', 'vfmvae/neighbours.py'),
                                    'vfmvae.neighbours._blocks': ('neighbours.html#_blocks', 'vfmvae/neighbours.py'),
+                                   'vfmvae.neighbours._by_row': ('neighbours.html#_by_row', 'vfmvae/neighbours.py'),
                                    'vfmvae.neighbours._dots': ('neighbours.html#_dots', 'vfmvae/neighbours.py'),
                                    'vfmvae.neighbours._graph': ('neighbours.html#_graph', 'vfmvae/neighbours.py'),
                                    'vfmvae.neighbours._graphs': ('neighbours.html#_graphs', 'vfmvae/neighbours.py'),

@@ -117,11 +117,17 @@ def _order(row: Tensor, val: Tensor, col: Tensor | None = None) -> Tensor:
     o = o[val[o].argsort(descending=True, stable=True)]
     return o[row[o].argsort(stable=True)]
 
+def _by_row(row: Tensor, val: Tensor) -> Tensor:
+    "By row, then float32 value descending, ties in any order: one sort of one key, for the memory of one."
+    bits = val.view(torch.int32)
+    rising = bits ^ ((bits >> 31) & 0x7fffffff)          # orders as the floats do
+    return ((row.long() << 32) - rising).argsort()
+
 class _Pool:
     "Candidates (row, column, value) for the k nearest of each row."
     def __init__(self, margin: Tensor, # (n,) by how much a value may miss the k-th best and yet belong to the k
                  k: int):
-        self.k, self.margin, self.most = k, margin, 2*k+32
+        self.k, self.margin, self.most = k, margin, 4*k+128
         self.bar = torch.full_like(margin, _LOWEST)    # +inf: a row with more candidates than `most`, given up here
         self.found: list[tuple[Tensor, Tensor, Tensor]] = []
         self.size = self.kept = 0
@@ -142,14 +148,16 @@ class _Pool:
         e, m = (val >= bar[i, None]).nonzero(as_tuple=True)
         self.found.append(((i[e]+row).int(), (g[e]*GROUP+m+col).int(), val[e, m]))
         self.size += len(e)
-        if self.size > 2*self.kept + len(self.bar)*self.k: self.thin()
+        if self.size > self.kept + len(self.bar)*self.k//2: self.thin()
         return len(i)/top.numel()
 
     def thin(self) -> tuple[Tensor, Tensor, Tensor]:
         "Raises the bars, drops what is below; (row, column, value) sorted by row and value."
         row, col, val = (torch.cat(t) for t in zip(*self.found, strict=True))
-        o, n = _order(row, val), len(self.bar)
+        self.found.clear()
+        o, n = _by_row(row, val), len(self.bar)
         row, col, val = row[o].long(), col[o], val[o]
+        del o
         count = row.bincount(minlength=n)
         full = count >= self.k
         kth = (count.cumsum(0)-count+self.k-1)[full]
