@@ -20,7 +20,7 @@ from .core import Gaussian, UserError, at_least_float32, to_grid, to_tokens
 from .dit_layers import sincos_table
 from .layers import norm_groups
 from .tokenizer import LatentStats, families, register_bundled
-from .vae import Encoded
+from .vae import Encoded, check_images, scaled_features
 from .vfm import CarriesVFM
 
 # %% ../nbs/08_baselines.ipynb #03a3596f
@@ -175,20 +175,9 @@ def _start(net: nn.Module) -> None:
         if name.endswith(('conv2', 'proj_out')): nn.init.zeros_(m.weight)
 
 # %% ../nbs/08_baselines.ipynb #ce20fb61
-def _images(x: Tensor, unit: int) -> Tensor:
-    if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'images must be (b,3,H,W), got {tuple(x.shape)}')
-    if x.shape[2] % unit or x.shape[3] % unit: raise UserError(f'a {x.shape[2]}x{x.shape[3]} image does not fit; its sides must be multiples of {unit}')
-    return x
-
 def _latents(z: Tensor, channels: int) -> Tensor:
     if z.ndim != 4 or z.shape[1] != channels: raise UserError(f'latents must be (b,{channels},h,w), got {tuple(z.shape)}')
     return z
-
-def _seen(vfm: Any, x: Tensor, scale: float) -> dict[int, Tensor]:
-    "Last features of images resized by `scale`, {-1: (b,n,c)}."
-    size = [round(s*scale) for s in x.shape[2:]]
-    if scale != 1: x = F.interpolate(x, size=size, mode=vfm.interpolation, align_corners=False, antialias=scale < 1)
-    return vfm.features(x, [-1])
 
 class ConvVAE(CarriesVFM):
     """A convolutional KL autoencoder, SD-VAE's layout (Rombach et al. 2022); with `config.vfm` it can be trained to agree with a frozen VFM, as
@@ -222,10 +211,13 @@ class ConvVAE(CarriesVFM):
         return self.encoder.conv_out.weight
     def look(self, x: Tensor) -> dict[int, Tensor]:
         "Frozen features {-1: (b,n,c)} of images (b,3,H,W); nothing if it has no VFM."
-        return {} if self.vfm is None else _seen(self.vfm, _images(x, self.stride), self.config.scale)
+        if self.vfm is None: return {}
+        check_images(x, self.stride)
+        return scaled_features(self.vfm, x, self.config.scale, (-1,))
     def encode_parts(self, x: Tensor, look: Mapping[int, Tensor] | None = None) -> Encoded:
         "Everything one encoding yields; x (b,3,H,W) in [-1,1]. `look`: see there, passed on for the alignment loss."
-        moments = self.quant_conv(self.encoder(_images(x, self.stride)))
+        check_images(x, self.stride)
+        moments = self.quant_conv(self.encoder(x))
         raw = Gaussian.split(at_least_float32(moments))
         return Encoded(self.stats.scale(raw), raw, moments, dict(look or {}))
     def encode(self, x: Tensor) -> Gaussian:
@@ -320,10 +312,8 @@ class RAE(CarriesVFM):
         "Frozen features {layer: (b,n,c)} of images (b,3,H,W) in [-1,1], resized to one token per latent pixel. UserError without a VFM."
         c = self.config
         if self.vfm is None: raise UserError(f'{self.name} was built without its VFM and cannot encode; give vfm=VFM(...)')
-        _images(x, c.stride)
-        if c.scale != 1:
-            x = F.interpolate(x, size=[round(s*c.scale) for s in x.shape[2:]], mode=self.interpolation, align_corners=False, antialias=c.scale < 1)
-        return self.vfm.features(x, [c.layer])
+        check_images(x, c.stride)
+        return scaled_features(self.vfm, x, c.scale, (c.layer,))
     def encode_parts(self, x: Tensor, look: Mapping[int, Tensor] | None = None) -> Encoded:
         "Everything one encoding yields. In training mode the posterior has a std of sigma ~ U(0, tau), drawn per image: its sample is the noisy latent."
         features = dict(self.look(x) if look is None else look)

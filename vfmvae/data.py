@@ -198,7 +198,7 @@ def open_image(path: str | Path | io.BytesIO, # a file, or its bytes
     return _to_rgb(im, name)
 
 # %% ../nbs/02_data.ipynb #cd036b6d
-def to_tensor(im: Image.Image # RGB
+def to_tensor(im: Image.Image | np.ndarray # RGB; an array is uint8 (H,W,3)
              ) -> Tensor:
     "(3,H,W) float32 in [-1,1]."
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)

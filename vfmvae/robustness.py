@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # %% ../nbs/13d_robustness.ipynb #c2a8e2f0
-from .align import Graph, alignment_under, cknna_pairs, knn_graph, prepare
+from .align import Graph, _one, alignment_under, cknna_pairs, knn_graph, prepare
 from .core import Table, UserError
 from .data import TRANSFORMS
 from .plots import curves, panels
@@ -67,7 +67,7 @@ def layer_scores(sources: Sequence[Any],       # FeatureSources (or tokenizers) 
     "One row for each source, layer and reference: `source`, `layer`, `depth` (0 to 1), `reference` and the fields of `align.Alignment`; for `layer_figure`."
     if not sources or not references: raise UserError('nothing to compare; give at least one source and one reference')
     left = [(s, layer) for s in map(as_source, sources) for layer in s.layers]
-    right = [(as_source(r[0]), r[1]) if isinstance(r, tuple) else (as_source(r), as_source(r).layers[-1]) for r in references]
+    right = [_one(r) for r in references]
     banks = extract_views(gather([*left, *right]), images, (), pool, names, batch_size, quiet=quiet)
     graphs: dict[tuple[str, Any], Graph] = {(at[1], at[2]): knn_graph(prepare(b.features, q), k) for at, b in banks.items()}
     tag = lambda s, layer: f'{s.name}\n{layer}'

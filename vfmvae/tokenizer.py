@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/06_tokenizer.ipynb #b53f4562
 from .core import Gaussian, Registry, UserError, build_config, data_dir, load_weights, save_weights, to_tokens
+from .data import to_uint8
 from .features import batches
 
 # %% ../nbs/06_tokenizer.ipynb #9926ee3f
@@ -95,7 +96,7 @@ def image_seed(image: Tensor, # (3,H,W) in [-1,1]
                seed: int = 0  # another number, another seed for every image
               ) -> int:
     "A seed that only depends on the 8-bit pixels of an image, not on its neighbours, name or device."
-    pixels = ((image.detach().float().cpu().clamp(-1, 1)+1)*127.5).round().to(torch.uint8).contiguous().numpy()
+    pixels = to_uint8(image).cpu().contiguous().numpy()
     return int.from_bytes(hashlib.blake2b(pixels.tobytes() + f'{tuple(image.shape)} {seed}'.encode(), digest_size=8).digest(), 'little') >> 1
 
 # %% ../nbs/06_tokenizer.ipynb #60b72ba5
@@ -153,4 +154,6 @@ def load_tokenizer(path: str | Path,       # written by `save_tokenizer`
 def register_bundled(name: str) -> None:
     "Puts the tokenizer `name` of the data folder into `tokenizers`."
     # in one process with a family's notebook, its exported module may have been here before
-    if name not in tokenizers: tokenizers.register(name, partial(load_tokenizer, data_dir()/'weights'/f'{name}.safetensors', name=name))
+    if name not in tokenizers: tokenizers.register(name, partial(_bundled, name))
+
+def _bundled(name: str) -> Any: return load_tokenizer(data_dir()/'weights'/f'{name}.safetensors', name=name)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VFMVAEConfig', 'Codes', 'Codebook', 'Quantizer', 'Adapter', 'Mapping', 'fusion_branch', 'Block', 'Synthesis',
-           'Encoded', 'VFMVAE', 'complain']
+           'Encoded', 'check_images', 'scaled_features', 'VFMVAE', 'complain']
 
 # %% ../nbs/07_vae.ipynb #96e2a8ee
 from collections.abc import Iterator, Sequence
@@ -294,6 +294,16 @@ class Encoded:
 def _check_sides(what: str, h: int, w: int, unit: int) -> None:
     if h % unit or w % unit or not h or not w: raise UserError(f'a {h}x{w} {what} does not fit; its sides must be multiples of {unit}')
 
+def check_images(x: Tensor, unit: int) -> None:
+    "UserError unless x is (b,3,H,W) with sides that are multiples of `unit` pixels."
+    if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'images must be (b,3,H,W), got {tuple(x.shape)}')
+    _check_sides('image', x.shape[2], x.shape[3], unit)
+
+def scaled_features(vfm: Any, x: Tensor, scale: float, layers: Sequence[int]) -> dict[int, Tensor]:
+    "Features {layer: (b,n,c)} of images (b,3,H,W) in [-1,1], resized by `scale` the VFM's way first (spec section 1)."
+    if scale != 1: x = F.interpolate(x, [round(s*scale) for s in x.shape[2:]], mode=vfm.interpolation, align_corners=False, antialias=scale < 1)
+    return vfm.features(x, list(layers))
+
 class VFMVAE(CarriesVFM):
     "The tokenizer of arXiv 2510.18457. `vfm` is a frozen `VFM` or None (then `project` and `decode` work, `encode` does not)."
     published: dict | None = None # the settings of the published file it was loaded from
@@ -330,12 +340,8 @@ class VFMVAE(CarriesVFM):
         "Frozen features {layer: (b,n,c)} of images (b,3,H,W) in [-1,1], resized by `scale` first. UserError without a VFM or if H, W do not fit."
         c = self.config
         if self.vfm is None: raise UserError(f'{self.name} was built without its VFM and cannot encode; give vfm=VFM(...), or project features')
-        if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'images must be (b,3,H,W), got {tuple(x.shape)}')
-        _check_sides('image', x.shape[2], x.shape[3], c.stride)
-        if c.scale != 1:
-            size = [round(s*c.scale) for s in x.shape[2:]]
-            x = F.interpolate(x, size=size, mode=self.vfm.interpolation, align_corners=False, antialias=c.scale < 1)
-        return self.vfm.features(x, list(c.layers))
+        check_images(x, c.stride)
+        return scaled_features(self.vfm, x, c.scale, c.layers)
 
     def encode_parts(self, x: Tensor,                        # (b,3,H,W) in [-1,1]
                      look: dict[int, Tensor] | None = None # its frozen features, if `look` was asked before

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/12d_views.ipynb #d0cc4a8c
 from .core import UserError, nearest, progress
-from .data import TRANSFORMS, published_draw, published_noise, to_uint8, transform
+from .data import TRANSFORMS, published_draw, published_noise, to_tensor, to_uint8, transform
 from .features import Bank, batches, pool as pool_tokens
 from .tokenizer import LatentFeatures
 
@@ -57,7 +57,7 @@ def see(x: Tensor,                   # images (b,3,H,W) in [-1,1]
     if view is None: return [(every, x)]
     axis, strength = view
     if axis == 'noise':
-        noisy = [_tensor(published_noise(to_uint8(i).permute(1, 2, 0).cpu().numpy(), strength, j, seed)) for i, j in zip(x, index, strict=True)]
+        noisy = [to_tensor(published_noise(to_uint8(i).permute(1, 2, 0).cpu().numpy(), strength, j, seed)) for i, j in zip(x, index, strict=True)]
         return [(every, torch.stack(noisy).to(x))]
     if axis != 'mixed':
         one_by_one = [transform(i[None], axis, strength, seed+j) for i, j in zip(x, index, strict=True)]
@@ -70,8 +70,6 @@ def see(x: Tensor,                   # images (b,3,H,W) in [-1,1]
     for (scale, rotation), rows in drawn.items():
         sized.setdefault(scale, []).append((rows, transform(transform(x[rows], 'rotation', rotation), 'scale', scale)))
     return [([r for rows, _ in parts for r in rows], torch.cat([i for _, i in parts])) for _, parts in sorted(sized.items())]
-
-def _tensor(a: Any) -> Tensor: return torch.from_numpy(a).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 # %% ../nbs/12d_views.ipynb #5c1acbfb
 def as_source(x: Any # a FeatureSource or a Tokenizer
