@@ -56,15 +56,18 @@ class NotFinite(Exception):
 class EMA:
     """timm's `ModelEmaV3` with the decay set by an image half-life: 0.5**(batch/n), n = min(half_life, rampup*seen) (spec section 12).
     Buffers are copied verbatim. `.net` is the averaged module."""
-    def __init__(self, net: nn.Module, half_life: float = 160_000, rampup: float | None = 0.05):
+    def __init__(self, net: nn.Module, half_life: float = 160_000, rampup: float | None = 0.05,
+                 constant: float | None = None  # the same decay at every step instead, as the diffusion recipes have it
+                ):
         from timm.utils import ModelEmaV3
-        self._ema, self.half_life, self.rampup = ModelEmaV3(net, exclude_buffers=True), half_life, rampup
+        self._ema, self.half_life, self.rampup, self.constant = ModelEmaV3(net, exclude_buffers=True), half_life, rampup, constant
     @property
     def net(self) -> Any:
         "The averaged module, of the class that was given."
         return self._ema.module
     def decay(self, batch: int, seen: int) -> float:
         "The decay of this step; `batch` images a step, `seen` images so far."
+        if self.constant is not None: return self.constant
         n = self.half_life if self.rampup is None else min(self.half_life, self.rampup*seen)
         return 0.5**(batch/max(n, 1e-8))
     def update(self, net: nn.Module, batch: int, seen: int) -> None:
@@ -314,15 +317,21 @@ class _Window:
                 'images_per_s': self.steps*per_step/max(time.time()-self.start, 1e-9), 'memory_gb': memory_gb()}
 
 # %% ../nbs/10_train.ipynb #dd60c56b
-def _report(e: NotFinite, step: int, seen: int, micro: list[dict], run: Run | None, acc: Any, last: bool) -> None:
-    "Writes down a skipped step with the images in it; UserError if it is the last that is tolerated."
+def _report(e: NotFinite, step: int, seen: int, micro: list[dict], run: Run | None, acc: Any, task: Task | None) -> None:
+    "Writes down a skipped step: its images, and its batch. With a task, the last step that is tolerated: the state too, then a UserError."
     row = dict(step=step, images=seen, process=acc.process_index, terms=list(e.terms), keys=[k for b in micro for k in b.get('key', ())])
-    name = f'skipped-{acc.process_index}.jsonl' if acc.num_processes > 1 else 'skipped.jsonl'
-    if run: run.log(row, name)
-    where = f'the images are listed in {run.dir/name}' if run else f"its images: {', '.join(map(str, row['keys'][:8]))}{' ...' if len(row['keys']) > 8 else ''}"
+    mine = f'skipped-{acc.process_index}' if acc.num_processes > 1 else 'skipped'
+    if run:
+        run.log(row, f'{mine}.jsonl')
+        save_weights(run.dir/f'{mine}.safetensors', {f'{k}.{i}': v for i, b in enumerate(micro) for k, v in b.items() if isinstance(v, Tensor)}, row)
+        if task and acc.is_main_process:
+            tensors, plain = task_state(task)
+            save_weights(run.dir/'stopped.safetensors', tensors, dict(row, config=task.config(), task=plain, made=provenance()))
+    where = f'the images are listed in {run.dir/mine}.jsonl' if run else f"its images: {', '.join(map(str, row['keys'][:8]))}{' ...' if len(row['keys']) > 8 else ''}"
+    if run and task: where += f', the last batch and the state lie in {mine}.safetensors and stopped.safetensors'
     print(f"step {step} skipped, {e}; {where}", file=sys.stderr)
     hint = 'lower the learning rate or look at these images'
-    if last: raise UserError(f"{', '.join(e.terms)} not finite too many times in a row, last at step {step}; {where}; {hint}")
+    if task: raise UserError(f"{', '.join(e.terms)} not finite too many times in a row, last at step {step}; {where}; {hint}")
 
 # %% ../nbs/10_train.ipynb #b9c7c94f
 def fit(task: Task,               # nets, optimizers, one step
@@ -368,7 +377,7 @@ def fit(task: Task,               # nets, optimizers, one step
             in_a_row = 0
         except NotFinite as e:
             in_a_row, window.skipped = in_a_row+1, window.skipped+1
-            _report(e, step+1, seen, micro, run, acc, in_a_row >= patience)
+            _report(e, step+1, seen, micro, run, acc, task if in_a_row >= patience else None)
         window.steps, save = window.steps+1, (step+1) % save_every == 0 or step+1 == steps
         if save or (step+1) % log_every == 0:
             row = dict(step=step+1, images=seen, **window.row(per_step, acc), **({'lr': lr(step)} if lr else {}))

@@ -306,6 +306,15 @@ class VFM(nn.Module):
             tokens = _tokens(self._at(tuple(x.shape[2:])), x, index.values(), cls)
         return {layer: tokens[i].float() for layer, i in index.items()}
 
+    @torch.no_grad()
+    def with_class(self, x: Tensor) -> tuple[Tensor, Tensor]: # image (b,3,H,W) in [-1,1]
+        "(class token (b,c), patch tokens (b,n,c)) after the final norm, float32; a model without class token gives the mean of its patch tokens instead."
+        x = self.normalize(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type in _AMP):
+            h = self._at(tuple(x.shape[2:])).forward_features(x).float()
+        patches = h[:, self.net.num_prefix_tokens:]
+        return (h[:, 0] if getattr(self.net, 'cls_token', None) is not None else patches.mean(1)), patches
+
     def forward(self, x: Tensor) -> Tensor:
         "Tokens after the final norm, (b,n,c)."
         return self.features(x, (-1,))[-1]
