@@ -176,6 +176,6 @@ def modulations(layers: Sequence[Any],     # blocks and final layers
     maps, kind = [layer.adaLN_modulation[1] for layer in layers], c.device.type
     c = F.silu(c if c.ndim == 3 else c[:, None])
     if not (kind != 'cpu' if merge is None else merge): return [f(c) for f in maps]
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else maps[0].weight.dtype
+    dtype = torch.get_autocast_dtype(kind) if kind != 'meta' and torch.is_autocast_enabled(kind) else maps[0].weight.dtype
     weight, bias = (torch.cat([getattr(f, k).to(dtype) for f in maps]) for k in ('weight', 'bias'))
     return list(F.linear(c, weight, bias).split([f.out_features for f in maps], -1))
