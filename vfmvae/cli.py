@@ -66,7 +66,7 @@ def _doctor(a) -> int:
     return 1 if needed else 0
 
 def _demo(a) -> int:
-    from vfmvae.recipes import demo
+    from vfmvae.demo import demo
     demo(a.images, a.out, a.train_images, a.seed)
     return 0
 
@@ -122,6 +122,37 @@ def _evaluate(a) -> int:
     print(json.dumps(dict(tokenizer=tok.name, data=a.images, **evaluate_tokenizer(tok, data(a.images), a.n or 256), made=provenance()), indent=1))
     return 0
 
+def _cache(a) -> int:
+    import torch
+    from vfmvae.latents import cache_latents
+    tok, data = _open(a)
+    cache = cache_latents(tok, data(a.images), a.out or f'{tok.name}-{Path(a.images).name}', a.n, a.flips, dtype=torch.float16 if a.half else torch.float32)
+    print(f'{cache}, in {cache.dir.resolve()}' if cache else 'the shards of this process are written; others are still at work')
+    return 0
+
+def _train_flow(a) -> int:
+    from vfmvae.flow_presets import FlowPreset, flow_cost
+    from vfmvae.generate import train_flow
+    from vfmvae.recipes import chosen
+    from vfmvae.train import processes
+    if a.dry_run:
+        c = flow_cost(chosen(a.preset, FlowPreset))
+        print(f"{a.preset}: {c['images']:,} images in {c['steps']:,} steps, {c['gflop']:.4g} GFLOP a forward pass; at 15 % of an H200's bf16 "
+              f"{c['images_per_s']:,.0f} images/s and {c['hours']:,.1f} hours on one; ImageNet's latents take {c['latents_gb']:.0f} GB of disk")
+        return 0
+    if not a.run and not a.out: print('note: neither --run nor --out is given, so nothing of this training is kept', file=sys.stderr)
+    train_flow(a.preset, a.data, a.cache, None, a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.precision, a.compile,
+               workers=a.workers, save_every=a.save_every)
+    if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
+    return 0
+
+def _generate(a) -> int:
+    from vfmvae.generate import generate
+    how = {k: v for k, v in dict(steps=a.steps, guidance=a.guidance, method=a.method).items() if v is not None}
+    files = generate(a.net, a.n if a.label is None else [a.label]*a.n, a.seed, policy=a.policy, out=a.out, batch_size=a.batch, **how)
+    print(f'{len(files)} pictures in {Path(a.out).resolve()}')
+    return 0
+
 def _align(a) -> int:
     from vfmvae.align import se_cknna
     from vfmvae.core import Table, write_json
@@ -157,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     which = (('--tokenizer', str, 'vfmvae-tiny-f8d16', 'a registered name, a .safetensors file, or a published .pth'),
              ('--g-kwargs', str, None, 'published files: the YAML they were trained with'))
     size, seed = ('--size', int, None, "pixels per side (default: the tokenizer's)"), ('--seed', int, 0, 'of everything random')
-    command('demo', _demo, 'reconstruct pictures, train a decoder for a minute, leave a page',
+    command('demo', _demo, 'reconstruct pictures, train a decoder for a minute, draw samples, leave a page',
             ('--images', str, None, "a folder of one's own pictures"), ('--out', str, 'outputs/demo', 'folder of the page'),
             ('--train-images', int, 2400, 'how many images the new decoder sees'), seed)
     command('train-tokenizer', _train, 'train a tokenizer by preset',
@@ -177,6 +208,21 @@ def parser() -> argparse.ArgumentParser:
     command('encode', _encode, 'pictures -> a file of latents', *which, images, ('--out', str, 'outputs/latents.safetensors', 'file'), size)
     command('decode', _decode, 'a file of latents -> pictures', *which,
             ('--latents', str, ..., 'file of vfmvae encode'), ('--out', str, 'outputs/decode', 'folder'))
+    command('cache', _cache, 'the latents of a data set, to train on', *which, images, size, ('--out', str, None, 'folder (default: in the cache of vfmvae)'),
+            ('--n', int, None, 'how many images (default: all)'), ('--flips', bool, False, 'mirrored images, too'), ('--half', bool, False, 'float16 on disk'))
+    command('train-flow', _train_flow, 'train a diffusion net on latents by preset',
+            ('--preset', str, 'dit-vfmvae-tiny-f8d16', 'see vfmvae.flow_presets'), ('--data', str, 'world', "a folder, shards (*.tar), or 'world'"),
+            ('--cache', str, None, 'folder of latents; made if it is not there'), ('--n', int, 50_000, 'images to cache'),
+            ('--images', int, None, 'how many to see'), ('--batch', int, None, 'images a step'), ('--lr', float, None, 'learning rate'),
+            ('--run', str, None, 'name of the run: logs, checkpoints, resume'), ('--out', str, None, 'file of the finished net (.safetensors)'),
+            ('--accumulate', int, 1, 'micro-batches per step'), ('--workers', int, 0, 'threads that read latents'),
+            ('--save-every', int, 500, 'steps between checkpoints'), ('--precision', str, None, 'fp32 or bf16'),
+            ('--compile', bool, False, 'torch.compile the net'), ('--dry-run', bool, False, 'only say what the training will cost'), seed)
+    command('generate', _generate, 'pictures from noise, class by class',
+            ('--net', str, 'dit-vfmvae-tiny-f8d16', 'a bundled net or a .safetensors file of train-flow'), ('--n', int, 16, 'how many'),
+            ('--label', int, None, 'one class for all (default: every class in turn)'), ('--policy', str, 'balanced', 'or random'),
+            ('--steps', int, None, "sampling steps (default: the net's)"), ('--guidance', float, None, "scale of guidance (default: the net's)"),
+            ('--method', str, None, "sampler (default: the net's)"), ('--batch', int, 64, 'samples at once'), ('--out', str, 'outputs/samples', 'folder'), seed)
     command('evaluate', _evaluate, 'PSNR and SSIM on a data set, as JSON', *which, images, size, ('--n', int, 256, 'how many images'))
     command('align', _align, 'CKNNA and SE-CKNNA of a tokenizer with a VFM, with chance and intervals', *which, images, size,
             ('--vfm', str, 'tiny', 'the reference: tiny or any timm name'), ('--vfm-weights', str, None, "a file of the VFM's weights, where there is no hub"),
