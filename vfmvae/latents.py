@@ -242,11 +242,12 @@ def _read_lightningdit(folder: Path) -> Iterator[dict[str, Tensor]]:
 def _read_reg(folder: Path, shard: int = 4096) -> Iterator[dict[str, Tensor]]:
     file = folder/'dataset.json'
     if not file.is_file(): raise UserError(f"no dataset.json in {folder}; it holds the labels of the layout 'reg'")
-    rows = json.loads(file.read_text(encoding='utf-8'))['labels']
+    try: rows = [(str(f), int(k)) for f, k in json.loads(file.read_text(encoding='utf-8'))['labels']]
+    except (ValueError, KeyError, TypeError): raise UserError(f'{file} holds no {{"labels": [[path, label], ...]}}; copy it again') from None
     for i in range(0, len(rows), shard):
         some = rows[i:i+shard]
         try: t = torch.from_numpy(np.stack([np.load(folder/f, allow_pickle=False) for f, _ in some])).float()
-        except (OSError, ValueError) as e: raise UserError(f'a latent of {folder} cannot be read ({str(e).splitlines()[0]}); copy it again') from None
+        except (OSError, ValueError, EOFError) as e: raise UserError(f'a latent of {folder} cannot be read ({str(e).splitlines()[0]}); copy it again') from None
         mean, std = t.chunk(2, 1)
         yield dict(mean=mean, logvar=2*std.log().clamp(-15, 10), label=torch.tensor([k for _, k in some]))
 
