@@ -430,6 +430,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vfmvae.evaluate._part': ('evaluate.html#_part', 'vfmvae/evaluate.py'),
                                  'vfmvae.evaluate._record': ('evaluate.html#_record', 'vfmvae/evaluate.py'),
                                  'vfmvae.evaluate._splits': ('evaluate.html#_splits', 'vfmvae/evaluate.py'),
+                                 'vfmvae.evaluate._spoil': ('evaluate.html#_spoil', 'vfmvae/evaluate.py'),
                                  'vfmvae.evaluate.bundled_extractor': ('evaluate.html#bundled_extractor', 'vfmvae/evaluate.py'),
                                  'vfmvae.evaluate.compare_statistics': ('evaluate.html#compare_statistics', 'vfmvae/evaluate.py'),
                                  'vfmvae.evaluate.gfid': ('evaluate.html#gfid', 'vfmvae/evaluate.py'),

@@ -7,7 +7,7 @@ __all__ = ['CONVERSIONS', 'DEGRADATIONS', 'Extractor', 'WorldNet', 'WorldExtract
            'VFMExtractor', 'Moments', 'Statistics', 'reference', 'write_samples', 'SampleFile', 'read_samples',
            'Record', 'compare_statistics', 'rfid', 'gfid', 'validate']
 
-# %% ../nbs/16b_evaluate.ipynb #d9a9b353
+# %% ../nbs/16b_evaluate.ipynb #6bb6e50e
 import json, math, warnings, zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-# %% ../nbs/16b_evaluate.ipynb #f1c71bce
+# %% ../nbs/16b_evaluate.ipynb #076afc29
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/16b_evaluate.ipynb #b6c06c50
+# %% ../nbs/16b_evaluate.ipynb #6772c87c
 from .core import Table, UserError, data_dir, load_weights, nearest, write_atomic
 from .data import to_uint8, transform
 from .features import _place, _samples, batches
@@ -30,7 +30,7 @@ from .tokenizer import image_seed
 from .train import provenance, world
 from .vfm import VFM
 
-# %% ../nbs/16b_evaluate.ipynb #78525d89
+# %% ../nbs/16b_evaluate.ipynb #e25b1829
 @runtime_checkable
 class Extractor(Protocol):
     "Images to features. Any callable with these members is one."
@@ -44,7 +44,7 @@ def _images(x: Tensor) -> Tensor:
     if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'an extractor takes images (b,3,H,W) in [-1,1], not {tuple(x.shape)}')
     return x
 
-# %% ../nbs/16b_evaluate.ipynb #24239e5c
+# %% ../nbs/16b_evaluate.ipynb #69c4fd53
 def _conv(a: int, b: int, k: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(a, b, k, stride, k//2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
 
@@ -71,7 +71,7 @@ class WorldNet(nn.Module):
         z = self.features(torch.cat(pooled, 1))
         return z, self.classes(z), x
 
-# %% ../nbs/16b_evaluate.ipynb #5989396b
+# %% ../nbs/16b_evaluate.ipynb #f09bf2c6
 class WorldExtractor(nn.Module):
     """A `WorldNet` as an extractor: features (b,64), probs (b,16), and as `spatial` (b,112) the first 7 maps of the last stage on a 4x4 grid
     (7 maps as in ADM's sFID). Pictures of another size are resized to 64 px."""
@@ -95,7 +95,7 @@ def bundled_extractor() -> WorldExtractor:
     net.load_state_dict(load_weights(data_dir()/'weights'/'extractor-world.safetensors')[0])
     return WorldExtractor(net)
 
-# %% ../nbs/16b_evaluate.ipynb #2444c939
+# %% ../nbs/16b_evaluate.ipynb #0a5701b1
 _INCEPTION = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'
 
 def _inception_weights(path: str | Path | None) -> Path:
@@ -128,7 +128,7 @@ class Inception(nn.Module):
         pool, logits = self.net(to_uint8(_images(x)))
         return dict(features=pool, spatial=self._maps.permute(0, 2, 3, 1).flatten(1), probs=logits.softmax(1))
 
-# %% ../nbs/16b_evaluate.ipynb #6a0b806d
+# %% ../nbs/16b_evaluate.ipynb #b63ed1a6
 class VFMExtractor(nn.Module):
     "A VFM as an extractor: `features` (b,c) are its class token after the final norm where there is one (FD-DINOv2), else the mean of its patch tokens."
     def __init__(self, vfm: VFM, size: int | None = None): # resized to so many px with the VFM's filter; None: pictures as they are
@@ -146,7 +146,7 @@ class VFMExtractor(nn.Module):
         if self.token != 'class token': return dict(features=self.vfm(x).mean(1))
         with torch.no_grad(): return dict(features=self.vfm._at(tuple(x.shape[2:])).forward_features(self.vfm.normalize(x))[:, 0].float())
 
-# %% ../nbs/16b_evaluate.ipynb #b70ddce1
+# %% ../nbs/16b_evaluate.ipynb #7ed357e6
 class Moments:
     "Count, mean (d,) and scatter (d,d) of rows seen so far, in float64; `add` and `merge` in any grouping agree to rounding (Chan et al. 1979)."
     def __init__(self, n: int = 0, mean: Any = 0., scatter: Any = 0.): self.n, self.mean, self.scatter = n, mean, scatter
@@ -169,7 +169,7 @@ class Moments:
         if self.n < 2: raise UserError(f'statistics need at least 2 images, got {self.n}; give more')
         return self.mean, self.scatter/(self.n-1)
 
-# %% ../nbs/16b_evaluate.ipynb #365884f4
+# %% ../nbs/16b_evaluate.ipynb #e7873846
 @dataclass(frozen=True)
 class Statistics:
     "Moments of a set of images through one extractor; what is not known is None. `save` and `open` use ADM's npz names."
@@ -219,7 +219,7 @@ def _npz(path: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as e:
         raise UserError(f'{path} is not a whole npz of plain arrays ({str(e).splitlines()[0] if str(e) else type(e).__name__}); copy it again') from None
 
-# %% ../nbs/16b_evaluate.ipynb #a2d76569
+# %% ../nbs/16b_evaluate.ipynb #2f5e265d
 class _Stripe:
     "Every `world`-th image of a set, from `rank` on."
     def __init__(self, ds: Any, rank: int, world: int): self.ds, self.at = ds, range(rank, len(ds), world)
@@ -245,7 +245,7 @@ def _braid(parts: list[Tensor]) -> Tensor:
     for r, p in enumerate(parts): out[r::len(parts)] = p
     return out
 
-# %% ../nbs/16b_evaluate.ipynb #0386b83f
+# %% ../nbs/16b_evaluate.ipynb #825777e3
 @torch.no_grad()
 def reference(images: Any,            # tensor (n,3,H,W) in [-1,1], dataset, `read_samples(path)`, or iterable of images or batches
               extractor: Extractor,   # a module is moved to `device` if one is given
@@ -277,7 +277,7 @@ def reference(images: Any,            # tensor (n,3,H,W) in [-1,1], dataset, `re
     facts = dict(n=total['features'].n, extractor=extractor.name, preprocessing=extractor.preprocessing, size=sizes.pop(), name=name)
     return Statistics(mu, sigma, mu_s, sigma_s, **facts, **{k: rows.get(k) for k in ('features', 'probs')})
 
-# %% ../nbs/16b_evaluate.ipynb #e5762aed
+# %% ../nbs/16b_evaluate.ipynb #99afc5aa
 CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = dict(
     round=to_uint8,                                                                          # this kit: nearest grey level
     sit=lambda x: (127.5*x.detach().float() + 128).clamp(0, 255).to(torch.uint8),            # SiT: truncated, spec section 5
@@ -312,7 +312,7 @@ def write_samples(path: str | Path,       # `*.npz`
         if done < n: raise UserError(f'{done} samples where {n} were asked for; draw more or lower n')
     return write_atomic(Path(path), write)
 
-# %% ../nbs/16b_evaluate.ipynb #a3de71d3
+# %% ../nbs/16b_evaluate.ipynb #344b58fa
 class SampleFile:
     "An npz of samples, read as it is walked through: batches (b,3,H,W) in [-1,1]; `.shape` (n,H,W,3), `.conversion` (None if it does not say)."
     def __init__(self, path: str | Path): # `arr_0` uint8 (n,H,W,3)
@@ -351,7 +351,7 @@ def read_samples(path: str | Path) -> SampleFile: # written by `write_samples`, 
     "The samples of an npz, without loading them. UserError: missing, damaged, pickled, not uint8 (N,H,W,3)."
     return SampleFile(path)
 
-# %% ../nbs/16b_evaluate.ipynb #cc4a86ec
+# %% ../nbs/16b_evaluate.ipynb #79e4de94
 @dataclass(frozen=True)
 class Record:
     "One evaluation. `value` is the Frechet distance; facts that were not stated are None."
@@ -419,7 +419,7 @@ def _record(kind: str, a: Statistics, b: Statistics, neighbours: int, pr_n: int,
     facts |= dict(n=a.n, reference=b.name, reference_n=b.n, extractor=a.extractor, biased=biased, made=provenance(), **used)
     return Record(kind, metrics['fd'], metrics, **facts)
 
-# %% ../nbs/16b_evaluate.ipynb #88e54573
+# %% ../nbs/16b_evaluate.ipynb #e2b052f7
 @torch.no_grad()
 def rfid(tokenizer: Any,                 # encode and decode
          data: Any,                      # tensor (n,3,H,W) in [-1,1], dataset, or iterable of images or batches
@@ -456,7 +456,7 @@ def rfid(tokenizer: Any,                 # encode and decode
                    subject=tokenizer.name, latent='sample' if sample else 'mode', seed=seed if sample else None,
                    precision=str(next((p.dtype for p in tokenizer.parameters()), None)).removeprefix('torch.') if isinstance(tokenizer, nn.Module) else None)
 
-# %% ../nbs/16b_evaluate.ipynb #c60e0467
+# %% ../nbs/16b_evaluate.ipynb #7a83719c
 _HOW = ('subject', 'sampler', 'steps', 'shift', 'guidance', 'labels', 'ema', 'precision', 'seed')
 
 def gfid(samples: Any,                 # tensor (n,3,H,W) in [-1,1], dataset-like, iterable, or the path of an npz
@@ -484,17 +484,21 @@ def _finite(x: Tensor) -> Tensor:
     if not x.isfinite().all(): raise UserError('the samples contain NaN or infinity; draw them again')
     return x
 
-# %% ../nbs/16b_evaluate.ipynb #6c6e3ffc
-DEGRADATIONS: dict[str, tuple[float, ...]] = dict(blur=(.5, 1, 2, 4), noise=(.05, .1, .2, .3), colour=(.1, .2, .4, .8), missing=(1, 4, 8, 12))
+# %% ../nbs/16b_evaluate.ipynb #a745db6a
+DEGRADATIONS: dict[str, tuple[float, ...]] = dict(blur=(.5, 1, 2, 4), noise=(.05, .1, .2, .3), cast=(.1, .2, .3, .4), colour=(.2, .4, .6, .8),
+                                                  missing=(1, 4, 8, 12))
+
+def _spoil(x: Tensor, axis: str, s: float, seed: int) -> Tensor:
+    return (x + s*x.new_tensor([1., 0., -1.]).view(3, 1, 1)).clamp(-1, 1) if axis == 'cast' else transform(x, axis, s, seed)
 
 def validate(extractor: Extractor,
              data: Any,         # a dataset with labels (`.batch`, `.classes`), at least 2n images; for `missing` so many of the classes that stay
              n: int = 1000,     # images in each half
-             axes: Mapping[str, Sequence[float]] = DEGRADATIONS, # transform -> strengths, weak to strong; `missing`: number of absent classes
+             axes: Mapping[str, Sequence[float]] = DEGRADATIONS, # of `transform`; `cast`: red up and blue down by so much; `missing`: absent classes
              batch_size: int = 64, seed: int = 0, device: Any = None
             ) -> Table:
     """Rows (axis, strength, fd): the distance of a degraded half of the data to the other half. Facts: `halves` (nothing degraded), `rises` {axis: bool},
-    `ok`: every axis rises from `halves` at each step. UserError: too few images."""
+    `ok`: all rise. An axis rises if every step goes up from `halves` on and the last is at least twice `halves`. UserError: too few images."""
     def stats(indices, change=None):
         def run():
             for i in range(0, len(indices), batch_size):
@@ -515,8 +519,8 @@ def validate(extractor: Extractor,
                 stay = [i for i, k in label.items() if k >= s][:n]
                 if len(stay) < n: raise UserError(f'{len(stay)} images without the first {s} classes, {n} are needed; give more data')
                 fd = distance(stats(stay))
-            else: fd = distance(stats(second, lambda x, at, axis=axis, s=s: transform(x, axis, s, at)))
+            else: fd = distance(stats(second, lambda x, at, axis=axis, s=s: _spoil(x, axis, s, at)))
             rows.append(dict(axis=axis, strength=s, fd=fd))
             last, up = fd, up and fd > last
-        rises[axis] = up
+        rises[axis] = up and last > 2*halves
     return Table(rows, halves=halves, rises=rises, ok=all(rises.values()), extractor=extractor.name, n=n)
