@@ -559,6 +559,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vfmvae.generate.Samples.__len__': ('generate.html#samples.__len__', 'vfmvae/generate.py'),
                                  'vfmvae.generate.Samples.batch': ('generate.html#samples.batch', 'vfmvae/generate.py'),
                                  'vfmvae.generate._decoded': ('generate.html#_decoded', 'vfmvae/generate.py'),
+                                 'vfmvae.generate.evaluate_samples': ('generate.html#evaluate_samples', 'vfmvae/generate.py'),
                                  'vfmvae.generate.generate': ('generate.html#generate', 'vfmvae/generate.py'),
                                  'vfmvae.generate.open_flow': ('generate.html#open_flow', 'vfmvae/generate.py'),
                                  'vfmvae.generate.sample_labels': ('generate.html#sample_labels', 'vfmvae/generate.py'),

@@ -142,9 +142,7 @@ class VFMExtractor(nn.Module):
         "Images (b,3,H,W) in [-1,1] -> features."
         x = _images(x).float()
         if self.size: x = F.interpolate(x, (self.size, self.size), mode=self.vfm.interpolation, antialias=True)
-        x = x.clamp(-1, 1)
-        if self.token != 'class token': return dict(features=self.vfm(x).mean(1))
-        with torch.no_grad(): return dict(features=self.vfm._at(tuple(x.shape[2:])).forward_features(self.vfm.normalize(x))[:, 0].float())
+        return dict(features=self.vfm.with_class(x.clamp(-1, 1))[0])
 
 # %% ../nbs/16b_evaluate.ipynb #7ed357e6
 class Moments:
