@@ -307,11 +307,14 @@ def test_bad_input_is_named(tmp_path, eyes, ref):
     small = Statistics(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
     cases = {'no place for': lambda: gfid(world, ref, eyes, step=3), 'random': lambda: gfid(world, ref, eyes, labels='uniform'),
              'cannot be compared': lambda: gfid(world, ref, Exact()), '64 and 3 dimensions': lambda: gfid(world, small, eyes),
-             'NaN': lambda: gfid(torch.full((5, 3, 64, 64), math.nan), ref, eyes), r'\(32, 32\) against \(64, 64\)': lambda: gfid(World(80, size=32), ref, eyes),
+             'NaN': lambda: gfid(torch.full((5, 3, 64, 64), math.nan), ref, eyes),
+             r'\(32, 32\) against \(64, 64\)': lambda: gfid(World(80, size=32), ref, eyes),
              'no images': lambda: gfid([], ref, eyes), 'at least 2': lambda: reference(world.batch([0])['image'], eyes),
              'unequal size': lambda: reference([torch.zeros(3, 64, 64), torch.zeros(3, 64, 72)], Exact()),
-             r'\(b,3,H,W\)': lambda: reference(torch.zeros(4, 1, 64, 64), eyes), 'where 9 were asked for': lambda: write_samples(tmp_path/'x.npz', torch.zeros(5, 3, 8, 8), n=9),
-             'no conversion': lambda: write_samples(tmp_path/'x.npz', world, conversion='ceil'), 'how many images': lambda: write_samples(tmp_path/'x.npz', iter([])),
+             r'\(b,3,H,W\)': lambda: reference(torch.zeros(4, 1, 64, 64), eyes),
+             'where 9 were asked for': lambda: write_samples(tmp_path/'x.npz', torch.zeros(5, 3, 8, 8), n=9),
+             'no conversion': lambda: write_samples(tmp_path/'x.npz', world, conversion='ceil'),
+             'how many images': lambda: write_samples(tmp_path/'x.npz', iter([])),
              'samples contain NaN': lambda: write_samples(tmp_path/'x.npz', torch.full((5, 3, 8, 8), math.nan)),
              'give each a file': lambda: write_samples(tmp_path/'x.npz', [torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)]),
              'two halves': lambda: validate(eyes, World(100), 80)}
