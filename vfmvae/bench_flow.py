@@ -8,6 +8,7 @@ __all__ = ['plain_velocity', 'bench_flow', 'bench_full', 'main']
 # %% ../nbs/18d_bench_flow.ipynb #6484f2bf
 import argparse, json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from math import sqrt
 from pathlib import Path
 from statistics import median
@@ -20,8 +21,8 @@ from torch import Tensor
 
 # %% ../nbs/18d_bench_flow.ipynb #1ca180c4
 from .bench import matmul_speed, take_turns
-from .core import UserError, seed_all, write_json
-from .dit import DiT, DiTConfig
+from .core import UserError, build_config, seed_all, write_json
+from .dit import SIZES, DiT, DiTConfig
 from .dit_layers import rotate, unpatchify
 from .flow_presets import FLOW_PRESETS, forward_gflop
 from .flow_train import FlowTask
@@ -112,22 +113,20 @@ class _Still:
         return torch.ones(len(x), self.dim, device=x.device), torch.ones(len(x), n, self.dim, device=x.device)
 
 def bench_full(presets: Sequence[str] = ('lightningdit-64ep', 'reg-80ep', 'b1'), batch: int = 128, rounds: int = 10) -> list[dict]:
-    "Rows for the full nets on CUDA, bf16 and compiled: images/s, share of the measured bf16 matrix product, GB. 'b1': LightningDiT-B/1. UserError without CUDA."
+    "Rows for the full nets on CUDA, bf16, compiled: images/s, share of the measured bf16 matrix product, GB. 'b1': LightningDiT-B/1. UserError without CUDA."
     if not torch.cuda.is_available(): raise UserError('the full nets are measured on an accelerator; this machine has none')
-    from dataclasses import replace
-
-    from vfmvae.dit import SIZES
     a, b = torch.randn(2, 8192, 8192, device='cuda', dtype=torch.bfloat16)
     best = take_turns({'mm': lambda: a @ b}, 10)['mm']
     peak, rows = 2*8192**3/best['wall']/1e12, []
     for name in presets:
         light = FLOW_PRESETS['lightningdit-64ep']
-        p = replace(light, net=replace(light.net, **SIZES['B'])) if name == 'b1' else FLOW_PRESETS[name]
+        p = replace(light, net=build_config(DiTConfig, asdict(light.net) | SIZES['B'])) if name == 'b1' else FLOW_PRESETS[name]
         torch.cuda.reset_peak_memory_stats()
         step = _ours(p, batch, 'cuda', True, 'bf16', [_Still()] if p.net.z_dims else ())
         step()
         seconds, work = take_turns({'step': step}, rounds)['step']['wall'], 3*forward_gflop(p.net, p.latent)*batch
-        rows.append(dict(preset=name, batch=batch, images_per_s=batch/seconds, tflops=work/seconds/1e3, matmul_tflops=peak, share=work/seconds/1e3/peak, memory_gb=memory_gb()))
+        tflops = work/seconds/1e3
+        rows.append(dict(preset=name, batch=batch, images_per_s=batch/seconds, tflops=tflops, matmul_tflops=peak, share=tflops/peak, memory_gb=memory_gb()))
         del step
         torch.cuda.empty_cache()
     return rows

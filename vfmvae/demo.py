@@ -8,6 +8,7 @@ __all__ = ['fresh_decoder', 'demo']
 # %% ../nbs/18c_demo.ipynb #6813538e
 import base64, html, time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def demo(images: str | Path | None = None,   # a folder of one's own pictures; N
          seed: int = 0,
          say: Callable[[str], Any] = print
         ) -> Path:
-    "Tokenizes, reconstructs, trains a new decoder, draws samples, measures; writes `index.html`, `results.json` and `samples/` into `out`, returns the page's path."
+    "Tokenizes, reconstructs, trains a new decoder, draws samples, measures; writes `index.html`, `results.json` and `samples/` into `out`, returns the page."
     start, out, tiny = time.time(), Path(out), open_tokenizer('vfmvae-tiny-f8d16')
     test = World(10_000, seed=8)
     mine = folder(images, size=64) if images else None
@@ -83,7 +84,8 @@ def demo(images: str | Path | None = None,   # a folder of one's own pictures; N
     rows = {'bundled decoder': evaluate_tokenizer(tiny, test, 128), **young, f'the same after {steps*16} images': evaluate_tokenizer(after, test, 128)}
     drawn = generate('dit-vfmvae-tiny-f8d16', len(CLASSES), seed)
     names = [drawn.classes[k] for k in drawn.labels]
-    for k, (name, im) in enumerate(zip(names, drawn.images, strict=True)): write_atomic(out/'samples'/f'{k:02d}-{name.replace(" ", "-")}.png', lambda p, im=im: to_pil(im).save(p, format='PNG'))
+    for i, (name, im) in enumerate(zip(names, drawn.images, strict=True)):
+        write_atomic(out/'samples'/f'{i:02d}-{name.replace(" ", "-")}.png', partial(to_pil(im).save, format='PNG'))
     say(f'{len(drawn)} samples, one for each class: {(out/"samples").resolve()}')
     if mine: rows[f'bundled decoder, {Path(str(images)).name}'] = evaluate_tokenizer(tiny, mine, 128)
     caveat = ('<p>The bundled tokenizer has only ever seen procedural pictures of 64 pixels: '
@@ -97,7 +99,7 @@ def demo(images: str | Path | None = None,   # a folder of one's own pictures; N
 <h2>A decoder learns</h2><p>A decoder that starts from random weights, on held-out images: the images, before training, after {steps*16} images.</p>
 {_picture(_rows(x, before, _look(after, x)), 'held-out images, reconstructions before and after training')}
 {_picture(loss_curves(history, ('loss', 'l1', 'multiscale')), 'training losses against images seen')}
-<h2>From noise to class</h2><p>Pictures that never were: a small diffusion net, trained on {tiny.name}'s latents and bundled, starts from noise and is told a class
+<h2>From noise to class</h2><p>Pictures that never were: a small diffusion net, trained on {tiny.name}'s latents, starts from noise and is told a class
 (guidance {drawn.facts['guidance']['guidance']:g}, {drawn.facts['steps']} steps of {drawn.facts['sampler']}).</p>
 {_picture(show_images(drawn.images, titles=names, ncols=8, size=1.1), 'one generated picture for each of 16 classes: ' + ', '.join(names))}
 <h2>Numbers</h2>{_table(rows)}<p>Held-out images, reconstructed from the mode of the posterior. Made in {time.time()-start:.0f} s, seed {seed}.</p></html>'''

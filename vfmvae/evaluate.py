@@ -207,7 +207,7 @@ class Statistics:
         if facts.get('size'): facts['size'] = tuple(facts['size'])
         try: tensors = {k: torch.from_numpy(v.astype(np.float32 if k in ('features', 'probs') else np.float64)) for k, v in a.items()}
         except (TypeError, ValueError): raise UserError(f'{path} holds arrays that are not numbers; write it again') from None
-        return cls(**tensors, **facts)
+        return cls(**tensors, **facts)  # type: ignore[arg-type]
 
 def _npz(path: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     "Those of the arrays that are there, pickle refused."
@@ -254,7 +254,10 @@ def reference(images: Any,            # tensor (n,3,H,W) in [-1,1], dataset, `re
              ) -> Statistics:
     """Statistics of a set of images, float64, the same for any batch size and number of processes (each of which must call it with the whole set).
     UserError: fewer than 2 images, images of unequal size, an extractor that gives NaN."""
-    place, sums, kept, sizes = _place(extractor, device), {}, {}, set()
+    place = _place(extractor, device)
+    sums: dict[str, Moments] = {}
+    kept: dict[str, list[Tensor]] = {}
+    sizes: set[tuple[int, ...]] = set()
     rank = torch.distributed.get_rank() if world() > 1 else 0
     for batch in batches(_part(images, rank, world()), batch_size):
         x = batch['image'].to(place)
@@ -272,8 +275,8 @@ def reference(images: Any,            # tensor (n,3,H,W) in [-1,1], dataset, `re
     rows = {k: _braid([e[1][k] for e in every if k in e[1]]) for k in every[0][1]}
     mu, sigma = total['features'].result()
     mu_s, sigma_s = total['spatial'].result() if 'spatial' in total else (None, None)
-    facts = dict(n=total['features'].n, extractor=extractor.name, preprocessing=extractor.preprocessing, size=sizes.pop(), name=name)
-    return Statistics(mu, sigma, mu_s, sigma_s, **facts, **{k: rows.get(k) for k in ('features', 'probs')})
+    facts: dict[str, Any] = dict(n=total['features'].n, extractor=extractor.name, preprocessing=extractor.preprocessing, size=sizes.pop(), name=name)
+    return Statistics(mu, sigma, mu_s, sigma_s, features=rows.get('features'), probs=rows.get('probs'), **facts)
 
 # %% ../nbs/16b_evaluate.ipynb #99afc5aa
 CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = dict(
@@ -468,6 +471,7 @@ def gfid(samples: Any,                 # tensor (n,3,H,W) in [-1,1], dataset-lik
     if bad := [k for k in how if k not in _HOW]: raise UserError(f"a record has no place for {bad[0]!r};{nearest(bad[0], _HOW)} (known: {', '.join(_HOW)})")
     if how.get('labels') not in (None, 'random', 'balanced'): raise UserError(f"labels are 'random' or 'balanced', not {how['labels']!r}; see spec section 5")
     ref = against if isinstance(against, Statistics) else Statistics.open(against)
+    images: Any
     if isinstance(samples, str | Path):
         samples = read_samples(samples)
         how.setdefault('subject', samples.path.name)

@@ -45,8 +45,8 @@ def forward_gflop(net: DiTConfig, latent: tuple[int, int, int]) -> float:
 
 # %% ../nbs/17b_flow_presets.ipynb #86325c12
 _EPOCH = 1251*1024
-_LIGHT = DiTConfig(in_channels=32, patch_size=1, qk_norm='rms', **SIZES['XL'], **FAMILIES['lightningdit'])
-_REG = DiTConfig(in_channels=32, patch_size=1, qk_norm='layer', **SIZES['XL'], **FAMILIES['reg'])
+_XL: dict[str, Any] = dict(in_channels=32, patch_size=1, **SIZES['XL'])
+_LIGHT, _REG = DiTConfig(qk_norm='rms', **_XL, **FAMILIES['lightningdit']), DiTConfig(qk_norm='layer', **_XL, **FAMILIES['reg'])
 _PUBLISHED: dict[str, Any] = dict(lr=2e-4, betas=(.9, .95))
 _FLOW_LIGHT = FlowConfig(FLOW_WEIGHTS['lightningdit'], (('logit_normal', 0), ('uniform', 600_000*1024)), **_PUBLISHED)
 _FLOW_REG = FlowConfig(FLOW_WEIGHTS['reg'], clip=1., **_PUBLISHED)
@@ -82,7 +82,7 @@ def flow_cost(preset: FlowPreset,
               tflops: float = 790.,   # what the accelerator multiplies in its training precision, 1e12/s; 790: an H200 in bf16
               share: float = .15      # of it that training reaches; published trainers: .12 to .20
              ) -> dict[str, float]:
-    "`gflop` of a forward pass, `images`, `steps`, `images_per_s` and `hours` on one such accelerator, `latents_gb` on disk for 1,281,167 images: an estimate, nothing is run."
+    "`gflop` of a forward pass, `images`, `steps`, `images_per_s` and `hours` on one such chip, `latents_gb` for 1,281,167 images: an estimate, nothing is run."
     gflop = forward_gflop(preset.net, preset.latent)
     speed, (c, h, w) = tflops*1e3*share/(3*gflop), preset.latent
     return dict(gflop=gflop, images=preset.images, steps=preset.images//preset.batch, images_per_s=speed, hours=preset.images/speed/3600,

@@ -21,10 +21,10 @@ from .core import Gaussian, UserError, write_atomic
 from .dit import DiT, NetFeatures, Parts
 from .flow import FLOW_WEIGHTS, ImageNoise, classifier_free, flow_loss, guide, field as velocity_of, part, sample
 from .latents import LatentCache, cache_latents
-_all_ = ['LatentCache', 'cache_latents']   # where DESIGN names them
 from .plots import show_images, to_png
 from .robustness import layer_scores
 from .train import EMA, NotFinite, world
+_all_ = ['LatentCache', 'cache_latents']   # one door for caching and training
 
 # %% ../nbs/16_flow_train.ipynb #c90e2898
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def vfm_targets(vfm: Any,             # a frozen `VFM`
                 x: Tensor,            # images (b,3,H,W) in [-1,1]
                 grid: tuple[int, int] # rows and columns of the net's tokens
                ) -> tuple[Tensor, Tensor]:
-    "(class token (b,c), patch tokens (b,rows*columns,c)) after the final norm, float32; the image is resized (the VFM's interpolation, antialias) to fit the grid."
+    "(class token (b,c), patch tokens (b,rows*columns,c)) after the final norm, float32; the image is resized to fit the grid (the VFM's filter, antialias)."
     size = tuple(n*vfm.patch for n in grid)
     if x.shape[2:] != size: x = F.interpolate(x, size, mode=vfm.interpolation, align_corners=False, antialias=True)
     return vfm.with_class(x)
@@ -132,7 +132,9 @@ class FlowTask:
 
     def step(self, micro: list[dict], backward: Callable, sync: Callable, seen: int) -> dict[str, float]:
         "One step of AdamW and of the average. Raises `NotFinite` with every tensor as it was."
-        opt, logs, bad, seen_t, errors = self.optimizers['net'], {}, [], [], []
+        opt, seen_t, errors = self.optimizers['net'], [], []
+        logs: dict[str, float] = {}
+        bad: list[str] = []
         opt.zero_grad(set_to_none=True)
         try:
             for b in micro:
@@ -174,7 +176,8 @@ def sample_latents(net: DiT,
     y, c = torch.as_tensor(labels, dtype=torch.int64), net.config
     index = list(range(len(y)) if index is None else index)
     if len(index) != len(y): raise UserError(f'{len(index)} numbers for {len(y)} labels; give one each')
-    if weak is not None and (c.cls_dim or weak.config.in_channels != c.in_channels): raise UserError('the weaker net must be of the same latent, without class token')
+    if weak is not None and (c.cls_dim or weak.config.in_channels != c.in_channels):
+        raise UserError('the weaker net must be of the same latent, without class token')
     w, was = net.x_embedder.proj.weight, net.training
     net.eval()
     done = []
@@ -212,7 +215,7 @@ def loss_by_level(task: FlowTask, data: Any,      # a LatentCache, best held-out
                 at = range(i, min(i+batch_size, n))
                 b = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in data.batch(at).items() if key != 'logvar'}
                 noise = ImageNoise(seed, at, b['mean'].shape[1:], device=device)()
-                more = dict(cls_noise=ImageNoise(seed+1, at, (net.config.cls_dim,), device=device)()) if net.config.cls_dim else {}
+                more: dict[str, Any] = dict(cls_noise=ImageNoise(seed+1, at, (net.config.cls_dim,), device=device)()) if net.config.cls_dim else {}
                 errors.append(task.terms(b, net=net, t=torch.full((len(at),), (k+.5)/levels, device=device), noise=noise, **more)['per_sample'].cpu())
             rows.append(dict(t=(k+.5)/levels, flow=torch.cat(errors).mean().item()))
     finally: net.train(was)
@@ -221,7 +224,7 @@ def loss_by_level(task: FlowTask, data: Any,      # a LatentCache, best held-out
 # %% ../nbs/16_flow_train.ipynb #bb07468d
 class Watch:
     """For `fit(show=...)`: every `every` images, the loss per noise level, a sample grid, and the layer-wise CKNNA of the average with a VFM
-    (null label, token mean). Rows go to `watch.jsonl` and pictures to `samples-<images>.png` in the run; `.rows` keeps them. Draws no random number of the run."""
+    (null label, token mean). Rows go to `.rows` and `watch.jsonl`, pictures to `samples-<images>.png` in the run. Draws no random number of the run."""
     def __init__(self, task: FlowTask, data: Any, # held-out latents
                  every: int,                      # images
                  run: Any = None,                 # a `Run`; None: nothing is written
@@ -265,4 +268,4 @@ class Watch:
         net = self.task.ema.net.eval()
         sources = [NetFeatures(net, self.tokenizer, t, self.seed) for t in self.ts]
         table = layer_scores(sources, [self.vfm], self.images, times=20, seed=self.seed, quiet=True)
-        return [dict(t=t, layer=r['layer'], value=r['value'], null=r['null']) for t, s in zip(self.ts, sources, strict=True) for r in table.where(source=s.name)]
+        return [dict(t=s.t, layer=r['layer'], value=r['value'], null=r['null']) for s in sources for r in table.where(source=s.name)]

@@ -80,7 +80,8 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     if watch: fit_kwargs['show'] = watch(task)
     history = fit(task, batches, images, here, schedule, seed, accumulate, accelerator=acc, **fit_kwargs)
     done = task.ema.net.eval()
-    recipe = dict(flow=asdict(flow), images=steps*batch, batch=batch, cosine=p.cosine, precision=precision, data=cache.manifest['data'], latents=len(cache), seed=seed)
+    recipe = dict(flow=asdict(flow), images=steps*batch, batch=batch, cosine=p.cosine, precision=precision, data=cache.manifest['data'], latents=len(cache),
+                  seed=seed)
     done.meta = dict(tokenizer=tok.name, latent=list(cache.shape), scale=dict(mean=cache.mean.flatten().tolist(), std=cache.std.flatten().tolist()),
                      classes=list(cache.classes), sampling=dict(p.sampling), recipe=recipe, made=provenance(seed=seed))
     if out and acc.is_main_process: save_net(out, done, **done.meta)
@@ -113,7 +114,7 @@ def tokenizer_of(net: DiT, tokenizer: Any = None # None: by the name in net.meta
         s, want = tokenizer.stats, {k: torch.tensor(v) for k, v in scale.items()}
         if not s.fitted: s.set(want['mean'], want['std'])
         off = max((getattr(s, k).cpu()-v).abs().max().item() for k, v in want.items())
-        if off > 1e-5: raise UserError(f'{name} has another scale now than when this net learned its latents (by {off:.3g}): it was trained anew; train the net again')
+        if off > 1e-5: raise UserError(f'{name} has another scale than when the net learned its latents (by {off:.3g}), it was trained anew; train the net too')
     return tokenizer
 
 # %% ../nbs/18a_generate.ipynb #481d4b1f
@@ -160,9 +161,11 @@ def generate(net: str | Path | DiT,             # see `open_flow`
     y = sample_labels(labels, model.config.num_classes, policy, seed) if isinstance(labels, int) else torch.as_tensor(labels, dtype=torch.int64)
     how = {**model.meta.get('sampling', {}), **how}
     shape = tuple(model.meta.get('latent') or (model.config.in_channels, *[tok.config.img_size//tok.stride]*2))
-    facts = dict(net=str(net) if not isinstance(net, DiT) else 'given', tokenizer=tok.name, sampler=how.get('method', 'heun'), steps=how.get('steps', 50), shift=how.get('shift', 1.),
-                 guidance={k: how[k] for k in ('guidance', 'interval', 'channels', 'cls_guidance') if k in how}, labels=policy if isinstance(labels, int) else 'given',
-                 ema=model.meta.get('recipe', {}).get('flow', {}).get('ema'), precision=str(model.x_embedder.proj.weight.dtype).split('.')[-1], seed=seed, n=len(y))
+    facts = dict(net=str(net) if not isinstance(net, DiT) else 'given', tokenizer=tok.name,
+                 sampler=how.get('method', 'heun'), steps=how.get('steps', 50), shift=how.get('shift', 1.),
+                 guidance={k: how[k] for k in ('guidance', 'interval', 'channels', 'cls_guidance') if k in how},
+                 labels=policy if isinstance(labels, int) else 'given', ema=model.meta.get('recipe', {}).get('flow', {}).get('ema'),
+                 precision=str(model.x_embedder.proj.weight.dtype).split('.')[-1], seed=seed, n=len(y))
     def parts() -> Iterator[tuple[int, Tensor]]:
         for k, i in enumerate(range(0, len(y), batch_size)):
             if k % processes == rank:
@@ -183,7 +186,7 @@ def evaluate_samples(samples: Samples,                 # of `generate`
                     ) -> Record:
     "`gfid` with the facts of the samples in the record, and `accuracy` among its metrics if the extractor gives class probabilities. UserError as `gfid`."
     f = samples.facts
-    facts = {k: f.get(k) for k in ('sampler', 'steps', 'shift', 'guidance', 'ema', 'precision', 'seed')}
+    facts: dict[str, Any] = {k: f.get(k) for k in ('sampler', 'steps', 'shift', 'guidance', 'ema', 'precision', 'seed')}
     r = gfid(samples, against, extractor, subject=f['net'], labels=f['labels'] if f['labels'] in POLICIES else None, **facts, **how)
     size, right = how.get('batch_size', 64), []
     for i in range(0, len(samples), size):

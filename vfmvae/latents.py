@@ -8,6 +8,7 @@ __all__ = ['LAYOUTS', 'LatentCache', 'latent_stats', 'cache_latents', 'import_la
 # %% ../nbs/15b_latents.ipynb #f91d4cb6
 import errno, json, shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,9 @@ class LatentCache:
         "The latents of these indices; epoch and seed decide which are flipped, if flips are kept."
         at = np.asarray([int(i) for i in indices], dtype=np.int64)
         if len(at) and (at.min() < 0 or at.max() >= len(self)): raise IndexError(f'index outside 0..{len(self)-1}')
-        flip = np.array([self.augment and np.random.default_rng([seed % 2**63, epoch, i]).random() < .5 for i in at], dtype=bool)
-        which, out = np.searchsorted(self.ends, at, side='right'), {}
+        flip = np.array([bool(self.augment) and np.random.default_rng([seed % 2**63, epoch, i]).random() < .5 for i in at], dtype=bool)
+        which = np.searchsorted(self.ends, at, side='right')
+        out: dict[str, Any] = {}
         for s in np.unique(which):
             tensors, starts = self.shard(int(s)), self.ends[s]-self.manifest['shards'][s][1]
             for end in ('', '_flip') if self.augment else ('',):
@@ -149,11 +151,11 @@ def _folder(path: str | Path) -> Path:
 # %% ../nbs/15b_latents.ipynb #5059e46e
 def latent_stats(shards: Callable[[], Iterator[dict[str, Tensor]]]) -> tuple[Tensor, Tensor]:
     "Per-channel mean and unbiased std (c,) of posterior samples, float64, two passes over (n,c,h,w) `mean` and `logvar`."
-    n, total = 0, 0.
+    n, total, square = 0, torch.zeros(()), torch.zeros(())
     for s in shards():
         z = s['mean'].double()
         n, total = n + z.numel()//z.shape[1], total + z.sum((0, 2, 3))
-    mean, square = total/n, 0.
+    mean = total/n
     for s in shards():
         square = square + (s['mean'].double()-mean[:, None, None]).square().sum((0, 2, 3))
         if 'logvar' in s: square = square + s['logvar'].double().exp().sum((0, 2, 3))
@@ -210,7 +212,7 @@ def cache_latents(tokenizer: Any,                # a Tokenizer
     for f, at in mine: _write_shard(folder/f, _shard_of(tokenizer, data, at, batch_size, flips, dtype, bar))
     bar.close()
     if group > 1: torch.distributed.barrier()
-    if not all((folder/f).is_file() for f, _ in manifest['shards']): return None
+    if not all((folder/str(f)).is_file() for f, _ in manifest['shards']): return None
     if rank == 0 or group == 1:
         if mine or not manifest.get('stats'): _close(folder, manifest)
     if group > 1: torch.distributed.barrier()
@@ -257,22 +259,28 @@ def import_latents(folder: str | Path,      # of published latents
                    tokenizer: str,          # name of the tokenizer that made them
                    classes: Sequence[str] | None = None # None: numbers, as many as there are
                   ) -> LatentCache:
-    "A cache from a published layout (spec/vfm_vae.md section 15); its `latents_stats.pt` becomes the scale. UserError: files missing, damaged or of another layout."
+    "A cache from a published layout (spec/vfm_vae.md section 15), `latents_stats.pt` being the scale. UserError: files missing, damaged, of another layout."
     if layout not in LAYOUTS: raise UserError(f"no layout {layout!r} (known: {', '.join(LAYOUTS)})")
     folder, out = Path(folder), _folder(path)
     if (out/'manifest.json').exists(): raise UserError(f'{out} holds a cache already; choose another path or delete it')
-    scale, shards, shape, top, kinds = _read_scale(folder), [], None, 0, set()
+    scale, shape, top = _read_scale(folder), None, 0
+    shards: list[tuple[str, int]] = []
+    kinds: set[frozenset[str]] = set()
     for k, t in enumerate(_read_lightningdit(folder) if layout == 'lightningdit' else _read_reg(folder)):
         _write_shard(out/f'shard-{k:05d}.safetensors', t)
-        shards.append([f'shard-{k:05d}.safetensors', len(t['label'])])
+        shards.append((f'shard-{k:05d}.safetensors', len(t['label'])))
         shape, top, kinds = list(t['mean'].shape[1:]), max(top, int(t['label'].max())), kinds | {frozenset(t)}
     if len(kinds) > 1: raise UserError(f'some files of {folder} hold flips and others do not; copy them again')
-    manifest = dict(tokenizer=tokenizer, n=sum(n for _, n in shards), shape=shape, deterministic=layout == 'lightningdit', flips='mean_flip' in next(iter(kinds)),
+    manifest = dict(tokenizer=tokenizer, n=sum(rows for _, rows in shards), shape=shape, deterministic=layout == 'lightningdit',
+                    flips='mean_flip' in next(iter(kinds)),
                     dtype='float32', classes=list(classes or map(str, range(top+1))), data=f'{layout} layout', shards=shards, scale=scale, stats=None)
     _close(out, manifest)
     return LatentCache(out)
 
 # %% ../nbs/15b_latents.ipynb #3a47822b
+def _save_npy(path: Path, a: np.ndarray) -> None:
+    with open(path, 'wb') as f: np.save(f, a)
+
 def export_latents(cache: LatentCache,
                    folder: str | Path,  # to write into
                    layout: str,         # of LAYOUTS; 'lightningdit' draws a sample of each posterior
@@ -286,19 +294,18 @@ def export_latents(cache: LatentCache,
     draw = torch.Generator().manual_seed(seed)
     for s, (_, n) in enumerate(cache.manifest['shards']):
         t = cache.shard(s)
-        g = {end: Gaussian(t['mean'+end].float(), t['logvar'+end].float() if 'logvar'+end in t else None) for end in (('', '_flip') if cache.augment else ('',))}
+        t = {k: v if k == 'label' else v.float() for k, v in t.items()}
+        g = {end: Gaussian(t['mean'+end], t.get('logvar'+end)) for end in ('', '_flip') if 'mean'+end in t}
         if layout == 'lightningdit':
-            _write_shard(folder/f'latents_rank00_shard{s:03d}.safetensors', dict(latents=g[''].sample(draw), latents_flip=g['_flip'].sample(draw), labels=t['label']))
+            both = dict(latents=g[''].sample(draw), latents_flip=g['_flip'].sample(draw), labels=t['label'])
+            _write_shard(folder/f'latents_rank00_shard{s:03d}.safetensors', both)
         else:
             for moments in torch.cat([g[''].mean, g[''].std], 1).numpy():
                 name = f'{at//1000:05d}/img-mean-std-{at:08d}.npy'
-                write_atomic(folder/name, lambda p, m=moments: _save_npy(p, m))
+                write_atomic(folder/name, partial(_save_npy, a=moments))
                 labels.append([name, int(t['label'][at-int(cache.ends[s])+n])])
                 at += 1
     if layout == 'reg': write_json(folder/'dataset.json', dict(labels=labels))
     stats = {k: getattr(cache, k)[None].clone() for k in ('mean', 'std')}
     write_atomic(folder/'latents_stats.pt', lambda p: torch.save(stats, p))     # their format: the one file of this library that is no safetensors
     return folder
-
-def _save_npy(path: Path, a: np.ndarray) -> None:
-    with open(path, 'wb') as f: np.save(f, a)

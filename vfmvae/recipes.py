@@ -32,7 +32,7 @@ from .published import load_vfmvae
 from .tok_train import SCALES, STAGES, TINY, Stage, TokenizerTask, check_stage
 from .tokenizer import families, fit_stats, load_tokenizer, reconstruct, save_tokenizer, tokenizers
 from .train import NotFinite, Run, checkpoints, fit, load_nets, memory_gb, processes, provenance, read_nets, task_state, warm_cosine
-from .vae import VFMVAE, VFMVAEConfig
+from .vae import VFMVAEConfig
 from .vfm import VFM
 
 # %% ../nbs/18_recipes.ipynb #8afd1170
@@ -206,7 +206,8 @@ def chosen(preset: Any,      # a key of PRESETS, or a preset
     if isinstance(preset, str) and preset not in PRESETS: raise UserError(f"no preset {preset!r};{nearest(preset, known)} (known: {', '.join(known)})")
     p = PRESETS[preset] if isinstance(preset, str) else preset
     if not isinstance(p, kind):
-        raise UserError(f"{preset!r} is the recipe of a {'velocity net: use train_flow' if kind is Preset else 'tokenizer: use train_tokenizer'} (known here: {', '.join(known)})")
+        use = 'velocity net: use train_flow' if kind is Preset else 'tokenizer: use train_tokenizer'
+        raise UserError(f"{preset!r} is the recipe of a {use} (known here: {', '.join(known)})")
     return p
 
 def build_training(preset: Preset,

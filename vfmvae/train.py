@@ -327,7 +327,8 @@ def _report(e: NotFinite, step: int, seen: int, micro: list[dict], run: Run | No
         if task and acc.is_main_process:
             tensors, plain = task_state(task)
             save_weights(run.dir/'stopped.safetensors', tensors, dict(row, config=task.config(), task=plain, made=provenance()))
-    where = f'the images are listed in {run.dir/mine}.jsonl' if run else f"its images: {', '.join(map(str, row['keys'][:8]))}{' ...' if len(row['keys']) > 8 else ''}"
+    some = ', '.join(map(str, row['keys'][:8])) + (' ...' if len(row['keys']) > 8 else '')
+    where = f'the images are listed in {run.dir/mine}.jsonl' if run else f'its images: {some}'
     if run and task: where += f', the last batch and the state lie in {mine}.safetensors and stopped.safetensors'
     print(f"step {step} skipped, {e}; {where}", file=sys.stderr)
     hint = 'lower the learning rate or look at these images'
