@@ -207,6 +207,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'vfmvae.cli._doctor': ('cli.html#_doctor', 'vfmvae/cli.py'),
                             'vfmvae.cli._encode': ('cli.html#_encode', 'vfmvae/cli.py'),
                             'vfmvae.cli._evaluate': ('cli.html#_evaluate', 'vfmvae/cli.py'),
+                            'vfmvae.cli._evaluate_samples': ('cli.html#_evaluate_samples', 'vfmvae/cli.py'),
+                            'vfmvae.cli._extractor': ('cli.html#_extractor', 'vfmvae/cli.py'),
                             'vfmvae.cli._generate': ('cli.html#_generate', 'vfmvae/cli.py'),
                             'vfmvae.cli._hub': ('cli.html#_hub', 'vfmvae/cli.py'),
                             'vfmvae.cli._import': ('cli.html#_import', 'vfmvae/cli.py'),

@@ -153,6 +153,27 @@ def _generate(a) -> int:
     print(f'{len(files)} pictures in {Path(a.out).resolve()}')
     return 0
 
+def _extractor(name: str):
+    from vfmvae.evaluate import Inception, VFMExtractor, bundled_extractor
+    from vfmvae.vfm import VFM
+    return bundled_extractor() if name == 'world' else Inception() if name == 'inception' else VFMExtractor(VFM(name))
+
+def _evaluate_samples(a) -> int:
+    from vfmvae.core import write_json
+    from vfmvae.evaluate import Statistics, gfid, reference
+    from vfmvae.generate import evaluate_samples, generate
+    from vfmvae.recipes import open_data
+    look = _extractor(a.extractor)
+    if a.reference.endswith('.npz'): against = Statistics.open(a.reference)
+    else: against = reference(open_data(a.reference, size=a.size, n=a.reference_n, seed=8), look, name=a.reference)
+    if a.samples is None:
+        how = {k: v for k, v in dict(steps=a.steps, guidance=a.guidance, method=a.method).items() if v is not None}
+        r = evaluate_samples(generate(a.net, a.n, a.seed, policy=a.policy, **how), against, look)
+    else: r = gfid(a.samples if a.samples.endswith('.npz') else open_data(a.samples, size=a.size), against, look, subject=a.samples)
+    print(r)
+    if a.out: print(f'written: {write_json(Path(a.out), r.json()).resolve()}')
+    return 0
+
 def _align(a) -> int:
     from vfmvae.align import se_cknna
     from vfmvae.core import Table, write_json
@@ -224,6 +245,14 @@ def parser() -> argparse.ArgumentParser:
             ('--steps', int, None, "sampling steps (default: the net's)"), ('--guidance', float, None, "scale of guidance (default: the net's)"),
             ('--method', str, None, "sampler (default: the net's)"), ('--batch', int, 64, 'samples at once'), ('--out', str, 'outputs/samples', 'folder'), seed)
     command('evaluate', _evaluate, 'PSNR and SSIM on a data set, as JSON', *which, images, size, ('--n', int, 256, 'how many images'))
+    command('evaluate-samples', _evaluate_samples, 'Frechet distance of samples, with everything that made it in the record',
+            ('--samples', str, None, 'an ADM-style .npz or a folder of pictures (default: draw them from --net)'),
+            ('--net', str, 'dit-vfmvae-tiny-f8d16', 'a bundled net or a .safetensors file of train-flow'), ('--n', int, 1024, 'samples to draw'),
+            ('--policy', str, 'balanced', 'or random'), ('--steps', int, None, "sampling steps (default: the net's)"),
+            ('--guidance', float, None, "scale of guidance (default: the net's)"), ('--method', str, None, "sampler (default: the net's)"),
+            ('--reference', str, 'world', "'world', a folder of pictures, or an .npz of statistics"), ('--reference-n', int, 4096, 'images of the world'),
+            ('--extractor', str, 'world', "'world', 'inception', or a VFM (tiny or any timm name)"), ('--size', int, 64, 'pixels per side of folders'), seed,
+            ('--out', str, None, 'JSON file of the record'))
     command('align', _align, 'CKNNA and SE-CKNNA of a tokenizer with a VFM, with chance and intervals', *which, images, size,
             ('--vfm', str, 'tiny', 'the reference: tiny or any timm name'), ('--vfm-weights', str, None, "a file of the VFM's weights, where there is no hub"),
             ('--vfm-ratio', float, 1., 'images are resized by this before the VFM (DINOv2 on 256 px: 0.875)'),
