@@ -63,7 +63,7 @@ def _reg(epochs: int, guidance: float = 1., high: float = 1.) -> FlowPreset:
 _SMALL = DiTConfig(in_channels=16, num_classes=16, patch_size=2, hidden_size=128, depth=6, num_heads=4, qk_norm='rms', **FAMILIES['lightningdit'])
 _FLOW_SMALL = FlowConfig(FLOW_WEIGHTS['lightningdit'], (('logit_normal', 0),), lr=1e-3, betas=(.9, .95), clip=1., ema=.999)
 def _small(tokenizer: str) -> FlowPreset:
-    return FlowPreset(tokenizer, _SMALL, _FLOW_SMALL, 12_000*64, 64, (16, 8, 8), cosine=True, sampling=dict(method='heun', steps=25, guidance=2.))
+    return FlowPreset(tokenizer, _SMALL, _FLOW_SMALL, 12_000*64, 64, (16, 8, 8), cosine=True, sampling=dict(method='heun', steps=16, guidance=2.))
 
 FLOW_PRESETS: dict[str, FlowPreset] = {
     'dit-vfmvae-tiny-f8d16': _small('vfmvae-tiny-f8d16'),     # data/results/diffusion.json
