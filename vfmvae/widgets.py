@@ -171,7 +171,7 @@ class Sheet:
                 page.text(x, y, words, fontsize=size, color=colour, va='top', ha='center' if centre else 'left', linespacing=1.15)
             for c in self.charts:
                 c.draw(ax := self._axes(fig, c))
-                for px, py, colour in c.points: ax.plot([px], [py], 'o', ms=9, mfc='none', mec=colour, mew=1.6, zorder=9)
+                for px, py, colour in c.points: ax.plot([px], [py], 'o', ms=9, mfc='none', mec=colour, mew=1.6, zorder=9, clip_on=False)
             fig.data = list(self.data)
             return fig
     def _chart(self, c: _Chart, dpi: int) -> tuple:
@@ -270,6 +270,8 @@ def _inches(width: str | float) -> float:
     return WIDTHS[width] if isinstance(width, str) else float(width)
 
 # %% ../nbs/19_widgets.ipynb #18c5ace3
+class _Stale(Exception): pass    # heavy work that nobody waits for any more
+
 class _Screen:
     "The widget half of `Lab`: controls move the state, the state moves the controls, the newest state is drawn."
     look: Callable; sheet: Callable; say: Callable; panel: Callable; jobs: Callable; set: Callable; finish: Callable; receive: Callable; press: Callable
@@ -279,7 +281,7 @@ class _Screen:
         self.controls: dict[str, Any] = {}
         self.png = b''
         self._box: Any = None
-        self._quiet = False
+        self._quiet, self._well = False, True
         self._filler: Any = None
     def widget(self) -> Any:
         "The controls, the picture and its words, as one ipywidgets box; the same one at every call. UserError without ipywidgets."
@@ -289,8 +291,11 @@ class _Screen:
         "Draws what is still open, heavy work included, now: after it, the picture is the whole picture of the state."
         if self._box is None: return self
         self._latest.settle()
-        if self.jobs(self.state):
-            self.finish()
+        if self._well and self.jobs(self.state):
+            try: self.finish()
+            except Exception as e:
+                self._complain(e)
+                return self
             self._latest.ask(self.state)
             self._latest.settle()
         return self
@@ -347,10 +352,12 @@ class _Screen:
     def _complain(self, e: Exception) -> None: self._say_now(str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}')
     def _show(self, answer: Any) -> None:
         "Puts the picture and its words in place, or the reason why there is none."
+        self._well = not isinstance(answer, Exception)
         if isinstance(answer, Exception): return self._complain(answer)
         self.png = answer.png
         self.picture.value = (f'<img alt="{html.escape(answer.words)}" decoding="sync" style="max-width:100%;height:auto" '
                               f'src="data:image/png;base64,{base64.b64encode(answer.png).decode()}">')
+        self._restore()       # what was opened on the way may offer more choices
         self._say_now(answer.words)
         self._fill()
     def _fill(self) -> None:
@@ -366,11 +373,13 @@ class _Screen:
         "Job after job of the newest state; the picture is drawn anew after each."
         def step_aside() -> None:
             while self._latest.busy: time.sleep(.005)
+            if self.mark.description not in [j.name for j in self.jobs(self.state)]: raise _Stale
+        def tick(n: int) -> None: loop.call_soon_threadsafe(lambda: setattr(self.mark, 'value', self.mark.value+n))
         try:
             while todo := self.jobs(self.state):
                 self.mark.description, self.mark.max, self.mark.value, self.mark.layout.visibility = todo[0].name, todo[0].size, 0, 'visible'
-                def tick(n: int) -> None: loop.call_soon_threadsafe(lambda: setattr(self.mark, 'value', self.mark.value+n))
-                await loop.run_in_executor(None, todo[0].run, step_aside, tick)
+                try: await loop.run_in_executor(None, todo[0].run, step_aside, tick)
+                except _Stale: continue
                 self._latest.ask(self.state)
                 await self._latest.task
         except Exception as e: self._complain(e)
