@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['Shelf', 'Banks', 'ExplorerState', 'Strip', 'strip', 'Side', 'Explored', 'Explorer', 'layer_name']
 
-# %% ../nbs/19b_explorer.ipynb #89948f9d
+# %% ../nbs/19b_explorer.ipynb #e4d52bb9
 import hashlib, io, threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/19b_explorer.ipynb #2223af68
+# %% ../nbs/19b_explorer.ipynb #1ca4c29b
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/19b_explorer.ipynb #a2b8f33e
+# %% ../nbs/19b_explorer.ipynb #778cb259
 from .align import Graph, cknna, knn_graph, mutual_knn, prepare
 from .core import UserError, home, load_weights, nearest, save_weights
 from .data import CROPS, TRANSFORMS, open_image, to_tensor, to_uint8, transform
@@ -30,7 +30,7 @@ from .vfm import _ALIASES, VFM, _known, layer_index
 from .views import Fitted, as_source, extract_views, label, see
 from .widgets import ColourFit, Control, Job, Lab, Sheet, _whole, middle, steps, transform_controls
 
-# %% ../nbs/19b_explorer.ipynb #52046cd9
+# %% ../nbs/19b_explorer.ipynb #154e6103
 class Shelf:
     "The first `n` images of a data set, held as 8 bit: whom an image is compared with. UserError: fewer than 12, or one that cannot be read."
     def __init__(self, images: Any,  # a data set with `.batch(indices)`
@@ -53,14 +53,19 @@ class Shelf:
         at = list(indices)
         return dict(image=self.pixels[at].float()/127.5-1, key=[self.names[i] for i in at])
 
-# %% ../nbs/19b_explorer.ipynb #7495cc7b
+# %% ../nbs/19b_explorer.ipynb #392bff92
 _DRAW = ('noise', 'colour', 'occlusion', 'translation', 'crop')    # of TRANSFORMS: those that listen to the seed
+
+def _nets(source: Any) -> list[Any]:
+    "What a source looks through: itself, or what its adapter holds."
+    return [getattr(source, a) for a in ('net', 'tokenizer', 'vfm') if hasattr(source, a)] or [source]
 
 def _weights(source: Any) -> str:
     "A short name of what a source is made of: the shapes and sums of its weights."
-    net = getattr(source, 'tokenizer', getattr(source, 'vfm', source))
     parts = [source.name, repr(getattr(source, 'ratio', ''))]
-    if isinstance(net, nn.Module): parts += [f'{k} {tuple(v.shape)} {v.double().sum():.9e} {v.double().abs().sum():.9e}' for k, v in net.state_dict().items()]
+    for net in _nets(source):
+        tensors = net.state_dict().items() if isinstance(net, nn.Module) else ()
+        parts += [f'{k} {tuple(v.shape)} {v.double().sum():.9e} {v.double().abs().sum():.9e}' for k, v in tensors]
     return hashlib.blake2b('\n'.join(parts).encode(), digest_size=6).hexdigest()
 
 class _Patient:
@@ -77,12 +82,12 @@ class Banks:
     def __init__(self, shelf: Shelf, folder: Path | None = None): # None: `labs` under home()
         self.shelf, self.folder = shelf, folder
         self._held: dict[tuple, dict[Any, Tensor]] = {}
-        self._digests: dict[int, tuple[Any, str]] = {}
+        self._digests: dict[tuple, tuple[Any, str]] = {}
     def _key(self, source: Any, view: tuple[str, float] | None, seed: int) -> tuple[str, str]:
-        net = getattr(source, 'tokenizer', getattr(source, 'vfm', source))
-        if id(net) not in self._digests: self._digests[id(net)] = net, _weights(source)     # the net is held, so that its id stays its own
+        at = (source.name, *map(id, _nets(source)))
+        if at not in self._digests: self._digests[at] = _nets(source), _weights(source)     # the nets are held, so that an id stays its own
         drawn = f' seed {seed}' if view is not None and view[0] in _DRAW else ''
-        return f'{source.name.replace("/", "_")}-{self._digests[id(net)][1]}', label(view)+drawn
+        return f'{source.name.replace("/", "_")}-{self._digests[at][1]}', label(view)+drawn
     def _path(self, key: tuple[str, str]) -> Path:
         return (self.folder or home()/'labs')/key[0]/f'{self.shelf.digest}-{len(self.shelf)} {key[1]}.safetensors'
     def get(self, source: Any, view: tuple[str, float] | None, seed: int = 0) -> dict[Any, Tensor] | None:
@@ -104,7 +109,7 @@ class Banks:
                              dict(source=s.name, view=label(view), seed=seed, images=self.shelf.names[:3]+['...'], n=len(self.shelf)))
         return Job(label(view), len(self.shelf), run)
 
-# %% ../nbs/19b_explorer.ipynb #2a725870
+# %% ../nbs/19b_explorer.ipynb #f74d4f23
 @dataclass(frozen=True)
 class ExplorerState:
     "What the explorer shows. UserError on a value that cannot be shown."
@@ -133,7 +138,7 @@ class ExplorerState:
         "As `views.see` takes it; None where the transform changes nothing."
         return None if self.strength == TRANSFORMS[self.transform].identity else (self.transform, float(self.strength))
 
-# %% ../nbs/19b_explorer.ipynb #41ee21dd
+# %% ../nbs/19b_explorer.ipynb #a758c729
 @dataclass(frozen=True, eq=False)
 class Strip:
     "The k nearest of the image, nearest first, and which of them are among the k nearest of the transformed one."
@@ -153,7 +158,7 @@ def strip(bank: Tensor,           # (n,c) pooled features of the others
     before, after = sim.argsort(dim=1, descending=True, stable=True)[:, :k].tolist()
     return Strip(tuple(before), tuple(i in after for i in before))
 
-# %% ../nbs/19b_explorer.ipynb #628a40af
+# %% ../nbs/19b_explorer.ipynb #4e9875f6
 @dataclass(frozen=True, eq=False)
 class Side:
     "One tokenizer's part of the picture. Images (3,H,W) in [-1,1]."
@@ -178,7 +183,7 @@ class Explored:
     shelf: Shelf | None
     steps: int                       # points of a whole curve
 
-# %% ../nbs/19b_explorer.ipynb #074a0e77
+# %% ../nbs/19b_explorer.ipynb #6cffc40e
 _KS, _MOST = (2, 3, 5, 10, 15, 20, 30, 50), 50
 _GRAPHS: dict[str, Callable] = dict(cknna=cknna, mutual_knn=mutual_knn)   # take a graph, which serves every k
 
@@ -211,7 +216,7 @@ class _Seen:
         key = ('graph', banks, *banks._key(source, view, seed), layer)
         return self.once(key, lambda: knn_graph(prepare(banks.get(source, view, seed)[layer]), min(_MOST, len(banks.shelf)-1)))  # type: ignore[index]
 
-# %% ../nbs/19b_explorer.ipynb #8f19a43d
+# %% ../nbs/19b_explorer.ipynb #45e5a796
 class Explorer(Lab):
     "Does a tokenizer keep what the VFM sees, and does it survive a transform? See `Lab` for what it can do, `ExplorerState` for what can be set."
     State, title, scrub = ExplorerState, 'Alignment explorer', ('strength',)
@@ -325,7 +330,7 @@ class Explorer(Lab):
         "Image, transform, then each net with its numbers."
         return _explored_words(result)
 
-# %% ../nbs/19b_explorer.ipynb #25674821
+# %% ../nbs/19b_explorer.ipynb #843f8a3a
 _CALLED = dict(cknna='CKNNA', mutual_knn='mutual k-NN', cka='CKA', cka_unbiased='CKA, unbiased', svcca='SVCCA')
 _GLYPHS = '\u25cf\u25a0\u25b2\u25c6'
 _WORST, _KEPT, _LOST = .3, ('\u25cf', '#0072B2'), ('\u2715', '#D55E00')
