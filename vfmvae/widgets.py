@@ -303,10 +303,10 @@ class _Screen:
         try: import ipywidgets as w
         except ImportError: raise UserError("the lab's controls need ipywidgets; pip install ipywidgets, or use .figure() and .set()") from None
         self.picture, self.readout, self.mark = w.HTML(), w.HTML(), w.IntProgress(layout=w.Layout(visibility='hidden', width='310px'))
-        self._rows = w.Box(layout=w.Layout(flex_flow='row wrap', align_items='center'))
+        self._bar = w.Box(layout=w.Layout(flex_flow='row wrap', align_items='center'))
         self._specs: dict[str, Control] = {}
         self._latest = _Latest(self._work, self._show)
-        self._box = w.VBox([self._rows, self.mark, self.picture, self.readout])
+        self._box = w.VBox([self._bar, self.mark, self.picture, self.readout])
         self._sync()
     def _work(self, state: Any) -> _Shown:
         result = self.look(state)
@@ -327,7 +327,7 @@ class _Screen:
                 if old.tooltip != c.help: old.tooltip = c.help
         self._specs = dict(specs)
         shown = tuple(getattr(self.controls[n], 'box', self.controls[n]) for n in specs)
-        if self._rows.children != shown: self._rows.children = shown
+        if self._bar.children != shown: self._bar.children = shown
     def _try(self, act: Callable, *args: Any, **kwargs: Any) -> None:
         "A user's act: if it cannot be done, the lab says why and the controls go back to the state."
         try: act(*args, **kwargs)
