@@ -147,8 +147,8 @@ def test_every_control_moves_picture_and_words(lab):
     lab.moves('layer', 'ArrowLeft', words='layer 4')
     lab.moves('image', 'Control+a', '7', 'Enter', words='image 7')
     lab.moves('conv-f8d16', 'Space', words='conv-f8d16: reconstruction')
-    lab.moves('transform', 'jpeg', words='jpeg 70')         # a closed list follows what is typed
-    lab.moves('metric', 'mutual', words='mutual k-NN')
+    lab.moves('jpeg', 'Space', words='jpeg 70')
+    lab.moves('metric', 'ArrowRight', words='mutual k-NN')
     shot(lab.page, 'light')
 
 
@@ -168,11 +168,11 @@ def test_bad_input_is_told_and_the_lab_lives_on(lab):
 
 def test_the_picture_has_a_text_and_tab_reaches_every_control(lab):
     assert lab.box.locator('img').first.get_attribute('alt') == lab.seen()[1]
-    names = ['images', 'image', 'vfm', 'layer', 'transform', 'strength', 'seed', 'k', 'metric', 'conv-f8d16', 'rae-tiny-f8d128']
+    names = ['images', 'image', 'vfm', 'layer', 'noise', 'rotation', 'strength', 'seed', 'k', 'metric', 'conv-f8d16', 'rae-tiny-f8d128']
     for name in names: lab.control(name).evaluate('(e, name) => e.dataset.name = name', name)
     lab.control('images').focus()
     reached = set()
-    for _ in range(30):
+    for _ in range(50):
         reached.add(lab.page.evaluate('() => document.activeElement.dataset.name || ""'))
         lab.page.keyboard.press('Tab')
     assert {*names} <= reached

@@ -248,8 +248,10 @@ def _widget(name: str, c: Control, value: Any) -> Any:
     import ipywidgets as w
     look: Any = dict(description=name, tooltip=c.help, style={'description_width': '75px'}, layout=w.Layout(width='310px'))
     pairs = [(c.show(o), o) for o in c.options]
-    if c.kind == 'choice': return w.Dropdown(options=pairs, value=value, **look)
-    if c.kind == 'slide': return w.SelectionSlider(options=pairs, value=value, continuous_update=False, **look)
+    if c.kind == 'choice' and len(pairs) <= 12:
+        style = dict(description_width='75px', button_width='auto')
+        return w.ToggleButtons(options=pairs, value=value, description=name, tooltip=c.help, style=style)
+    if c.kind in ('choice', 'slide'): return w.SelectionSlider(options=pairs, value=value, continuous_update=False, **look)
     if c.kind == 'many': return _Toggles(c.options, value, name, c.help, c.show)
     if c.kind == 'whole': return w.BoundedIntText(value, min=0, max=c.last, continuous_update=False, **look)
     if c.kind == 'text': return w.Text(value, continuous_update=False, **look)
