@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['latency', 'bench_labs', 'main']
 
-# %% ../nbs/19d_lab_bench.ipynb #31088f33
+# %% ../nbs/19d_lab_bench.ipynb #88f0da13
 import argparse, asyncio, threading, time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/19d_lab_bench.ipynb #9c3a1efe
+# %% ../nbs/19d_lab_bench.ipynb #219dbd6f
 import torch
 
-# %% ../nbs/19d_lab_bench.ipynb #02052ad8
+# %% ../nbs/19d_lab_bench.ipynb #c05691ba
 from .core import data_dir, write_json
 from .explorer import Explorer
 from .labs import NeighbourLab, ReconstructionLab
 from .train import provenance
 from .widgets import KeepsLab, Lab
 
-# %% ../nbs/19d_lab_bench.ipynb #62fb2978
+# %% ../nbs/19d_lab_bench.ipynb #de9fd5b1
 def latency(lab: Lab,                         # its widget is made and settled here
             moves: Sequence[tuple[str, Any]], # (control, value), one after the other
             burst: Sequence[tuple[str, Any]] = () # events that follow each other at once
@@ -61,7 +61,7 @@ def latency(lab: Lab,                         # its widget is made and settled h
     out = dict(events=len(walls), p50=w.median().item(), p95=w.quantile(.95).item(), worst=w.max().item(), cpu=torch.tensor(cpus).median().item())
     return out | (dict(burst_events=len(burst), burst_computations=found[0][0], burst_seconds=found[0][1]) if burst else {})
 
-# %% ../nbs/19d_lab_bench.ipynb #383bc412
+# %% ../nbs/19d_lab_bench.ipynb #a0247c9e
 def _rounds(name: str, values: Sequence, times: int) -> list[tuple[str, Any]]: return [(name, v) for _ in range(times) for v in values]
 
 def bench_labs(n: int = 256,   # images of the explorer's set
@@ -87,5 +87,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, r in rows.items(): print(f'{name:36} p50 {r["p50"]*1e3:5.0f} ms  p95 {r["p95"]*1e3:5.0f} ms  processor {r["cpu"]*1e3:5.0f} ms')
     write_json(Path(a.out), dict(rows=rows, provenance=provenance()))
 
-# %% ../nbs/19d_lab_bench.ipynb #2810fc4b
+# %% ../nbs/19d_lab_bench.ipynb #94f63e4b
 if __name__ == '__main__' and '__file__' in globals(): main()   # a notebook has no file
