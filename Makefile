@@ -41,10 +41,11 @@ ARGS ?=
 train: $(CORE)   ## train a tokenizer, on your images with IMAGES=folder
 	$(BIN)/vfmvae train-tokenizer $(if $(IMAGES),--data "$(IMAGES)") --out outputs/tokenizer.safetensors $(ARGS)
 
-bench: $(CORE)   ## speed of the decoder, of training steps and of CKNNA, as ratios
+bench: $(DEV)    ## speed of the decoder, of training steps, of CKNNA (as ratios) and of the labs
 	$(BIN)/python -m vfmvae.bench $(ARGS)
 	$(BIN)/python -m vfmvae.bench --cknna $(ARGS)
 	$(BIN)/python -m vfmvae.bench_flow
+	$(BIN)/python -m vfmvae.lab_bench
 
 # one after the other even under make -j, so that pytest has the last word
 test: $(DEV)     ## everything a change must pass

@@ -1,12 +1,14 @@
 "Laws of the labs: colours, states, the figure as a pure function, and controls that are moved without a browser."
-import asyncio, builtins, threading
+import asyncio, builtins, html, io, re, threading
 from dataclasses import replace
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from vfmvae.core import UserError, data_dir
 from vfmvae.data import TRANSFORMS, World
 from vfmvae.plots import to_png
-from vfmvae.widgets import KeepsLab, KeepsState, _Latest, keeps, keeps_figure, keeps_text, pca_colours
+from vfmvae.widgets import KeepsLab, KeepsState, Sheet, _Latest, keeps, keeps_figure, keeps_text, pca_colours
 
 NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16')
 MISSING = [n for n in NAMES if not (data_dir()/'weights'/f'{n}.safetensors').is_file()]
@@ -170,8 +172,8 @@ def test_each_control_moves_state_picture_and_words(name):
     picture, words = lab.picture.value, lab.readout.value
     lab.controls[name].value = MOVES[name]
     assert getattr(lab.state, name) == MOVES[name]
-    assert picture != lab.picture.value == to_png(lab.figure())
-    assert words != lab.readout.value and lab.picture.tooltip == lab.text()
+    assert picture != lab.picture.value and lab.png == lab.sheet(keeps(lab.state), 7.6).png()
+    assert words != lab.readout.value and f'alt="{html.escape(lab.text())}"' in lab.picture.value
 
 
 @weights
@@ -199,7 +201,7 @@ def test_under_an_event_loop_only_the_last_of_many_moves_is_drawn():
         await lab._latest.task
         return lab, drawn
     lab, drawn = asyncio.run(drag())
-    assert drawn == [270.] and lab.picture.value == to_png(lab.figure()) and 'computing' not in lab.readout.value
+    assert drawn == [270.] and lab.png == lab.sheet(keeps(lab.state), 7.6).png() and 'computing' not in lab.readout.value
 
 
 @weights
@@ -212,3 +214,55 @@ def test_without_ipywidgets_the_module_works_and_the_widget_says_what_to_install
     lab = KeepsLab()
     assert 'dB' in lab.text()
     with pytest.raises(UserError, match='pip install ipywidgets'): lab.widget()
+
+
+# sheets, paper, pages ----------------------------------------------------------------------------------------------------------------------------
+
+def test_a_sheet_puts_a_pixel_where_it_says_on_paper_and_on_screen():
+    sheet = Sheet(2., 1.)
+    sheet.image(.5, .25, .5, torch.tensor([1., 0., 0.])[:, None, None].expand(3, 4, 4))
+    for png in (sheet.png(100), to_png(sheet.figure(), 100)):
+        a = np.asarray(Image.open(io.BytesIO(png)).convert('RGB')).astype(int)
+        at = np.argwhere((a[..., 0] > 200) & (a[..., 1] < 60))
+        assert a.shape == (100, 200, 3) and np.abs(at.min(0)-(25, 50)).max() <= 1 and np.abs(at.max(0)-(74, 99)).max() <= 1
+
+
+def test_the_ring_of_a_point_moves_and_the_chart_is_drawn_once():
+    drawn = []
+    def sheet(x):
+        s = Sheet(2., 1.)
+        s.chart(.4, .1, 1.5, .6, 'the same', lambda ax: (drawn.append(1), ax.plot([0, 4], [0, 1])), [(x, .5, '#FF0000')])
+        return np.asarray(Image.open(io.BytesIO(s.png(100)))).astype(int)
+    a, b = sheet(1.), sheet(3.)
+    red = [np.argwhere((p[..., 0] > 200) & (p[..., 2] < 60)).mean(0) for p in (a, b)]
+    assert len(drawn) == 1 and red[1][1]-red[0][1] > 50 and abs(red[1][0]-red[0][0]) < 1
+
+
+@weights
+def test_paper_and_page(tmp_path):
+    lab = KeepsLab(KeepsState(image=2, transform='blur', strength=1.))
+    made = lab.save(tmp_path/'fig.pdf', 'column')
+    assert [p.name for p in made] == ['fig.pdf', 'fig.png', 'fig.csv'] and b'CIDFontType2' in made[0].read_bytes() and b'Type3' not in made[0].read_bytes()
+    assert abs(Image.open(made[1]).width-3.25*200) <= 1 and 'psnr' in made[2].read_text().splitlines()[0]
+    page = lab.export(tmp_path/'lab.html', strength=[1., 4.], transform=['blur']).read_text()
+    assert page.count('iVBOR') == 2 and not re.search(r'https?:|src="(?!data)|@import|<link', page) and 'blur 4' in page
+    for bad in (dict(strength=[]), dict(image=range(999))):
+        with pytest.raises(UserError, match=r'^[^\n]+$'): lab.export(tmp_path/'no.html', **bad)
+    with pytest.raises(UserError, match='no width'): lab.save(tmp_path/'x.pdf', 'wide')
+
+
+@weights
+def test_whatever_goes_wrong_is_said_and_the_lab_lives_on(monkeypatch):
+    pytest.importorskip('ipywidgets')
+    lab = KeepsLab()
+    lab.widget()
+    before = lab.png
+    lab._try(lab.set, image=10_000)
+    assert 'no image 10000' in lab.readout.value and lab.controls['image'].value == 0 and lab.png == before
+    look = lab.look
+    monkeypatch.setattr(lab, 'look', lambda state: 1/0)
+    lab.controls['seed'].value = 1
+    assert 'ZeroDivisionError' in lab.readout.value
+    monkeypatch.setattr(lab, 'look', look)
+    lab.controls['image'].value = 3
+    assert 'Image 3' in lab.readout.value and lab.png != before

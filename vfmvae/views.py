@@ -97,16 +97,17 @@ def _device(source: Any) -> Any:
 @torch.no_grad()
 def extract_views(sources: Mapping[str, tuple[Any, Sequence[int | str]]], # name -> (FeatureSource, its layers to keep)
                   images: Any,              # as for `features.extract`
-                  transforms: Any = (),     # see `views`; the clean images are always among the results
+                  transforms: Any = (),     # see `views`; the clean images are among the results, too
                   pool: str = 'mean',       # see `features.pool`
                   names: Sequence[str] | None = None, # one per image; None: the keys of the data set, else running numbers
                   batch_size: int = 64,     # images in one pass
                   seed: int = 42,           # of the published draws
-                  quiet: bool = False       # no progress bar
+                  quiet: bool = False,      # no progress bar
+                  clean: bool = True        # False: without the clean images, for who has them
                  ) -> dict[tuple[str, str, int | str], Bank]:
     """(label of the view, name of the source, layer) -> Bank, rows in the order of `images`; all sources see the same pixels.
     An image's place for the draws is the rank of its name where the set knows all names (`ImageSet.keys`), else its position. UserError: no images."""
-    todo: list[tuple[str, float] | None] = [None, *(views(transforms) if transforms else ())]
+    todo: list[tuple[str, float] | None] = [*([None] if clean else []), *(views(transforms) if transforms else ())]
     known = sorted(images.keys) if isinstance(getattr(images, 'keys', None), list) else []
     rank = {k: i for i, k in enumerate(known)}
     kept: dict[tuple[str, str, int | str], list[tuple[list[int], Tensor]]] = {}

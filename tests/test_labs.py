@@ -1,0 +1,204 @@
+"Laws of the explorer and its sisters: what they show is what the library computes, heavy work is done once, and bad input leaves them alive."
+import asyncio, io
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vfmvae.align import alignment_under, knn_graph, prepare
+from vfmvae.core import UserError, data_dir
+from vfmvae.data import World
+from vfmvae.dit import DiT, DiTConfig
+from vfmvae.explorer import Banks, Explorer, ExplorerState, Shelf, strip
+from vfmvae.labs import EDITS, EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab, SamplerLab, edit_latent
+from vfmvae.tokenizer import tokenizers
+from vfmvae.vfm import VFM
+from vfmvae.views import Fitted
+
+NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16', 'conv-f8d16')
+pytestmark = pytest.mark.skipif(not all((data_dir()/'weights'/f'{n}.safetensors').is_file() for n in NAMES), reason='the bundled weights are not there')
+ONE_LINE = r'^[^\n]+$'
+
+
+@pytest.fixture(scope='module')
+def lab():
+    pytest.importorskip('ipywidgets')
+    lab = Explorer(n=32, k=5, transform='blur', strength=2.)
+    lab.widget()
+    lab.settle()
+    return lab
+
+
+def test_the_curve_is_the_library(lab):
+    lab.set(tokenizers='vfmvae-tiny-f8d16', transform='blur', strength=2., k=5, layer=-1, image=0)
+    few = [World(seed=8)[i] for i in range(32)]
+    table = alignment_under([(tokenizers['vfmvae-tiny-f8d16'], (Fitted(VFM('tiny')), -1))], few, [('blur', 2), ('blur', 4)], k=5, times=20, quiet=True)
+    mine = {d['strength']: d['value'] for d in lab.figure().data}
+    for strength, row in zip((0, 2, 4), table, strict=True): assert abs(mine[strength]-row['value']) < 1e-5
+
+
+def test_the_strip_is_the_row_of_the_graph_and_an_unchanged_image_keeps_all():
+    f = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    for i in (0, 7, 39):
+        s = strip(f, f[[i, i]], 6, own=i)
+        assert list(s.near) == knn_graph(prepare(f), 6).idx[i].tolist() and all(s.kept)
+    s = strip(f, torch.stack([f[3], -f[3]]), 6, own=3)
+    assert not any(s.kept)
+
+
+def test_twenty_events_are_computed_three_times_at_most_and_the_last_one_is_shown(lab):
+    computed = []
+    look = lab.look
+    lab.look = lambda s: (computed.append(s.strength), look(s))[1]
+    async def drag():
+        for strength in (.5, 1., 2., 3., 4.)*4:
+            lab.controls['strength'].value = strength
+            await asyncio.sleep(.002)
+        assert 'computing' in lab.readout.value
+        await lab._latest.task
+    try:
+        lab.set(strength=3.)
+        computed.clear()
+        asyncio.run(drag())
+    finally: lab.look = look
+    assert len(computed) <= 3 and computed[-1] == lab.state.strength == 4. and 'blur 4' in lab.readout.value
+    assert lab.png == lab.sheet(lab.look(lab.state), 7.6).png()
+
+
+def test_two_tokenizers_are_one_click_and_leave_at_least_one(lab):
+    lab.set(tokenizers='vfmvae-tiny-f8d16', strength=2.).settle()
+    button = dict(zip(tokenizers, lab.controls['tokenizers'].buttons, strict=True))
+    button['conv-f8d16'].value = True
+    lab.settle()
+    assert {*lab.state.tokenizers} == {'vfmvae-tiny-f8d16', 'conv-f8d16'} and lab.readout.value.count('dB') == 2
+    button['conv-f8d16'].value = button['vfmvae-tiny-f8d16'].value = False
+    assert 'one to four' in lab.readout.value and len(lab.state.tokenizers) == 1 and sum(b.value for b in button.values()) == 1
+    lab.set(tokenizers='vfmvae-tiny-f8d16').settle()
+
+
+def test_features_are_found_again_and_not_those_of_other_weights_or_images(tmp_path):
+    class Eye:
+        name, layers, calls = 'eye', ('a',), 0
+        def features(self, x, layers=None):
+            Eye.calls += 1
+            return {'a': x.flatten(2).transpose(1, 2)}
+    shelf = Shelf(World(seed=8), 16)
+    for _ in range(2):
+        banks = Banks(shelf, tmp_path)
+        if banks.get(Eye(), None) is None: banks.job([Eye()], None).run(lambda: None, lambda n: None)
+    assert Eye.calls == 1 and banks.get(Eye(), None)['a'].shape == (16, 3)
+    assert Banks(Shelf(World(seed=9), 16), tmp_path).get(Eye(), None) is None
+    a, b = (torch.nn.Linear(2, 2) for _ in range(2))
+    for n in (a, b): n.name, n.layers = 'net', ('a',)
+    assert banks._key(a, None, 0) != banks._key(b, None, 0)
+
+
+def data(im, kind='PNG', **how):
+    im.save(f := io.BytesIO(), kind, **how)
+    return f.getvalue()
+
+
+@pytest.mark.parametrize('name, content, words', [('a.txt', b'hello', 'not an image'), ('b.png', data(Image.new('RGB', (1, 1))), '1 x 1'),
+                                                  ('c.png', data(Image.new('RGB', (90, 90)))[:60], 'c.png'), ('d.png', b'', 'd.png')])
+def test_an_upload_that_is_no_image_is_told_and_changes_nothing(lab, name, content, words):
+    before = lab.state
+    lab._received([dict(name=name, content=memoryview(content))])
+    assert words in lab.readout.value and lab.state == before and name not in lab.uploads
+
+
+@pytest.mark.parametrize('name', ['deep', 'cmyk', 'moving', 'clear'])
+def test_every_kind_of_image_can_be_uploaded(lab, name):
+    two = [Image.new('RGB', (80, 60), c) for c in ('red', 'blue')]
+    content = dict(deep=lambda: data(Image.fromarray((np.arange(64*70).reshape(64, 70)*14).astype(np.uint16))),
+                   cmyk=lambda: data(Image.new('CMYK', (70, 90), (9, 99, 0, 0)), 'JPEG'),
+                   moving=lambda: data(two[0], 'GIF', save_all=True, append_images=two[1:]),
+                   clear=lambda: data(Image.new('RGBA', (40, 40), (9, 9, 9, 0))))[name]()
+    lab._received([dict(name=name, content=content)])
+    lab.settle()
+    assert lab.state.uploaded == name and f'image {name} of' in lab.readout.value
+    lab.set(uploaded='').settle()
+
+
+@pytest.mark.parametrize('bad', [dict(images='nowhere'), dict(image=10**6), dict(tokenizers=()), dict(tokenizers='conv'), dict(vfm='resnet50'),
+                                 dict(layer=9), dict(k=31), dict(k=1), dict(metric='x'), dict(strength=-1.), dict(seed=-1), dict(uploaded='x'),
+                                 dict(colour=1), dict(tokenizers='no.safetensors')])
+def test_a_state_that_cannot_be_shown_is_refused_in_one_line(lab, bad):
+    before = lab.state
+    with pytest.raises(UserError, match=ONE_LINE): lab.set(**bad)
+    assert lab.state is before
+
+
+def test_a_size_without_a_grid_is_told_and_the_next_move_works(lab):
+    lab.set(transform='scale', strength=.3)
+    assert 'multiples of 8' in lab.settle().readout.value
+    lab.set(transform='blur', strength=1.).settle()
+    assert 'blur 1' in lab.readout.value and 'CKNNA' in lab.readout.value
+
+
+def test_every_control_is_described(lab):
+    panel = lab.panel(lab.state)
+    assert all(c.help for c in panel.values())
+    assert {*panel} >= {'images', 'image', 'upload', 'tokenizers', 'vfm', 'layer', 'transform', 'strength', 'seed', 'k', 'metric'}
+    assert all(lab.controls[n].tooltip and lab.controls[n].description for n in panel)
+
+
+# the sisters -------------------------------------------------------------------------------------------------------------------------------------
+
+def test_edits_at_zero_change_nothing_and_at_one_everything():
+    z, o = torch.randn(2, 1, 4, 6, 6, generator=torch.Generator().manual_seed(3))
+    for e in EDITS: assert torch.allclose(edit_latent(z, o, e, 0.), z)
+    assert torch.equal(edit_latent(z, o, 'swap', 1.), o) and torch.allclose(edit_latent(z, o, 'interpolate', 1.), o) and not edit_latent(z, o, 'mask', 1.).any()
+
+
+def test_the_neighbour_lab_adds_up():
+    lab = NeighbourLab(n=24, k=4, image=2)
+    r = lab._whole()
+    data = lab.figure().data
+    assert abs(data[-1]['share']-1) < 1e-9 and [d['adds'] > 0 for d in data] == [a > 0 for a in r.adds] and f'{r.score:.3f}' in lab.text()
+
+
+def net(channels=16, seed=0):
+    torch.manual_seed(seed)
+    made = DiT(DiTConfig(in_channels=channels, patch_size=1, hidden_size=24, depth=2, num_heads=2, num_classes=16)).eval()
+    with torch.no_grad(): made.final_layer.linear.weight.normal_(std=.1)
+    return made
+
+
+def test_the_layer_lab_knows_nets_and_itself():
+    tok = tokenizers['vfmvae-tiny-f8d16']
+    lab = LayerLab(nets=dict(a=(net(seed=0), tok), b=(net(seed=1), tok)), first='a', second='a', n=24, k=4, t=.25)
+    own = lab._whole().scores
+    assert own.shape == (4, 4) and (own.diagonal() > .999).all()
+    assert not torch.allclose(lab.set(second='b')._whole().scores, own)     # two nets of one tokenizer do not share a cache
+    assert 'noise level 0.25' in lab.text().lower()
+
+
+def test_the_embedding_lab_puts_the_chosen_image_first():
+    lab = EmbeddingLab(n=24, image=5, colour='transform', transform='noise', strength=.1)
+    r = lab._whole()
+    assert r.places.shape == (48, 2) and len(r.near) == 8 and 5 not in r.near and len(lab.figure().data) == 48
+    with pytest.raises(UserError, match='choose one of'): lab.set(method='tsne')
+
+
+def test_the_sampler_lab_walks_from_its_noise_to_its_end():
+    lab = SamplerLab(net(), steps=4, step=4)
+    r = lab.look(lab.state)
+    assert r.t == 0 and r.far[-1] == 0 < r.far[0] and torch.equal(r.now, r.final)
+    first = lab.set(step=0).look(lab.state)
+    assert first.t == 1 and not torch.equal(first.now, first.final) and len(lab._ways) == 1
+    for bad in (dict(step=5), dict(label=17), dict(method='x'), dict(stage='x'), dict(guidance=-1.)):
+        with pytest.raises(UserError, match=ONE_LINE): lab.set(**bad)
+    with pytest.raises(UserError, match='bundled'): SamplerLab(tokenizer='rae-tiny-f8d128')
+
+
+def test_every_lab_has_pictures_words_and_controls():
+    pytest.importorskip('ipywidgets')
+    for lab in (ReconstructionLab().set(edit='noise'), NeighbourLab(n=24, k=4), LayerLab(n=24, k=4), EmbeddingLab(n=24), SamplerLab(net(), steps=3)):
+        lab.widget()
+        lab.settle()
+        assert lab.png[:4] == b'\x89PNG' and lab.text() and all(c.help for c in lab.panel(lab.state).values())
+        assert lab.figure('column').get_figwidth() == 3.25 and lab.figure().data
+
+
+def test_states_are_values():
+    assert ExplorerState() == ExplorerState(tokenizers=['vfmvae-tiny-f8d16']) and hash(ExplorerState()) == hash(ExplorerState())
+    assert ExplorerState(transform='scale', strength=1.).view is None
