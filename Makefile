@@ -11,7 +11,7 @@ RECIPE  := settings.ini setup.py pyproject.toml
 PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env dev demo train bench test lint notebooks pytest lab readme hooks export clean
+.PHONY: help env dev demo train bench test lint notebooks pytest lab readme docs hooks export clean
 .DELETE_ON_ERROR:
 
 help:            ## this list
@@ -73,6 +73,13 @@ export: $(DEV)   ## notebooks to modules, notebooks clean
 readme: $(DEV)   ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --NbConvertApp.output_files_dir=data/readme --log-level WARN \
 	  --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/index.ipynb
+
+docs: $(DEV)     ## a page for each notebook and module in _docs, made without a network
+	$(BIN)/jupyter nbconvert --to html --output-dir _docs --log-level WARN --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= --HTMLExporter.jquery_url= \
+	   --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/*.ipynb
+	for d in learn paper train; do $(BIN)/jupyter nbconvert --to html --output-dir _docs/$$d --log-level WARN --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= \
+	  --HTMLExporter.jquery_url= --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/$$d/*.ipynb; done
+	@echo "begin with $$(pwd)/_docs/index.html"
 
 hooks: $(DEV)    ## before each commit: export, clean, ruff
 	@printf '%s\n' '#!/bin/sh' '# made by: make hooks' 'before=$$(git diff | cksum)' '$(abspath $(BIN))/nbdev-export && $(abspath $(BIN))/nbdev-clean && $(abspath $(BIN))/ruff check --quiet || exit 1' \
