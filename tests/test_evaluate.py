@@ -121,7 +121,7 @@ def test_equal_sets_are_at_distance_zero(eyes, ref):
 
 def test_the_bundled_extractor_sees_what_is_wrong(eyes):
     axes = dict(blur=(1, 3), noise=(.05, .2), cast=(.1, .3), colour=(.3, .7), missing=(2, 8), jpeg=(85, 95))
-    t = validate(eyes, World(640, seed=50), 160, axes)
+    t = validate(eyes, World(1280, seed=50), 320, axes)
     assert t.ok, t
     assert t.where(axis='blur')[0]['fd'] > 2*t.halves and t.where(axis='noise')[-1]['fd'] > 10*t.halves
 

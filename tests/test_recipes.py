@@ -54,10 +54,11 @@ def test_demo_leaves_one_page(tmp_path, pictures, capsys):
     assert main(['demo', '--images', str(pictures), '--out', str(tmp_path), '--train-images', '64']) == 0
     page, results = (tmp_path/'index.html').read_text(), json.loads((tmp_path/'results.json').read_text())
     assert str(tmp_path/'index.html') in capsys.readouterr().out
-    assert page.count('data:image/png;base64') == 3 and page.count('<tr>') == 1+4 and len(results['rows']) == 4
+    assert page.count('data:image/png;base64') == 4 and page.count('<tr>') == 1+4 and len(results['rows']) == 4
     untrained, trained = (r['psnr'] for k, r in results['rows'].items() if 'decoder,' in k and 'new' in k or 'after' in k)
     assert trained > untrained
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['index.html', 'results.json']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['index.html', 'results.json', 'samples']
+    assert len(list((tmp_path/'samples').glob('*.png'))) == 16
 
 
 def test_train_resume_and_use_from_the_command_line(tmp_path, pictures, capsys):
