@@ -75,10 +75,8 @@ readme: $(DEV)   ## README.md from nbs/index.ipynb
 	  --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/index.ipynb
 
 docs: $(DEV)     ## a page for each notebook and module in _docs, made without a network
-	$(BIN)/jupyter nbconvert --to html --output-dir _docs --log-level WARN --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= --HTMLExporter.jquery_url= \
-	   --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/*.ipynb
-	for d in learn paper train; do $(BIN)/jupyter nbconvert --to html --output-dir _docs/$$d --log-level WARN --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= \
-	  --HTMLExporter.jquery_url= --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/$$d/*.ipynb; done
+	for d in . learn paper train; do $(BIN)/jupyter nbconvert --to html --output-dir _docs/$$d --log-level WARN --HTMLExporter.mathjax_url= \
+	  --HTMLExporter.require_js_url= --HTMLExporter.jquery_url= --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/$$d/*.ipynb || exit 1; done
 	@echo "begin with $$(pwd)/_docs/index.html"
 
 hooks: $(DEV)    ## before each commit: export, clean, ruff

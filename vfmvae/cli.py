@@ -146,10 +146,11 @@ def _train_flow(a) -> int:
     if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
+def _sampling(a) -> dict: return {k: v for k in ('steps', 'guidance', 'method') if (v := getattr(a, k)) is not None}
+
 def _generate(a) -> int:
     from vfmvae.generate import generate
-    how = {k: v for k, v in dict(steps=a.steps, guidance=a.guidance, method=a.method).items() if v is not None}
-    files = generate(a.net, a.n if a.label is None else [a.label]*a.n, a.seed, policy=a.policy, out=a.out, batch_size=a.batch, **how)
+    files = generate(a.net, a.n if a.label is None else [a.label]*a.n, a.seed, policy=a.policy, out=a.out, batch_size=a.batch, **_sampling(a))
     print(f'{len(files)} pictures in {Path(a.out).resolve()}')
     return 0
 
@@ -167,8 +168,7 @@ def _evaluate_samples(a) -> int:
     if a.reference.endswith('.npz'): against = Statistics.open(a.reference)
     else: against = reference(open_data(a.reference, size=a.size, n=a.reference_n, seed=8), look, name=a.reference)
     if a.samples is None:
-        how = {k: v for k, v in dict(steps=a.steps, guidance=a.guidance, method=a.method).items() if v is not None}
-        r = evaluate_samples(generate(a.net, a.n, a.seed, policy=a.policy, **how), against, look)
+        r = evaluate_samples(generate(a.net, a.n, a.seed, policy=a.policy, **_sampling(a)), against, look)
     else: r = gfid(a.samples if a.samples.endswith('.npz') else open_data(a.samples, size=a.size), against, look, subject=a.samples)
     print(r)
     if a.out: print(f'written: {write_json(Path(a.out), r.json()).resolve()}')

@@ -12,18 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/18c_demo.ipynb #84523333
-import torch
-from torch import Tensor
-
 # %% ../nbs/18c_demo.ipynb #47b3e5cd
 from .core import seed_all, write_atomic, write_json
 from .data import CLASSES, World, folder, loader, to_pil
 from .generate import generate
 from .plots import show_images, to_png
-from .recipes import evaluate_tokenizer, open_tokenizer
+from .recipes import _DECODER, _look, _rows, evaluate_tokenizer, open_tokenizer
 from .tok_train import Stage, TokenizerTask
-from .tokenizer import reconstruct
 from .train import fit, loss_curves, provenance, warm_cosine
 from .vae import VFMVAE
 
@@ -37,13 +32,6 @@ def fresh_decoder(tokenizer: VFMVAE, # left as it is
     keep = ('ldm_adapter.patch_quants', 'ldm_adapter.final_quant', 'ldm_adapter.linear_proj', 'stats')
     new.load_own_state({k: own[k] if k.startswith(keep) else v for k, v in new.own_state().items()})
     return new
-
-# %% ../nbs/18c_demo.ipynb #94305bf6
-@torch.no_grad()
-def _look(tokenizer: Any, x: Tensor) -> Tensor: return reconstruct(tokenizer, x)
-
-def _rows(*images: Tensor, **kw: Any) -> Any: return show_images([i for row in images for i in row], ncols=len(images[0]), size=1.1, **kw)
-_DECODER = ('ldm_adapter.post_quant', 'mapping', 'synthesis')
 
 # %% ../nbs/18c_demo.ipynb #d0db7ea2
 _STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}

@@ -205,21 +205,20 @@ def loss_by_level(task: FlowTask, data: Any,      # a LatentCache, best held-out
                   net: DiT | None = None          # None: the average
                  ) -> list[dict[str, float]]:
     "Rows `t`, `flow`: squared error of the velocity at each noise level, mean over n latents; noise depends on the seed and the image alone."
-    net, n, rows = net or task.ema.net, min(n, len(data)), []
+    net, n, ts = net or task.ema.net, min(n, len(data)), [(k+.5)/levels for k in range(levels)]
+    found: list[list[Tensor]] = [[] for _ in ts]
     was, device = net.training, net.x_embedder.proj.weight.device
     net.eval()
     try:
-        for k in range(levels):
-            errors = []
-            for i in range(0, n, batch_size):
-                at = range(i, min(i+batch_size, n))
-                b = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in data.batch(at).items() if key != 'logvar'}
-                noise = ImageNoise(seed, at, b['mean'].shape[1:], device=device)()
-                more: dict[str, Any] = dict(cls_noise=ImageNoise(seed+1, at, (net.config.cls_dim,), device=device)()) if net.config.cls_dim else {}
-                errors.append(task.terms(b, net=net, t=torch.full((len(at),), (k+.5)/levels, device=device), noise=noise, **more)['per_sample'].cpu())
-            rows.append(dict(t=(k+.5)/levels, flow=torch.cat(errors).mean().item()))
+        for i in range(0, n, batch_size):
+            at = range(i, min(i+batch_size, n))
+            b = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in data.batch(at).items() if key != 'logvar'}
+            noise = ImageNoise(seed, at, b['mean'].shape[1:], device=device)()
+            more: dict[str, Any] = dict(cls_noise=ImageNoise(seed+1, at, (net.config.cls_dim,), device=device)()) if net.config.cls_dim else {}
+            for t, errors in zip(ts, found, strict=True):
+                errors.append(task.terms(b, net=net, t=torch.full((len(at),), t, device=device), noise=noise, **more)['per_sample'].cpu())
     finally: net.train(was)
-    return rows
+    return [dict(t=t, flow=torch.cat(errors).mean().item()) for t, errors in zip(ts, found, strict=True)]
 
 # %% ../nbs/16_flow_train.ipynb #bb07468d
 class Watch:

@@ -64,7 +64,8 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     cache.check(tok)
     c = replace(p.net, num_classes=len(cache.classes))
     if cache.shape[0] != c.in_channels: raise UserError(f'latents of {cache.shape[0]} channels for a net of {c.in_channels}; choose the preset of {tok.name}')
-    batch, images, steps = batch or p.batch, images or p.images, (images or p.images)//(batch or p.batch)
+    batch, images = batch or p.batch, images or p.images
+    steps = images//batch
     if steps < 1: raise UserError(f'{images} images are less than one batch of {batch}; train on more or use a smaller batch')
     if batch % (acc.num_processes*accumulate):
         raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes and {accumulate} micro-batches; give a multiple')
@@ -111,9 +112,7 @@ def tokenizer_of(net: DiT, tokenizer: Any = None # None: by the name in net.meta
     if tokenizer.channels != net.config.in_channels:
         raise UserError(f'{tokenizer.name} has {tokenizer.channels} channels, this net {net.config.in_channels}; choose its own tokenizer')
     if scale:
-        s, want = tokenizer.stats, {k: torch.tensor(v) for k, v in scale.items()}
-        if not s.fitted: s.set(want['mean'], want['std'])
-        off = max((getattr(s, k).cpu()-v).abs().max().item() for k, v in want.items())
+        off = tokenizer.stats.agree(torch.tensor(scale['mean']), torch.tensor(scale['std']))
         if off > 1e-5: raise UserError(f'{name} has another scale than when the net learned its latents (by {off:.3g}), it was trained anew; train the net too')
     return tokenizer
 

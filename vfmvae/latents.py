@@ -109,9 +109,7 @@ class LatentCache:
         "Itself, if this tokenizer made it. UserError: another name, or another scale (trained anew under the same name). One without a scale gets the cache's."
         if tokenizer.name != self.tokenizer:
             raise UserError(f'the latents in {self.dir} are of {self.tokenizer}, not of {tokenizer.name}; cache those, or use that tokenizer')
-        own = self.scale()
-        if not tokenizer.stats.fitted: tokenizer.stats.set(own.mean, own.std)
-        off = max((getattr(own, k)-getattr(tokenizer.stats, k).cpu()).abs().max().item() for k in ('mean', 'std'))
+        off = tokenizer.stats.agree(self.mean.flatten(), self.std.flatten())
         if off > 1e-5:
             raise UserError(f'the latents in {self.dir} have another scale than {tokenizer.name} has now (by {off:.3g}): it was trained anew; cache again')
         return self

@@ -44,6 +44,10 @@ class LatentStats(nn.Module):
         if bad: raise UserError(f'latent channels {bad[:8]} have no usable mean and std; a constant channel carries nothing: use more images')
         self.mean.copy_(mean)
         self.std.copy_(std)
+    def agree(self, mean: Tensor, std: Tensor) -> float: # (c,) each
+        "The largest difference to another scale; while these numbers are still 0 and 1 they take the other's, and the difference is 0."
+        if not self.fitted: self.set(mean, std)
+        return max((mine.cpu()-theirs.cpu()).abs().max().item() for mine, theirs in ((self.mean, mean), (self.std, std)))
     def scale(self, raw: Gaussian) -> Gaussian:
         "Raw posterior to unit scale, (b,c,h,w)."
         return raw.scale(*(t[:, None, None] for t in (self.mean, self.std)))
