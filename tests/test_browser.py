@@ -1,4 +1,4 @@
-"""The labs in a real browser: chromium drives JupyterLab, the keyboard moves the controls, and pictures and words must follow.
+"""The labs in a real browser: chromium drives JupyterLab and Notebook 7, the keyboard moves the controls, and pictures and words must follow.
 Set VFMVAE_SHOTS to a folder to keep screenshots in both themes."""
 import importlib.util, json, os, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
-LACKS = [m for m in ('playwright', 'jupyterlab', 'ipywidgets') if importlib.util.find_spec(m) is None]
+LACKS = [m for m in ('playwright', 'ipywidgets') if importlib.util.find_spec(m) is None]
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason='no chromium; apt-get install chromium'),
               pytest.mark.skipif(bool(LACKS), reason=f"{', '.join(LACKS)} is not installed; pip install -e .[dev]")]
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
@@ -38,9 +38,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.fixture(scope='module')
-def server(tmp_path_factory):
-    "JupyterLab with settings, configuration and kernels of its own: nothing of the user's is read or written."
+# how each is started, and where it opens a notebook
+APPS = dict(lab=(['--LabApp.expose_app_in_browser=True', '--LabApp.news_url=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
+                 'doc/tree/labs.ipynb?token=t0ken&reset'),
+            notebook=(['--JupyterNotebookApp.expose_app_in_browser=True'], 'notebooks/labs.ipynb?token=t0ken'))
+
+
+@pytest.fixture(scope='module', params=APPS)
+def server(request, tmp_path_factory):
+    "JupyterLab or Notebook with settings, configuration and kernels of its own: nothing of the user's is read or written."
+    if importlib.util.find_spec('jupyterlab' if request.param == 'lab' else 'notebook') is None: pytest.skip(f'no {request.param}; pip install -e .[dev]')
+    flags, place = APPS[request.param]
     home = tmp_path_factory.mktemp('lab')
     (root := home/'work').mkdir()
     code = [dict(cell_type='code', id=f'c{i}', metadata={}, source=s, outputs=[], execution_count=None) for i, s in enumerate(CELLS)]
@@ -56,10 +64,8 @@ def server(tmp_path_factory):
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'NO_PROXY': '127.0.0.1', **{k: str(home/d) for k, d in dirs.items()}}
     port = free_port()
     with open(home/'lab.log', 'w') as log:
-        run = subprocess.Popen([sys.executable, '-m', 'jupyter', 'lab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}',
-                                '--ServerApp.port_retries=0', '--IdentityProvider.token=t0ken', f'--ServerApp.root_dir={root}',
-                                '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=',
-                                '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'], env=env, stdout=log, stderr=subprocess.STDOUT)
+        run = subprocess.Popen([sys.executable, '-m', 'jupyter', request.param, '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}',
+                                '--ServerApp.port_retries=0', '--IdentityProvider.token=t0ken', f'--ServerApp.root_dir={root}', *flags], env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         end = time.time()+30*SLOW
         while True:
@@ -68,7 +74,7 @@ def server(tmp_path_factory):
                 urllib.request.urlopen(f'http://127.0.0.1:{port}/api?token=t0ken', timeout=2)
                 break
             except OSError: time.sleep(.2)
-        yield f'http://127.0.0.1:{port}/doc/tree/labs.ipynb?token=t0ken&reset'
+        yield f'http://127.0.0.1:{port}/{place}'
     finally:
         run.terminate()
         try: run.wait(10)
@@ -138,7 +144,8 @@ def lab(page): return Box(page, 0)
 
 
 def shot(page, name: str) -> None:
-    if folder := os.environ.get('VFMVAE_SHOTS'): page.screenshot(path=Path(folder)/f'{name}.png')
+    which = 'lab' if '/doc/' in page.url or '/lab' in page.url else 'notebook'
+    if folder := os.environ.get('VFMVAE_SHOTS'): page.screenshot(path=Path(folder)/f'{which}-{name}.png')
 
 
 def test_every_control_moves_picture_and_words(lab):
