@@ -47,7 +47,8 @@ APPS = dict(lab=(['--LabApp.expose_app_in_browser=True', '--LabApp.news_url=', '
 @pytest.fixture(scope='module', params=APPS)
 def server(request, tmp_path_factory):
     "JupyterLab or Notebook with settings, configuration and kernels of its own: nothing of the user's is read or written."
-    if importlib.util.find_spec('jupyterlab' if request.param == 'lab' else 'notebook') is None: pytest.skip(f'no {request.param}; pip install -e .[dev]')
+    needs = 'jupyterlab' if request.param == 'lab' else 'notebook'
+    if importlib.util.find_spec(needs) is None: pytest.skip(f'no {needs}; pip install -e .[dev]')
     flags, place = APPS[request.param]
     home = tmp_path_factory.mktemp('lab')
     (root := home/'work').mkdir()
@@ -65,7 +66,8 @@ def server(request, tmp_path_factory):
     port = free_port()
     with open(home/'lab.log', 'w') as log:
         run = subprocess.Popen([sys.executable, '-m', 'jupyter', request.param, '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}',
-                                '--ServerApp.port_retries=0', '--IdentityProvider.token=t0ken', f'--ServerApp.root_dir={root}', *flags], env=env, stdout=log, stderr=subprocess.STDOUT)
+                                '--ServerApp.port_retries=0', '--IdentityProvider.token=t0ken', f'--ServerApp.root_dir={root}', *flags],
+                               env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         end = time.time()+30*SLOW
         while True:

@@ -6,6 +6,7 @@ import torch
 from vfmvae.core import Gaussian, UserError, load_weights, seed_all
 from vfmvae.data import World, loader
 from vfmvae.dit import FAMILIES, DiT, DiTConfig, open_net, save_net
+from vfmvae.evaluate import bundled_extractor
 from vfmvae.flow import FLOW_WEIGHTS, flow_loss
 from vfmvae.flow_presets import FLOW_PRESETS, FlowPreset, flow_cost, forward_gflop
 from vfmvae.flow_train import FlowConfig, FlowTask, Watch, loss_by_level, sample_latents, vfm_targets
@@ -328,6 +329,41 @@ def test_a_net_says_whose_latents_it_learned(tmp_path):
     with pytest.raises(UserError, match='another path|another cache'): train_flow(p, World(24, seed=10), tmp_path/'c', images=48, batch=8)
 
 
+def test_the_second_final_layer_learns_and_guides():
+    t = FlowTask(net_of(alive=False, base_depth=1), FlowConfig(dict(flow=1., base=.5), lr=2e-3, clip=1., ema=.9))
+    rows = fit(t, loader(Rows(), 16), 16*30, log_every=10, show=quiet)
+    assert rows[-1]['base'] < rows[0]['base'] and abs(rows[-1]['loss']-rows[-1]['flow']-.5*rows[-1]['base']) < 1e-5
+    net, b = t.ema.net.eval(), Rows().batch(range(8))
+    draws = dict(t=torch.rand(8), noise=torch.randn(8, 3, 4, 4))
+    terms = t.terms(dict(b, logvar=None), net=net, **draws)
+    level = draws['t'].view(-1, 1, 1, 1)
+    z_t = (1-level)*b['mean'] + level*draws['noise']
+    said = net(z_t, draws['t'], b['label'], layers=())
+    torch.testing.assert_close(terms['base'], (said.base-(draws['noise']-b['mean'])).square().mean())
+    walk = lambda **how: sample_latents(net, [0, 1, 3], (3, 4, 4), steps=3, method='euler', **how)
+    torch.testing.assert_close(walk(weak='base'), walk())
+    assert not torch.allclose(walk(weak='base', guidance=2.), walk(guidance=2.), atol=1e-3)
+    for act, words in ((lambda: sample_latents(net_of(), [0], (3, 4, 4), weak='base'), 'second final layer'),
+                       (lambda: walk(weak='bsae'), "'bsae'"),
+                       (lambda: FlowTask(net_of(base_depth=1)), 'go together'), (lambda: FlowTask(net_of(), FlowConfig(dict(flow=1., base=1.))), 'go together')):
+        with pytest.raises(UserError, match=words): act()
+    z, y = b['mean'], b['label']
+    with pytest.raises(UserError, match='base='): flow_loss(net_of(), z, y, dict(flow=1., base=1.))
+
+
+def test_a_weaker_net_without_class_is_guidance_and_autoguidance_in_one():
+    net, other = net_of(seed=1).eval(), net_of(seed=2).eval()
+    walk = lambda **how: sample_latents(net, [0, 1, 3], (3, 4, 4), steps=3, method='euler', guidance=2., **how)
+    torch.testing.assert_close(walk(weak=net, weak_null=True), walk())
+    null = lambda z, t, y: other(z, t, torch.full_like(y, 4))
+    class Told(torch.nn.Module):
+        config, x_embedder = other.config, other.x_embedder
+        def forward(self, *a): return null(*a)
+    torch.testing.assert_close(walk(weak=other, weak_null=True), walk(weak=Told()))
+    assert not torch.allclose(walk(weak=other, weak_null=True), walk(weak=other), atol=1e-3)
+    with pytest.raises(UserError, match='other channels'): walk(weak=net_of(in_channels=4))
+
+
 def test_labels_of_a_set():
     assert sample_labels(35, 16).bincount().tolist() == [3]*3+[2]*13
     y = sample_labels(4000, 16, 'random', 1)
@@ -337,9 +373,17 @@ def test_labels_of_a_set():
 
 @pytest.mark.parametrize('name', [*nets])
 def test_bundled_nets_belong_to_bundled_tokenizers(name):
-    net = nets[name]
-    tok = tokenizer_of(net)
-    assert f'dit-{tok.name}' == name and net.config == FLOW_PRESETS[name].net and net.meta['recipe']['images'] == FLOW_PRESETS[name].images
+    net, late = nets[name], name.removesuffix('-early')
+    tok, p = tokenizer_of(net), FLOW_PRESETS[late]
+    assert f'dit-{tok.name}' == late and net.config == p.net and net.meta['recipe']['images'] == (p.images if late == name else 3600*p.batch)
+    assert {v.dtype for v in net.state_dict().values()} == {torch.float32}
     assert not net.training and isinstance(LatentCache, type)
     z = sample_latents(net, [0, 5], tuple(net.meta['latent']), steps=4)
     assert z.isfinite().all() and .3 < z.std() < 3
+
+
+def test_the_bundled_net_draws_what_is_asked_for():
+    s, look = generate('dit-vfmvae-tiny-f8d16', 128, seed=11, steps=8), bundled_extractor()
+    with torch.no_grad(): said = torch.cat([look(x)['probs'].argmax(1) for x in s.images.split(64)])
+    assert (said == s.labels).double().mean() > .7      # .8 of what the judge says of real images, less three standard errors of 128 samples
+    assert s.facts['guidance'] == dict(guidance=4., weak='dit-vfmvae-tiny-f8d16-early', weak_null=True)

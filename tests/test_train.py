@@ -42,6 +42,14 @@ def same(a, b):
     return x.keys() == y.keys() and [k for k in x if not torch.equal(x[k], y[k])] == []
 
 
+def test_cosine_cycles_are_one_cosine_after_another():
+    one, two = warm_cosine(1., 50, 1, floor=.1), warm_cosine(1., 100, 1, floor=.1, cycles=2)
+    for s in range(50): assert two(s) == pytest.approx(one(s)) and two(s+50) == pytest.approx(one(s))
+    assert two(50) == pytest.approx(1.) and two(100) == two(500) == pytest.approx(.1)
+    assert warm_cosine(1., 100, 10, cycles=2)(50) == pytest.approx(1.)       # warm once
+
+
+
 def test_stop_and_resume_is_bitwise_the_straight_run(tmp_path):
     kw = dict(lr=warm_cosine(1e-3, 6), log_every=2, show=quiet)
     straight, stopped, resumed = task(), task(), task(seed=1)    # the VFM is not saved with a run, so it must be the same one

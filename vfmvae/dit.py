@@ -252,7 +252,7 @@ def open_net(path: str | Path # written by `save_net`
     complain(net.state_dict(), tensors, str(path), 'its own configuration')
     net.load_state_dict(tensors, assign=True)
     net.meta = meta
-    return net.eval()
+    return net.float().eval()      # a file may be in half precision
 
 # %% ../nbs/15_dit.ipynb #3a3ec179
 class NetFeatures:

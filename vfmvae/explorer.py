@@ -9,6 +9,7 @@ __all__ = ['Shelf', 'Banks', 'ExplorerState', 'Strip', 'strip', 'Side', 'Explore
 import hashlib, io, threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/19b_explorer.ipynb #778cb259
-from .align import Graph, cknna, knn_graph, mutual_knn, prepare
+from .align import Graph, cknna, cknna_null, knn_graph, mutual_knn, prepare
 from .core import UserError, home, load_weights, nearest, save_weights
 from .data import CROPS, TRANSFORMS, open_image, to_tensor, to_uint8, transform
 from .features import pool
@@ -182,6 +183,7 @@ class Explored:
     sides: tuple[Side, ...]
     shelf: Shelf | None
     steps: int                       # points of a whole curve
+    chance: tuple[float, float] | None = None # CKNNA: where 90 % of random pairings of the images lie; None: another metric, or not computed yet
 
 # %% ../nbs/19b_explorer.ipynb #6cffc40e
 _KS, _MOST = (2, 3, 5, 10, 15, 20, 30, 50), 50
@@ -294,6 +296,16 @@ class Explorer(Lab):
         there = [v for v in self._todo(state) if all(banks.get(s, v, state.seed) is not None for s in (source, self.seen.vfm(state.vfm)))]
         start = TRANSFORMS[state.transform].identity
         return tuple(sorted((v[1] if v else start, self._score(banks, state, source, v)) for v in there))
+    def _chance(self, banks: Banks | None, state: ExplorerState) -> tuple[float, float] | None:
+        "Of CKNNA without a transform, the widest of the tokenizers."
+        if banks is None or state.metric != 'cknna': return None
+        eye, sources = self.seen.vfm(state.vfm), [*map(self.seen.source, state.tokenizers)]
+        if any(banks.get(s, None) is None for s in (eye, *sources)): return None
+        def make(source: Any) -> Tensor:
+            graphs = (self.seen.graph(banks, s, layer, None, 0).first(state.k) for s, layer in ((source, 'latent'), (eye, state.layer)))
+            return cknna_null(*graphs, state.k, times=50).quantile(torch.tensor([.05, .95], dtype=torch.float64))
+        ends = torch.stack([self.seen.once(('chance', banks, s.name, state.vfm, state.layer, state.k), partial(make, s)) for s in sources])
+        return ends[:, 0].min().item(), ends[:, 1].max().item()
     def _strip(self, banks: Banks | None, state: ExplorerState, source: Any, layer: Any, pair: Tensor) -> Strip | None:
         bank = banks.get(source, None) if banks is not None else None
         if bank is None or banks is None: return None
@@ -314,7 +326,7 @@ class Explorer(Lab):
         sides = [self._side(banks, state, t, x, changed) for t in state.tokenizers]
         own = self._strip(banks, state, eye, state.layer, torch.cat([pool(v) for v in h]))
         return Explored(state, name, x[0], changed[0], (colour(h[0])[0], colour(h[1])[0]), own, tuple(sides),
-                        banks.shelf if banks else None, len(self._todo(state)))
+                        banks.shelf if banks else None, len(self._todo(state)), self._chance(banks, state))
     def _side(self, banks: Banks | None, state: ExplorerState, name: str, x: Tensor, changed: Tensor) -> Side:
         tok, source = self.seen.tokenizer(name), self.seen.source(name)
         z = [tok.encode(v).mode() for v in (x, changed)]
@@ -353,8 +365,12 @@ def _draw_strip(sheet: Sheet, s: Strip | None, shelf: Shelf | None, x: float, y:
         glyph, colour = _KEPT if s.kept[i] else _LOST
         sheet.text(at+side/2, down+side+.005, glyph, 8, colour, centre=True)
 
-def _draw_curve(ax: Any, series: dict, s: ExplorerState) -> None:
+def _draw_curve(ax: Any, series: dict, s: ExplorerState, chance: tuple[float, float] | None) -> None:
     curves(series, s.transform, _CALLED.get(s.metric, s.metric), ax=ax)
+    if chance:
+        ax.axhspan(*chance, color='#999999', alpha=.3, lw=0)
+        ax.annotate('chance', (1, chance[1]), (-2, 0), xycoords=('axes fraction', 'data'), textcoords='offset points', ha='right', va='bottom', fontsize=6,
+                    color='#555555')
     ax.margins(y=.12)
     if len(series) > 1: ax.legend(loc='best', fontsize=6.5, frameon=True, framealpha=.8, edgecolor='none')
 
@@ -382,12 +398,13 @@ def _explored_sheet(r: Explored, width: float) -> Sheet:
     series = {t.name: ([a for a, _ in t.curve], [b for _, b in t.curve]) for t in r.sides if t.curve}
     box = (.55, sheet.height-1.4, width-.7, 1.02)
     now = [(a, b, PALETTE[i % len(PALETTE)]) for i, t in enumerate(r.sides) for a, b in t.curve if a == s.strength]
-    key = (s.transform, s.metric, s.k, width, *((t.name, t.curve) for t in r.sides))
-    if series: sheet.chart(*box, key, lambda ax: _draw_curve(ax, series, s), now)
+    key = (s.transform, s.metric, s.k, width, r.chance, *((t.name, t.curve) for t in r.sides))
+    if series: sheet.chart(*box, key, lambda ax: _draw_curve(ax, series, s, r.chance), now)
     missing = r.steps-min(len(t.curve) for t in r.sides)
     if missing: sheet.text(width-.1-1.4, sheet.height-1.52, f'{missing} of {r.steps} points: computing ...', 7, '#555555')
     n = len(r.shelf) if r.shelf else 0
-    about = dict(images=s.images, image=s.image, transform=s.transform, vfm=s.vfm, layer=s.layer, k=s.k, metric=s.metric, seed=s.seed, n=n)
+    about = dict(images=s.images, image=s.image, transform=s.transform, vfm=s.vfm, layer=s.layer, k=s.k, metric=s.metric, seed=s.seed, n=n,
+                 **(dict(chance_low=r.chance[0], chance_high=r.chance[1]) if r.chance else {}))
     sheet.data = [dict(tokenizer=t.name, strength=a, value=b, **about) for t in r.sides for a, b in t.curve]
     for d in sheet.data:
         t = next(t for t in r.sides if t.name == d['tokenizer'])
@@ -405,4 +422,5 @@ def _explored_words(r: Explored) -> str:
         score = f'{_CALLED.get(s.metric, s.metric)} with the VFM {now:.3f}' if now is not None else f'{s.metric} is being computed'
         was = f' ({start:.3f} without the transform)' if start is not None and now is not None else ''
         words.append(f'{t.name}: reconstruction {t.psnr:.1f} dB; {near(t.strip)}; {score}{was}.')
+    if r.chance: words.append(f'Chance: {r.chance[0]:.3f} to {r.chance[1]:.3f} (90 % of random pairings).')
     return ' '.join(words)

@@ -193,7 +193,7 @@ def prediction_error(out: Tensor,    # (b,...) what the net said
 # %% ../nbs/14_flow.ipynb #9ccf29a5
 FLOW_WEIGHTS: dict[str, dict[str, float]] = dict(sit=dict(flow=1.), lightningdit=dict(flow=1., cosine=1.),
                                                  repa=dict(flow=1., repa=.5), reg=dict(flow=1., repa=.5, cls=.03))
-_TERMS = ('flow', 'cosine', 'repa', 'cls')
+_TERMS = ('flow', 'cosine', 'repa', 'cls', 'base')
 
 def _randn(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=generator.device if generator is not None else 'cpu').to(at_least_float32(like))
@@ -213,13 +213,15 @@ def flow_loss(net: Callable,              # net(z_t, t, y) -> (b,c,h,w); with a 
               path: str = 'linear', predict: str = 'velocity', weighting: str | None = None, # see `prediction_error`
               cls: Tensor | None = None, cls_noise: Tensor | None = None, # REG: class tokens (b,d), as they are; its noise is drawn last
               targets: Sequence[Tensor] = (), # REPA: VFM tokens (b,n,c)
-              projections: Callable[[], Sequence[Tensor]] | None = None # called after the net: what its REPA heads said
+              projections: Callable[[], Sequence[Tensor]] | None = None, # called after the net: what its REPA heads said
+              base: Callable[[], Tensor] | None = None # called after the net: what its second final layer said, for internal guidance (RAEv2)
              ) -> dict[str, Tensor]:
     "Unweighted terms by name, their weighted sum `loss`, and for the curve over noise levels `t` and `per_sample` (b,), detached."
     for name in weights: _pick(name, _TERMS, 'loss term')
     if not weights: raise UserError(f"no loss term has a weight; weigh at least one of {', '.join(_TERMS)}")
     if ('cls' in weights) != (cls is not None): raise UserError("REG needs both the weight 'cls' and class tokens cls=(b,d); give both or none")
     if 'repa' in weights and (projections is None or not targets): raise UserError("the weight 'repa' needs targets and projections; give both or drop it")
+    if ('base' in weights) != (base is not None): raise UserError("the weight 'base' and base=, the second final layer's word, go together; give both or none")
     if len(y) != len(z): raise UserError(f'{len(y)} labels for {len(z)} latents; give one each')
     if t is None: t = _draw_t(len(z), law, generator, path, predict)
     if noise is None: noise = _randn(z, generator)
@@ -236,6 +238,7 @@ def flow_loss(net: Callable,              # net(z_t, t, y) -> (b,c,h,w); with a 
     if 'flow' in weights: found['flow'] = each.mean()
     if 'cosine' in weights: found['cosine'] = cosine_loss(convert(out, z_t, t, predict, 'velocity', path), target).mean()
     if 'repa' in weights and projections is not None: found['repa'] = repa_loss(projections(), targets)
+    if base is not None: found['base'] = prediction_error(base(), z, noise, t, path, predict, weighting).mean()
     total = torch.stack([weights[k]*v for k, v in found.items()]).sum()
     return dict(found, loss=total, t=t.detach(), per_sample=each.detach())
 

@@ -30,7 +30,7 @@ class FlowPreset:
     latent: tuple[int, int, int]    # (c,h,w)
     vfms: tuple[str, ...] = ()      # REPA and REG: whose tokens are the targets
     flips: bool = False             # learn mirrored images, too
-    cosine: bool = False            # anneal the learning rate; published: constant
+    cosine: int = 0                 # cycles in which the learning rate is annealed, see `warm_cosine`; 0, as published: constant
     precision: str = 'fp32'
     sampling: Mapping[str, Any] = field(default_factory=dict) # for `sample_latents`
 
@@ -61,9 +61,10 @@ def _reg(epochs: int, guidance: float = 1., high: float = 1.) -> FlowPreset:
 
 # %% ../nbs/17b_flow_presets.ipynb #b6ea2a3c
 _SMALL = DiTConfig(in_channels=16, num_classes=16, patch_size=2, hidden_size=128, depth=6, num_heads=4, qk_norm='rms', **FAMILIES['lightningdit'])
-_FLOW_SMALL = FlowConfig(FLOW_WEIGHTS['lightningdit'], (('logit_normal', 0),), lr=1e-3, betas=(.9, .95), clip=1., ema=.999)
+_FLOW_SMALL = FlowConfig(FLOW_WEIGHTS['lightningdit'], (('logit_normal', 0), (dict(law='logit_normal', mean=.8), 12_000*64)),
+                         lr=1e-3, betas=(.9, .95), clip=1., ema=.999)
 def _small(tokenizer: str) -> FlowPreset:
-    return FlowPreset(tokenizer, _SMALL, _FLOW_SMALL, 12_000*64, 64, (16, 8, 8), cosine=True, sampling=dict(method='heun', steps=16, guidance=2.))
+    return FlowPreset(tokenizer, _SMALL, _FLOW_SMALL, 24_000*64, 64, (16, 8, 8), cosine=2, sampling=dict(method='heun', steps=16, guidance=2.))
 
 FLOW_PRESETS: dict[str, FlowPreset] = {
     'dit-vfmvae-tiny-f8d16': _small('vfmvae-tiny-f8d16'),     # data/results/diffusion.json

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 # %% ../nbs/16_flow_train.ipynb #8ec03dc1
 from .core import Gaussian, UserError, write_atomic
 from .dit import DiT, NetFeatures, Parts
-from .flow import FLOW_WEIGHTS, ImageNoise, classifier_free, flow_loss, guide, field as velocity_of, part, sample
+from .flow import FLOW_WEIGHTS, ImageNoise, classifier_free, flow_loss, guide, internal_guidance, field as velocity_of, part, sample
 from .latents import LatentCache, cache_latents
 from .plots import show_images, to_png
 from .robustness import layer_scores
@@ -77,6 +77,7 @@ class FlowTask:
         if precision not in PRECISIONS: raise UserError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
         if ('repa' in config.weights) != bool(c.z_dims): raise UserError("the weight 'repa' and DiTConfig.z_dims go together; give both or none")
         if ('cls' in config.weights) != bool(c.cls_dim): raise UserError("the weight 'cls' and DiTConfig.cls_dim go together; give both or none")
+        if ('base' in config.weights) != bool(c.base_depth): raise UserError("the weight 'base' and DiTConfig.base_depth go together; give both or none")
         needed = max(len(c.z_dims), int(bool(c.cls_dim)))
         if len(vfms) != needed: raise UserError(f'this net aligns with {needed} VFMs, {len(vfms)} were given')
         for vfm, width in [*zip(vfms, c.z_dims, strict=False), *([(vfms[0], c.cls_dim)] if c.cls_dim else [])]:
@@ -116,13 +117,13 @@ class FlowTask:
         run, kept = self._run(net, z), {}
         def velocity(z_t: Tensor, t: Tensor, y: Tensor, cls_t: Tensor | None = None) -> Any:
             with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
-                out = run(z_t, t, y, cls_t, drop, layers=() if c.z_dims else None)
+                out = run(z_t, t, y, cls_t, drop, layers=() if c.z_dims or c.base_depth else None)
             if isinstance(out, Parts):
-                kept['zs'], out = out.projections, out.v if out.v_cls is None else (out.v, out.v_cls)
+                kept['zs'], kept['base'], out = out.projections, out.base, out.v if out.v_cls is None else (out.v, out.v_cls)
             return tuple(v.float() for v in out) if isinstance(out, tuple) else out.float()
         f = self.flow
         return flow_loss(velocity, z, y, f.weights, law=f.law(seen), path=f.path, predict=f.predict, cls=cls, targets=targets,
-                         projections=lambda: kept['zs'], **given)
+                         projections=lambda: kept['zs'], base=(lambda: kept['base'].float()) if c.base_depth else None, **given)
     def _targets(self, batch: Mapping[str, Any], grid: tuple[int, int]) -> tuple[Tensor | None, list[Tensor]]:
         if not self.vfms: return None, []
         if 'image' not in batch: raise UserError('REPA and REG look at the images; give the cache its images: cache.with_images(data)')
@@ -156,6 +157,13 @@ class FlowTask:
         return {**logs, 'grad_norm': norm}
 
 # %% ../nbs/16_flow_train.ipynb #76ace5a0
+def _both(net: DiT, y: Tensor) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+    "Velocities of the whole net and of its second final layer, in one pass."
+    def f(z: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        out = net(z, torch.full((len(z),), t, dtype=torch.float32, device=z.device), y, layers=())
+        return out.v, out.base
+    return f
+
 @torch.no_grad()
 def sample_latents(net: DiT,
                    labels: Sequence[int] | Tensor,  # one a sample; net.config.num_classes: no class
@@ -166,7 +174,9 @@ def sample_latents(net: DiT,
                    guidance: float = 1.,            # scale of classifier-free guidance, or of the guidance by `weak`; 1: none
                    interval: tuple[float, float] = (0., 1.), # noise levels at which it acts
                    channels: int | None = None,     # guided channels; published: 3; None: all
-                   weak: DiT | None = None,         # AutoGuidance: a weaker net instead of the null label
+                   weak: DiT | str | None = None,   # None: guided away from the null label; a net: from a weaker one (AutoGuidance);
+                                                    # 'base': from the net's own second final layer (internal guidance)
+                   weak_null: bool = False,         # ask the weaker net for no class, too: away from weak pictures and from other classes in one
                    cls_guidance: float = 0.,        # of the class token, REG
                    batch_size: int = 64,
                    states: bool = False,            # keep the way, too
@@ -176,8 +186,11 @@ def sample_latents(net: DiT,
     y, c = torch.as_tensor(labels, dtype=torch.int64), net.config
     index = list(range(len(y)) if index is None else index)
     if len(index) != len(y): raise UserError(f'{len(index)} numbers for {len(y)} labels; give one each')
-    if weak is not None and (c.cls_dim or weak.config.in_channels != c.in_channels):
-        raise UserError('the weaker net must be of the same latent, without class token')
+    if weak is not None and c.cls_dim: raise UserError('a net with a class token is guided by its null label; leave weak out')
+    if isinstance(weak, str):
+        if weak != 'base' or not c.base_depth:
+            raise UserError(f"no weaker net {weak!r}; give a DiT, or 'base' where the net has a second final layer (base_depth)")
+    elif weak is not None and weak.config.in_channels != c.in_channels: raise UserError('the weaker net must be of the same latent; it has other channels')
     w, was = net.x_embedder.proj.weight, net.training
     net.eval()
     done = []
@@ -186,7 +199,10 @@ def sample_latents(net: DiT,
             labels, joint = y[i:i+batch_size].to(w.device), tuple(shape) if c.cls_dim else None
             size = (math.prod(shape)+c.cls_dim,) if joint else tuple(shape)
             if weak is None: f = classifier_free(net, labels, c.num_classes, guidance, channels, interval, joint, cls_guidance)
-            else: f = guide(velocity_of(net, labels), velocity_of(weak.eval(), labels), guidance, interval)
+            elif isinstance(weak, str): f = internal_guidance(_both(net, labels), guidance, interval)
+            else:
+                asked = torch.full_like(labels, weak.config.num_classes) if weak_null else labels
+                f = guide(velocity_of(net, labels), velocity_of(weak.eval(), asked), guidance, interval)
             noise = ImageNoise(seed, index[i:i+batch_size], size, device=w.device)
             state = torch.float64 if w.device.type in ('cpu', 'cuda') else torch.float32
             out = sample(f, noise, steps, method, states=states, **dict(dtype=state) | how)

@@ -75,7 +75,7 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     net = DiT(c)
     precision = precision or (p.precision if acc.device.type != 'cpu' else 'fp32')
     task = FlowTask(net, flow, [VFM(v) for v in p.vfms], precision, compile)
-    schedule = warm_cosine(flow.lr, steps, min(200, steps//10+1)) if p.cosine else None
+    schedule = warm_cosine(flow.lr, steps, min(200, steps//10+1), cycles=p.cosine) if p.cosine else None
     batches = loader(feed, batch//accumulate, seed=seed, rank=acc.process_index, world=acc.num_processes, workers=workers)
     here = None if run is None else Run(run, keep=fit_kwargs.pop('keep', 2))
     if watch: fit_kwargs['show'] = watch(task)
@@ -90,7 +90,7 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
 
 # %% ../nbs/18a_generate.ipynb #430ef30f
 nets = Registry('net')
-for _name in FLOW_PRESETS:
+for _name in [n for k in FLOW_PRESETS for n in (k, f'{k}-early')]:   # early: the same run, long before its end; guides the samples of the first
     # in one process with this notebook, its exported module may have been here before
     if _name.startswith('dit-') and _name not in nets: nets.register(_name, partial(lambda name: open_net(data_dir()/'weights'/f'{name}.safetensors'), _name))
 
@@ -152,17 +152,22 @@ def generate(net: str | Path | DiT,             # see `open_flow`
              out: str | Path | None = None,     # a folder: PNG files as they are made, and nothing is held in memory
              batch_size: int = 64,
              rank: int = 0, processes: int = 1, # with a folder: this process makes every processes-th batch
-             **how: Any                         # for `sample_latents`: steps, method, guidance, interval, channels, weak ...; else what the net's file says
+             **how: Any                         # for `sample_latents`: steps, guidance, interval, weak (a net or its name) ...; else what the net's file says
             ) -> Any:
     "`Samples`, or with `out` the paths of the PNG files. UserError: no such net, another tokenizer, labels that the net does not know."
     model = net if isinstance(net, DiT) else open_flow(net)
     tok = tokenizer_of(model, tokenizer)
     y = sample_labels(labels, model.config.num_classes, policy, seed) if isinstance(labels, int) else torch.as_tensor(labels, dtype=torch.int64)
     how = {**model.meta.get('sampling', {}), **how}
+    weak = how.get('weak')
+    if weak is not None and weak != 'base':
+        how['weak'] = weak if isinstance(weak, DiT) else open_flow(weak)
+        tokenizer_of(how['weak'], tok)
     shape = tuple(model.meta.get('latent') or (model.config.in_channels, *[tok.config.img_size//tok.stride]*2))
     facts = dict(net=str(net) if not isinstance(net, DiT) else 'given', tokenizer=tok.name,
                  sampler=how.get('method', 'heun'), steps=how.get('steps', 50), shift=how.get('shift', 1.),
-                 guidance={k: how[k] for k in ('guidance', 'interval', 'channels', 'cls_guidance') if k in how},
+                 guidance={k: how[k] for k in ('guidance', 'interval', 'channels', 'cls_guidance') if k in how}
+                 | ({} if weak is None else dict(weak='given' if isinstance(weak, DiT) else str(weak), weak_null=how.get('weak_null', False))),
                  labels=policy if isinstance(labels, int) else 'given', ema=model.meta.get('recipe', {}).get('flow', {}).get('ema'),
                  precision=str(model.x_embedder.proj.weight.dtype).split('.')[-1], seed=seed, n=len(y))
     def parts() -> Iterator[tuple[int, Tensor]]:

@@ -19,11 +19,12 @@ from torch import Tensor
 
 # %% ../nbs/19c_labs.ipynb #68657a4d
 from .align import cknna, cknna_parts, prepare
-from .core import UserError, data_dir, nearest
+from .core import UserError, nearest
 from .data import World, transform
-from .dit import DiT, NetFeatures, open_net
+from .dit import DiT, NetFeatures
 from .explorer import Banks, Shelf, _Seen, layer_name
 from .flow import ODES, ImageNoise, classifier_free, field, trajectory
+from .generate import nets as bundled, open_flow, tokenizer_of
 from .metrics import psnr
 from .neighbours import _shared, _sorted
 from .plots import MARKERS, PALETTE, curves, heat
@@ -529,14 +530,12 @@ class SamplerLab(Lab):
         super().__init__(state)
         self.tokenizer = tokenizers[tokenizer] if isinstance(tokenizer, str) else tokenizer
         if nets is None:
-            path = data_dir()/'weights'/f'dit-{self.tokenizer.name}.safetensors'
-            if not path.is_file(): raise UserError(f'no net for {self.tokenizer.name} is bundled ({path.name}); give nets=, such as open_net(path)')
-            nets = open_net(path)
+            name = f'dit-{self.tokenizer.name}'
+            if name not in bundled: raise UserError(f'no net for {self.tokenizer.name} is bundled ({name}); give nets=, such as open_flow(path)')
+            nets = open_flow(name)
         self.nets = {'net': nets} if isinstance(nets, DiT) else dict(nets)
         if not self.nets: raise UserError('no nets to sample from; give at least one')
-        for name, net in self.nets.items():
-            if (c := net.config.in_channels) != self.tokenizer.channels:
-                raise UserError(f'{name} was built for {c} channels, {self.tokenizer.name} has {self.tokenizer.channels}; choose its own tokenizer')
+        for net in self.nets.values(): tokenizer_of(net, self.tokenizer)
         self.side = side
         self._ways: dict[SamplerState, list[tuple[float, Tensor]]] = {}
         self.set(**changes)

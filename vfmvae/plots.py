@@ -197,7 +197,8 @@ def _bar_series(fig: 'Figure', ax: 'Axes', name: str, j: int, width: float, shif
     err = [float(errors.get(k, {}).get(name, math.nan)) for _, k, _ in at]
     drawn = ax.bar([i+shift for i, *_ in at], [v for *_, v in at], width, yerr=None if np.isnan(err).all() else err, label=name, capsize=2,
                    color=PALETTE[j % len(PALETTE)], edgecolor='white', hatch=('', '//', '..', 'xx')[j % 4])
-    ax.bar_label(drawn, fmt='%.3g', fontsize=6, padding=1)
+    inches = ax.get_position().width*fig.get_figwidth()*width/max(1, len(values))
+    ax.bar_label(drawn, fmt='%.3g', fontsize=6, padding=1, rotation=90 if inches < .25 else 0)
     _keep(fig, [dict(name=k, series=name, value=v, error=e) for (_, k, v), e in zip(at, err, strict=True)])
 
 # %% ../nbs/01_plots.ipynb #e33c6983

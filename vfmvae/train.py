@@ -206,9 +206,12 @@ def constant(lr: float) -> Callable[[int], float]:
     "The published schedule: lr at every step."
     return lambda step: lr
 
-def warm_cosine(lr: float, steps: int, warmup: int = 100, floor: float = 0.02) -> Callable[[int], float]:
-    "Linear warm-up, then a half cosine down to `floor*lr` at `steps`."
-    return lambda step: lr*min(1., (step+1)/warmup)*(floor + (1-floor)*(.5 + .5*math.cos(math.pi*min(1., step/steps))))
+def warm_cosine(lr: float, steps: int, warmup: int = 100, floor: float = 0.02,
+                cycles: int = 1 # the cosine starts anew so often, each as long (SGDR, Loshchilov & Hutter 2017); the warm-up does not
+               ) -> Callable[[int], float]:
+    "Linear warm-up, then half a cosine down to `floor*lr` at `steps`, or `cycles` of them one after another."
+    def way(step: int) -> float: return 1. if step >= steps else step*cycles/steps % 1
+    return lambda step: lr*min(1., (step+1)/warmup)*(floor + (1-floor)*(.5 + .5*math.cos(math.pi*way(step))))
 
 # %% ../nbs/10_train.ipynb #7e8f8230
 def loss_curves(history: list[dict],             # rows of `Run.history` or `fit`
