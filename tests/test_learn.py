@@ -1,5 +1,5 @@
 """The course in nbs/learn: what is folded away must be what is tested, and what is committed must have run."""
-import json, re
+import json, re, symtable
 from pathlib import Path
 import pytest
 
@@ -46,3 +46,28 @@ def test_outputs_are_committed_and_exercises_are_open(nb):
     tasks = [c for c in code if 'replace this line' in source(c)]
     said = [''.join(o.get('data', {}).get('text/plain', '')) for c in tasks for o in c['outputs']]
     assert len(tasks) in (2, 3) and len(said) == len(tasks) and all('not yet' in s for s in said)
+
+
+def scopes(table: symtable.SymbolTable) -> list[symtable.SymbolTable]: return [table, *(s for child in table.get_children() for s in scopes(child))]
+
+
+def defined(text: str) -> set[str]: return {s.get_name() for s in symtable.symtable(text, 'cell', 'exec').get_symbols() if s.is_assigned() or s.is_imported()}
+
+
+def borrowed(text: str) -> set[str]:
+    "Names that a cell takes from other cells (or builtins): parameters and whatever else is local to a function are its own."
+    return {s.get_name() for t in scopes(symtable.symtable(text, 'cell', 'exec')) for s in t.get_symbols() if s.is_global() and s.is_referenced()} - defined(text)
+
+
+def test_borrowed_names_are_found():
+    assert borrowed('def test(f):\n    g = 1\n    return f(g, h)\nwrong = [(test, lambda k: k(m), [n for n in wrong])]') == {'h', 'm'}
+    assert defined('import a.b as c\ndef f(x): y = x\nclass G: z = 1\nfor i in (): pass') == {'c', 'f', 'G', 'i'}
+
+
+@pytest.mark.parametrize('nb', LEARN, ids=lambda p: p.stem)
+def test_a_hidden_cell_never_depends_on_what_the_student_wrote(nb):
+    code = [source(c) for c in cells(nb, 'code')]
+    students = set().union(*(defined(s) for s in code if 'replace this line' in s))
+    hidden = [s for s in code if s.startswith('#| hide')]
+    assert students and hidden
+    assert {s.splitlines()[1]: sorted(found) for s in hidden if (found := borrowed(s) & students)} == {}
