@@ -343,9 +343,9 @@ def test_the_second_final_layer_learns_and_guides():
     walk = lambda **how: sample_latents(net, [0, 1, 3], (3, 4, 4), steps=3, method='euler', **how)
     torch.testing.assert_close(walk(weak='base'), walk())
     assert not torch.allclose(walk(weak='base', guidance=2.), walk(guidance=2.), atol=1e-3)
-    for act, words in ((lambda: sample_latents(net_of(), [0], (3, 4, 4), weak='base'), 'second final layer'),
-                       (lambda: walk(weak='bsae'), "'bsae'"),
-                       (lambda: FlowTask(net_of(base_depth=1)), 'go together'), (lambda: FlowTask(net_of(), FlowConfig(dict(flow=1., base=1.))), 'go together')):
+    for act, words in ((lambda: sample_latents(net_of(), [0], (3, 4, 4), weak='base'), 'second final layer'), (lambda: walk(weak='bsae'), "'bsae'"),
+                       (lambda: FlowTask(net_of(base_depth=1)), 'go together'),
+                       (lambda: FlowTask(net_of(), FlowConfig(dict(flow=1., base=1.))), 'go together')):
         with pytest.raises(UserError, match=words): act()
     z, y = b['mean'], b['label']
     with pytest.raises(UserError, match='base='): flow_loss(net_of(), z, y, dict(flow=1., base=1.))
@@ -385,5 +385,5 @@ def test_bundled_nets_belong_to_bundled_tokenizers(name):
 def test_the_bundled_net_draws_what_is_asked_for():
     s, look = generate('dit-vfmvae-tiny-f8d16', 128, seed=11, steps=8), bundled_extractor()
     with torch.no_grad(): said = torch.cat([look(x)['probs'].argmax(1) for x in s.images.split(64)])
-    assert (said == s.labels).double().mean() > .7      # .8 of what the judge says of real images, less three standard errors of 128 samples
+    assert (said == s.labels).double().mean() > .7      # .8 of what it says of real images, less three errors of 128 samples
     assert s.facts['guidance'] == dict(guidance=4., weak='dit-vfmvae-tiny-f8d16-early', weak_null=True)

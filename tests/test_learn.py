@@ -56,7 +56,8 @@ def defined(text: str) -> set[str]: return {s.get_name() for s in symtable.symta
 
 def borrowed(text: str) -> set[str]:
     "Names that a cell takes from other cells (or builtins): parameters and whatever else is local to a function are its own."
-    return {s.get_name() for t in scopes(symtable.symtable(text, 'cell', 'exec')) for s in t.get_symbols() if s.is_global() and s.is_referenced()} - defined(text)
+    asked = (s for t in scopes(symtable.symtable(text, 'cell', 'exec')) for s in t.get_symbols() if s.is_global() and s.is_referenced())
+    return {s.get_name() for s in asked} - defined(text)
 
 
 def test_borrowed_names_are_found():
@@ -71,3 +72,8 @@ def test_a_hidden_cell_never_depends_on_what_the_student_wrote(nb):
     hidden = [s for s in code if s.startswith('#| hide')]
     assert students and hidden
     assert {s.splitlines()[1]: sorted(found) for s in hidden if (found := borrowed(s) & students)} == {}
+
+
+@pytest.mark.parametrize('nb', LEARN, ids=lambda p: p.stem)
+def test_hidden_cells_are_folded_in_jupyter(nb):
+    assert all(c['metadata'] == ({'jupyter': {'source_hidden': True}} if source(c).startswith('#| hide') else {}) for c in cells(nb, 'code'))

@@ -302,8 +302,8 @@ class Explorer(Lab):
         eye, sources = self.seen.vfm(state.vfm), [*map(self.seen.source, state.tokenizers)]
         if any(banks.get(s, None) is None for s in (eye, *sources)): return None
         def make(source: Any) -> Tensor:
-            graphs = (self.seen.graph(banks, s, layer, None, 0).first(state.k) for s, layer in ((source, 'latent'), (eye, state.layer)))
-            return cknna_null(*graphs, state.k, times=50).quantile(torch.tensor([.05, .95], dtype=torch.float64))
+            mine, other = (self.seen.graph(banks, s, layer, None, 0).first(state.k) for s, layer in ((source, 'latent'), (eye, state.layer)))
+            return cknna_null(mine, other, state.k, times=50).quantile(torch.tensor([.05, .95], dtype=torch.float64))
         ends = torch.stack([self.seen.once(('chance', banks, s.name, state.vfm, state.layer, state.k), partial(make, s)) for s in sources])
         return ends[:, 0].min().item(), ends[:, 1].max().item()
     def _strip(self, banks: Banks | None, state: ExplorerState, source: Any, layer: Any, pair: Tensor) -> Strip | None:

@@ -114,7 +114,8 @@ class FlowTask:
             raise UserError(f'labels from {int(y.min())} to {int(y.max())} for a net of {c.num_classes} classes; build the net with num_classes for this data')
         drop = (torch.rand(len(y)) < c.label_dropout).to(y.device) if net.training and c.label_dropout else None
         cls, targets = self._targets(batch, (z.shape[2]//c.patch_size, z.shape[3]//c.patch_size))
-        run, kept = self._run(net, z), {}
+        run = self._run(net, z)
+        kept: dict[str, Any] = {}
         def velocity(z_t: Tensor, t: Tensor, y: Tensor, cls_t: Tensor | None = None) -> Any:
             with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
                 out = run(z_t, t, y, cls_t, drop, layers=() if c.z_dims or c.base_depth else None)
