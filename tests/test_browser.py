@@ -55,8 +55,9 @@ def server(request, tmp_path_factory):
     code = [dict(cell_type='code', id=f'c{i}', metadata={}, source=s, outputs=[], execution_count=None) for i, s in enumerate(CELLS)]
     (root/'labs.ipynb').write_text(json.dumps(dict(cells=code, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')),
                                                    nbformat=4, nbformat_minor=5)))
-    for ext, values in {'apputils-extension/notification': dict(fetchNews='false', checkForUpdates=False),
-                        'notebook-extension/tracker': dict(windowingMode='none')}.items():
+    settings = {'notebook-extension/tracker': dict(windowingMode='none')}
+    if request.param == 'lab': settings['apputils-extension/notification'] = dict(fetchNews='false', checkForUpdates=False)
+    for ext, values in settings.items():
         f = home/'settings/@jupyterlab'/f'{ext}.jupyterlab-settings'
         f.parent.mkdir(parents=True, exist_ok=True)
         f.write_text(json.dumps(values))
@@ -102,6 +103,7 @@ def page(server):
         page.on('pageerror', lambda e: page.faults.append(str(e)))
         page.goto(server, wait_until='domcontentloaded')
         until(page, lambda: (s := page.evaluate(STATE))['ready'] and s['status'] == 'idle', 'the kernel did not start', 60)
+        page.faults.clear()      # what Jupyter itself trips over before a lab is there
         page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")      # not awaited
         def ran() -> dict | None:
             s = page.evaluate(STATE)
@@ -123,7 +125,8 @@ class Box:
     def at_rest(self) -> bool:
         return bool(self.box.locator('img').count()) and 'comput' not in self.seen()[1]
     def control(self, name: str):
-        "What has the focus when this control is used."
+        "What has the focus when this control is used; 'k +' is the button beside the slider k."
+        if name[-2:] in (' +', ' -'): return self.box.locator(f'button[title="{name}"]')
         row = self.box.locator(f'.widget-inline-hbox:has(> .widget-label:text-is("{name}"))')
         return row.locator('[tabindex="0"], input, select').first if row.count() else self.box.locator(f'button:text-is("{name}")')
     def press(self, name: str, *keys: str) -> None:
@@ -146,25 +149,25 @@ def lab(page): return Box(page, 0)
 
 
 def shot(page, name: str) -> None:
-    which = 'lab' if '/doc/' in page.url or '/lab' in page.url else 'notebook'
+    which = 'lab' if '/doc/' in page.url else 'notebook'
     if folder := os.environ.get('VFMVAE_SHOTS'): page.screenshot(path=Path(folder)/f'{which}-{name}.png')
 
 
 def test_every_control_moves_picture_and_words(lab):
-    lab.moves('strength', 'ArrowRight', words='blur 2')
-    lab.moves('k', 'ArrowLeft', words='of 5 neighbours')
-    lab.moves('layer', 'ArrowLeft', words='layer 4')
+    lab.moves('strength +', 'Space', words='blur 2')
+    lab.moves('k -', 'Space', words='of 5 neighbours')
+    lab.moves('layer -', 'Space', words='layer 4')
     lab.moves('image', 'Control+a', '7', 'Enter', words='image 7')
     lab.moves('conv-f8d16', 'Space', words='conv-f8d16: reconstruction')
     lab.moves('jpeg', 'Space', words='jpeg 70')
-    lab.moves('metric', 'ArrowRight', words='mutual k-NN')
+    lab.moves('metric +', 'Space', words='mutual k-NN')
     shot(lab.page, 'light')
 
 
 def test_a_control_without_a_handler_is_found_out(page):
     deaf = Box(page, 1)
-    deaf.moves('k', 'ArrowLeft', words='of 5 neighbours')
-    with pytest.raises(AssertionError, match='strength did not change picture and words'): deaf.moves('strength', 'ArrowRight', patience=1.5)
+    deaf.moves('k -', 'Space', words='of 5 neighbours')
+    with pytest.raises(AssertionError, match=r'strength \+ did not change picture and words'): deaf.moves('strength +', 'Space', patience=1.5)
 
 
 def test_bad_input_is_told_and_the_lab_lives_on(lab):
@@ -177,7 +180,7 @@ def test_bad_input_is_told_and_the_lab_lives_on(lab):
 
 def test_the_picture_has_a_text_and_tab_reaches_every_control(lab):
     assert lab.box.locator('img').first.get_attribute('alt') == lab.seen()[1]
-    names = ['images', 'image', 'vfm', 'layer', 'noise', 'rotation', 'strength', 'seed', 'k', 'metric', 'conv-f8d16', 'rae-tiny-f8d128']
+    names = ['images', 'image', 'vfm', 'layer', 'noise', 'rotation', 'strength', 'seed', 'k', 'k -', 'strength +', 'metric', 'conv-f8d16', 'rae-tiny-f8d128']
     for name in names: lab.control(name).evaluate('(e, name) => e.dataset.name = name', name)
     lab.control('images').focus()
     reached = set()

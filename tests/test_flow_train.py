@@ -375,7 +375,7 @@ def test_labels_of_a_set():
 def test_bundled_nets_belong_to_bundled_tokenizers(name):
     net, late = nets[name], name.removesuffix('-early')
     tok, p = tokenizer_of(net), FLOW_PRESETS[late]
-    assert f'dit-{tok.name}' == late and net.config == p.net and net.meta['recipe']['images'] == (p.images if late == name else 3600*p.batch)
+    assert f'dit-{tok.name}' == late and net.config == p.net and net.meta['recipe']['images'] == (p.images if late == name else 4800*p.batch)
     assert {v.dtype for v in net.state_dict().values()} == {torch.float32}
     assert not net.training and isinstance(LatentCache, type)
     z = sample_latents(net, [0, 5], tuple(net.meta['latent']), steps=4)
@@ -386,4 +386,4 @@ def test_the_bundled_net_draws_what_is_asked_for():
     s, look = generate('dit-vfmvae-tiny-f8d16', 128, seed=11, steps=8), bundled_extractor()
     with torch.no_grad(): said = torch.cat([look(x)['probs'].argmax(1) for x in s.images.split(64)])
     assert (said == s.labels).double().mean() > .7      # .8 of what it says of real images, less three errors of 128 samples
-    assert s.facts['guidance'] == dict(guidance=4., weak='dit-vfmvae-tiny-f8d16-early', weak_null=True)
+    assert s.facts['guidance'] == dict(guidance=4.5, interval=[.2, 1.], weak='dit-vfmvae-tiny-f8d16-early', weak_null=True)

@@ -1330,6 +1330,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vfmvae.widgets._rgb': ('widgets.html#_rgb', 'vfmvae/widgets.py'),
                                 'vfmvae.widgets._say': ('widgets.html#_say', 'vfmvae/widgets.py'),
                                 'vfmvae.widgets._small': ('widgets.html#_small', 'vfmvae/widgets.py'),
+                                'vfmvae.widgets._stepped': ('widgets.html#_stepped', 'vfmvae/widgets.py'),
                                 'vfmvae.widgets._tiny': ('widgets.html#_tiny', 'vfmvae/widgets.py'),
                                 'vfmvae.widgets._title': ('widgets.html#_title', 'vfmvae/widgets.py'),
                                 'vfmvae.widgets._tokenizer': ('widgets.html#_tokenizer', 'vfmvae/widgets.py'),

@@ -244,6 +244,17 @@ class _Toggles:
         for o, b in zip(self.options, self.buttons, strict=True): b.value = o in new
     def observe(self, f: Callable, names: str = 'value') -> None: self._told.append(f)
 
+def _stepped(slider: Any) -> Any:
+    "The slider, with two buttons beside it: Jupyter's command mode may take arrow keys from a focused slider, but not the space bar from a button."
+    import ipywidgets as w
+    slider.layout.width = '280px'
+    def button(sign: str, by: int) -> Any:
+        b = w.Button(description=sign, tooltip=f'{slider.description} {sign}', layout=w.Layout(width='28px', padding='0'))
+        b.on_click(lambda _: setattr(slider, 'index', min(max(0, slider.index+by), len(slider.options)-1)))
+        return b
+    slider.box = w.HBox([slider, button('-', -1), button('+', 1)])
+    return slider
+
 def _widget(name: str, c: Control, value: Any) -> Any:
     import ipywidgets as w
     look: Any = dict(description=name, tooltip=c.help, style={'description_width': '75px'}, layout=w.Layout(width='310px'))
@@ -251,7 +262,7 @@ def _widget(name: str, c: Control, value: Any) -> Any:
     if c.kind == 'choice' and len(pairs) <= 12:
         style = dict(description_width='75px', button_width='auto')
         return w.ToggleButtons(options=pairs, value=value, description=name, tooltip=c.help, style=style)
-    if c.kind in ('choice', 'slide'): return w.SelectionSlider(options=pairs, value=value, continuous_update=False, **look)
+    if c.kind in ('choice', 'slide'): return _stepped(w.SelectionSlider(options=pairs, value=value, continuous_update=False, **look))
     if c.kind == 'many': return _Toggles(c.options, value, name, c.help, c.show)
     if c.kind == 'whole': return w.BoundedIntText(value, min=0, max=c.last, continuous_update=False, **look)
     if c.kind == 'text': return w.Text(value, continuous_update=False, **look)
