@@ -343,7 +343,7 @@ class LayerLab(SetLab):
         side = min(side, (sheet.height-1.)/3) if wide else side
         shown = [(r.image/2+.5, f'image {s.image}'), (r.colours[0], f'{names[0][s.row]}'), (r.colours[1], f'{names[1][s.column]}')]
         for i, (im, title) in enumerate(shown):
-            x, y = (width-side-.1, .25+i*(side+.25)) if wide else (.1+i*(side+.1), tall+.85+.2)
+            x, y = (.62*width+.15, .25+i*(side+.25)) if wide else (.1+i*(side+.1), tall+.85+.2)
             sheet.image(x, y, side, im, title)
         sheet.data = [dict(first=s.first, row=a, second=s.second, column=b, cknna=table[i, j].item(), k=s.k, t=s.t)
                       for i, a in enumerate(names[0]) for j, b in enumerate(names[1])]
