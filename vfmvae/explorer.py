@@ -303,7 +303,7 @@ class Explorer(Lab):
         if any(banks.get(s, None) is None for s in (eye, *sources)): return None
         def make(source: Any) -> Tensor:
             mine, other = (self.seen.graph(banks, s, layer, None, 0).first(state.k) for s, layer in ((source, 'latent'), (eye, state.layer)))
-            return cknna_null(mine, other, state.k, times=50).quantile(torch.tensor([.05, .95], dtype=torch.float64))
+            return cknna_null(mine, other, state.k, times=30).quantile(torch.tensor([.05, .95], dtype=torch.float64))
         ends = torch.stack([self.seen.once(('chance', banks, s.name, state.vfm, state.layer, state.k), partial(make, s)) for s in sources])
         return ends[:, 0].min().item(), ends[:, 1].max().item()
     def _strip(self, banks: Banks | None, state: ExplorerState, source: Any, layer: Any, pair: Tensor) -> Strip | None:
@@ -367,10 +367,7 @@ def _draw_strip(sheet: Sheet, s: Strip | None, shelf: Shelf | None, x: float, y:
 
 def _draw_curve(ax: Any, series: dict, s: ExplorerState, chance: tuple[float, float] | None) -> None:
     curves(series, s.transform, _CALLED.get(s.metric, s.metric), ax=ax)
-    if chance:
-        ax.axhspan(*chance, color='#999999', alpha=.3, lw=0)
-        ax.annotate('chance', (1, chance[1]), (-2, 0), xycoords=('axes fraction', 'data'), textcoords='offset points', ha='right', va='bottom', fontsize=6,
-                    color='#555555')
+    if chance: ax.axhspan(*chance, color='#999999', alpha=.3, lw=0)
     ax.margins(y=.12)
     if len(series) > 1: ax.legend(loc='best', fontsize=6.5, frameon=True, framealpha=.8, edgecolor='none')
 
@@ -400,6 +397,7 @@ def _explored_sheet(r: Explored, width: float) -> Sheet:
     now = [(a, b, PALETTE[i % len(PALETTE)]) for i, t in enumerate(r.sides) for a, b in t.curve if a == s.strength]
     key = (s.transform, s.metric, s.k, width, r.chance, *((t.name, t.curve) for t in r.sides))
     if series: sheet.chart(*box, key, lambda ax: _draw_curve(ax, series, s, r.chance), now)
+    if r.chance: sheet.text(.55, sheet.height-1.52, 'grey: chance', 7, '#555555')
     missing = r.steps-min(len(t.curve) for t in r.sides)
     if missing: sheet.text(width-.1-1.4, sheet.height-1.52, f'{missing} of {r.steps} points: computing ...', 7, '#555555')
     n = len(r.shelf) if r.shelf else 0
