@@ -75,9 +75,8 @@ class FlowTask:
                 ):
         c = net.config
         if precision not in PRECISIONS: raise UserError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-        if ('repa' in config.weights) != bool(c.z_dims): raise UserError("the weight 'repa' and DiTConfig.z_dims go together; give both or none")
-        if ('cls' in config.weights) != bool(c.cls_dim): raise UserError("the weight 'cls' and DiTConfig.cls_dim go together; give both or none")
-        if ('base' in config.weights) != bool(c.base_depth): raise UserError("the weight 'base' and DiTConfig.base_depth go together; give both or none")
+        for term, of in dict(repa='z_dims', cls='cls_dim', base='base_depth').items():
+            if (term in config.weights) != bool(getattr(c, of)): raise UserError(f"the weight '{term}' and DiTConfig.{of} go together; give both or none")
         needed = max(len(c.z_dims), int(bool(c.cls_dim)))
         if len(vfms) != needed: raise UserError(f'this net aligns with {needed} VFMs, {len(vfms)} were given')
         for vfm, width in [*zip(vfms, c.z_dims, strict=False), *([(vfms[0], c.cls_dim)] if c.cls_dim else [])]:

@@ -90,9 +90,10 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
 
 # %% ../nbs/18a_generate.ipynb #430ef30f
 nets = Registry('net')
-for _name in [n for k in FLOW_PRESETS for n in (k, f'{k}-early')]:   # early: the same run, long before its end; guides the samples of the first
+# early: the same run, long before its end; guides the samples of the first
+for _name in [n for k in FLOW_PRESETS if k.startswith('dit-') for n in (k, f'{k}-early')]:
     # in one process with this notebook, its exported module may have been here before
-    if _name.startswith('dit-') and _name not in nets: nets.register(_name, partial(lambda name: open_net(data_dir()/'weights'/f'{name}.safetensors'), _name))
+    if _name not in nets: nets.register(_name, partial(lambda name: open_net(data_dir()/'weights'/f'{name}.safetensors'), _name))
 
 def open_flow(name: str | Path # a name of `nets`, or a file of `train_flow`
              ) -> DiT:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EDITS', 'edit_latent', 'ReconstructionState', 'Reconstructed', 'ReconstructionLab', 'NeighbourState', 'Neighbours',
-           'SetLab', 'NeighbourLab', 'LayerState', 'Layers', 'layer_names', 'LayerLab', 'EmbeddingState', 'Embedding',
-           'EmbeddingLab', 'SamplerState', 'Sampled', 'SamplerLab']
+           'SetLab', 'NeighbourLab', 'LayerState', 'Layers', 'LayerLab', 'EmbeddingState', 'Embedding', 'EmbeddingLab',
+           'SamplerState', 'Sampled', 'SamplerLab']
 
 # %% ../nbs/19c_labs.ipynb #7e7f1233
 import math
@@ -282,7 +282,7 @@ class Layers:
     image: Tensor | None = None          # (3,H,W) in [-1,1]
     colours: tuple[Tensor, Tensor] | None = None
 
-def layer_names(source: Any) -> tuple[str, ...]:
+def _layer_names(source: Any) -> tuple[str, ...]:
     "The layers of a source in words; a velocity net counts its blocks from 0, a VFM has its embedding there."
     if 'embedder' not in source.layers: return tuple(map(layer_name, source.layers))
     return tuple({'embedder': 'embedder', 'final': 'final layer'}.get(k, f'block {k}') for k in source.layers)
@@ -314,7 +314,7 @@ class LayerLab(SetLab):
     def look(self, state: LayerState) -> Layers:
         "The scores, and PCA colours of the chosen pair on one image."
         a, b = self._pair(state)
-        names = (layer_names(a), layer_names(b))
+        names = (_layer_names(a), _layer_names(b))
         if (banks := self.ready(state)) is None: return Layers(state, names)
         def scores() -> Tensor:
             ga, gb = ([self.seen.graph(banks, s, at, None, 0).first(state.k) for at in s.layers] for s in (a, b))
@@ -362,8 +362,8 @@ class LayerLab(SetLab):
         names, (a, b) = (*vfms, *toks, *self.nets), self._pair(state)
         noise = dict(t=Control('slide', 'noise level of velocity nets', tuple(sorted({0., .1, .25, .5, .75, .9, float(state.t)})), show=lambda t: f'{t:g}'))
         return dict(first=Control('choice', 'rows', names), second=Control('choice', 'columns', names),
-                    row=Control('slide', 'layer of the first', tuple(range(len(a.layers))), show=layer_names(a).__getitem__),
-                    column=Control('slide', 'layer of the second', tuple(range(len(b.layers))), show=layer_names(b).__getitem__),
+                    row=Control('slide', 'layer of the first', tuple(range(len(a.layers))), show=_layer_names(a).__getitem__),
+                    column=Control('slide', 'layer of the second', tuple(range(len(b.layers))), show=_layer_names(b).__getitem__),
                     **(noise if self.nets else {}), k=Control('slide', 'neighbours', tuple(sorted({*(k for k in (2, 5, 10, 20) if k < self.last), state.k}))),
                     image=Control('whole', f'whose features are shown, 0 to {self.last}', last=self.last))
 
