@@ -1,5 +1,6 @@
 "Laws of the explorer and its sisters: what they show is what the library computes, heavy work is done once, and bad input leaves them alive."
-import asyncio, io
+import asyncio, io, time
+from dataclasses import replace
 import numpy as np
 import pytest
 import torch
@@ -119,12 +120,43 @@ def test_every_kind_of_image_can_be_uploaded(lab, name):
 
 
 @pytest.mark.parametrize('bad', [dict(images='nowhere'), dict(image=10**6), dict(tokenizers=()), dict(tokenizers='conv'), dict(vfm='resnet50'),
-                                 dict(layer=9), dict(k=31), dict(k=1), dict(metric='x'), dict(strength=-1.), dict(seed=-1), dict(uploaded='x'),
-                                 dict(colour=1), dict(tokenizers='no.safetensors')])
+                                 dict(layer=9), dict(layer=True), dict(layer='latent'), dict(k=31), dict(k=1), dict(metric='x'), dict(strength=-1.),
+                                 dict(strength=float('nan')), dict(seed=-1), dict(uploaded='x'), dict(colour=1), dict(tokenizers='no.safetensors')])
 def test_a_state_that_cannot_be_shown_is_refused_in_one_line(lab, bad):
     before = lab.state
     with pytest.raises(UserError, match=ONE_LINE): lab.set(**bad)
     assert lab.state is before
+
+
+@pytest.mark.parametrize('Other, bad', [(NeighbourLab, dict(layer=9)), (NeighbourLab, dict(tokenizer='conv')), (NeighbourLab, dict(vfm='x')),
+                                        (LayerLab, dict(k=1)), (LayerLab, dict(t='a')), (LayerLab, dict(row=99)), (LayerLab, dict(first='x')),
+                                        (EmbeddingLab, dict(strength='x')), (EmbeddingLab, dict(source='x')),
+                                        (ReconstructionLab, dict(amount=float('nan'))), (ReconstructionLab, dict(tokenizer='conv'))])
+def test_the_other_labs_refuse_in_one_line_too(Other, bad):
+    lab = Other()
+    before = lab.state
+    with pytest.raises(UserError, match=ONE_LINE): lab.set(**bad)
+    assert lab.state is before
+
+
+def test_a_layer_counted_from_the_end_is_the_same_layer(lab):
+    last = lab.seen.vfm('tiny').vfm.depth
+    assert lab.set(layer=-2).state.layer == NeighbourLab(layer=-2).state.layer == last and lab.set(layer=-2).figure().data[0]['layer'] == last
+    assert lab.set(layer=-1).state.layer == -1
+
+
+def test_a_picture_depends_on_the_state_and_not_on_the_way_there(lab):
+    def uploaded(colour): lab._received([dict(name='same name', content=data(Image.new('RGB', (64, 64), colour)))])
+    lab.set(image=0, layer=-1, tokenizers='vfmvae-tiny-f8d16', transform='blur', strength=1.)
+    for move in (dict(image=3), dict(layer=2), dict(strength=2.), dict(tokenizers=('conv-f8d16', 'vfmvae-tiny-f8d16')), dict(layer=0), dict(k=4),
+                 'red', 'blue', dict(image=0)):
+        uploaded(move) if isinstance(move, str) else lab.set(**move)
+        fresh = Explorer(lab.state if not lab.state.uploaded else None, n=32)
+        if lab.state.uploaded:
+            fresh.uploads = dict(lab.uploads)
+            fresh.set(**{k: getattr(lab.state, k) for k in lab.state.__dataclass_fields__})
+        assert lab.sheet(lab._whole(), 5).png() == fresh.sheet(fresh._whole(), 5).png(), move
+    lab.set(tokenizers='vfmvae-tiny-f8d16', k=5, layer=-1)
 
 
 def test_a_size_without_a_grid_is_told_and_the_next_move_works(lab):
@@ -181,13 +213,34 @@ def test_the_embedding_lab_puts_the_chosen_image_first():
 
 def test_the_sampler_lab_walks_from_its_noise_to_its_end():
     lab = SamplerLab(net(), steps=4, step=4)
-    r = lab.look(lab.state)
+    r = lab._whole()
     assert r.t == 0 and r.far[-1] == 0 < r.far[0] and torch.equal(r.now, r.final)
-    first = lab.set(step=0).look(lab.state)
+    first = lab.set(step=0)._whole()
     assert first.t == 1 and not torch.equal(first.now, first.final) and len(lab._ways) == 1
-    for bad in (dict(step=5), dict(label=17), dict(method='x'), dict(stage='x'), dict(guidance=-1.)):
+    for bad in (dict(step=5), dict(label=17), dict(method='x'), dict(stage='x'), dict(guidance=-1.), dict(guidance=float('nan')), dict(guidance='x')):
         with pytest.raises(UserError, match=ONE_LINE): lab.set(**bad)
     with pytest.raises(UserError, match='bundled'): SamplerLab(tokenizer='rae-tiny-f8d128')
+
+
+def test_a_long_way_is_shown_as_far_as_it_is_and_left_when_another_is_asked_for():
+    pytest.importorskip('ipywidgets')
+    lab, seen, calls = SamplerLab(net(), steps=12, step=12), [], []
+    lab.patience = 0.
+    lab.nets['net'].register_forward_hook(lambda *_: calls.append(time.sleep(.01)))
+    async def drag():
+        lab.widget()
+        lab.picture.observe(lambda _: seen.append(lab.readout.value), 'value')
+        await lab._latest.task
+        lab.controls['seed'].value = 1
+        await lab._latest.task
+        assert 'seed 1: step 0 of 12' in lab.readout.value and 'sampling ...' in lab.readout.value
+        await lab._filler
+    asyncio.run(drag())
+    assert 'seed 1: step 12 of 12' in lab.readout.value and 'distance' in lab.readout.value and lab.mark.layout.visibility == 'hidden'
+    assert lab.png == lab.sheet(lab._whole(), 7.6).png() and len(lab._way(lab.state).gone) == 13
+    assert len(lab._way(replace(lab.state, seed=0)).gone) < 13 and len(calls) < 2*24
+    fresh = SamplerLab(lab.nets['net'], state=lab.state)
+    assert torch.equal(fresh._whole().final, lab._whole().final)
 
 
 def test_every_lab_has_pictures_words_and_controls():

@@ -27,7 +27,7 @@ _GAN: dict[str, tuple[Callable, Callable, Callable]] = { # what a logit costs: D
     'bce': (lambda x: F.softplus(-x), lambda x: F.softplus(x), lambda x: F.softplus(-x))}
 
 def _cost(logits: Tensor | Sequence, kind: str, role: int) -> Tensor:
-    if kind not in _GAN: raise UserError(f"no adversarial loss {kind!r};{nearest(kind, _GAN)} (known: {', '.join(_GAN)})")
+    if kind not in _GAN: raise UserError(f"no adversarial loss {kind!r}{nearest(kind, _GAN)} (known: {', '.join(_GAN)})")
     scales = [logits] if isinstance(logits, Tensor) else [s if isinstance(s, Tensor) else s[-1] for s in logits]
     if not scales: raise UserError('adversarial loss: the list of logits is empty; give at least one scale')
     return torch.stack([_GAN[kind][role](at_least_float32(s)).mean() for s in scales]).mean()
@@ -92,7 +92,7 @@ _AUGMENT = {'color': _color, 'translation': _translation, 'cutout': _cutout}
 def _words(policy: str) -> list[str]:
     words = [w.strip() for w in policy.split(',') if w.strip()]
     for w in words:
-        if w not in _AUGMENT: raise UserError(f"no augmentation {w!r};{nearest(w, _AUGMENT)} (known: {', '.join(_AUGMENT)}, separated by commas)")
+        if w not in _AUGMENT: raise UserError(f"no augmentation {w!r}{nearest(w, _AUGMENT)} (known: {', '.join(_AUGMENT)}, separated by commas)")
     return words
 
 def diff_augment(x: Tensor,                                 # images (b,3,H,W) in [-1,1]; the result is not clamped

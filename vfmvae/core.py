@@ -45,7 +45,7 @@ def data_dir() -> Path:
 def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
     "The `n` names closest to `name`, as a phrase for an error message ('' if none is close)."
     close = difflib.get_close_matches(name, list(names), n=n, cutoff=0.4)
-    return f" nearest: {', '.join(close)}" if close else ''
+    return f"; nearest: {', '.join(close)}" if close else ''
 
 class Registry(Mapping):
     "Names to factories; `reg[name]` calls the factory. `kind` is the noun in error messages; `modules` register themselves when first asked for."
@@ -58,7 +58,7 @@ class Registry(Mapping):
         return self._f
     def __getitem__(self, name: str) -> Any:
         f = self._all()
-        if name not in f: raise UserError(f"no {self.kind} named {name!r};{nearest(name, f)} (known: {', '.join(f) or 'none'})")
+        if name not in f: raise UserError(f"no {self.kind} named {name!r}{nearest(name, f)} (known: {', '.join(f) or 'none'})")
         return f[name]()
     def __contains__(self, name: object) -> bool: return name in self._all()
     def __iter__(self) -> Iterator[str]: return iter(self._all())
@@ -220,7 +220,7 @@ def build_config(cls: Any,   # a dataclass
     "`cls(**values)`; an unknown key is a UserError that lists it with the nearest field."
     fields = [f.name for f in dataclasses.fields(cls)]
     bad = [k for k in values if k not in fields]
-    if bad: raise UserError(f"{cls.__name__} has no setting {', '.join(map(repr, bad))};{nearest(bad[0], fields)} (known: {', '.join(fields)})")
+    if bad: raise UserError(f"{cls.__name__} has no setting {', '.join(map(repr, bad))}{nearest(bad[0], fields)} (known: {', '.join(fields)})")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 # %% ../nbs/00_core.ipynb #298df7bf
@@ -238,7 +238,7 @@ class Table(list):
         return list(dict.fromkeys(k for r in self for k in r))
     def column(self, name: str) -> list:
         "One value a row, None where a row has none. UserError if no row has it."
-        if name not in self.columns: raise UserError(f"no column {name!r};{nearest(name, self.columns)} (known: {', '.join(self.columns)})")
+        if name not in self.columns: raise UserError(f"no column {name!r}{nearest(name, self.columns)} (known: {', '.join(self.columns)})")
         return [r.get(name) for r in self]
     def where(self, **values: Any) -> 'Table':
         "The rows in which every given column has the given value, with the same facts."

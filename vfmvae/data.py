@@ -263,7 +263,7 @@ def transform(x: Tensor,         # (b,3,H,W) in [-1,1]
               seed: int = 0      # image i draws from seed+i: pass the index of the first image and batches of any size agree
              ) -> Tensor:
     "The transformed images in [-1,1]; `scale` alone (and a quarter turn of an oblong) changes H, W. UserError: unknown name, strength out of range."
-    if name not in TRANSFORMS: raise UserError(f"no transform {name!r};{nearest(name, TRANSFORMS)} (known: {', '.join(TRANSFORMS)})")
+    if name not in TRANSFORMS: raise UserError(f"no transform {name!r}{nearest(name, TRANSFORMS)} (known: {', '.join(TRANSFORMS)})")
     t = TRANSFORMS[name]
     if not t.low <= strength <= t.high: raise UserError(f'{name} takes strengths from {t.low} to {t.high} ({t.unit}), not {strength}')
     if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'transform takes images (b,3,H,W), not {tuple(x.shape)}; add the batch axis with x[None]')
@@ -385,7 +385,7 @@ class ImageSet:
                  size: int,                # pixels of the square result
                  augment: bool = False,    # random_crop_flip instead of `crop`
                  crop: str = 'centre'):    # a key of CROPS
-        if crop not in CROPS: raise UserError(f"no crop {crop!r};{nearest(crop, CROPS)} (known: {', '.join(CROPS)})")
+        if crop not in CROPS: raise UserError(f"no crop {crop!r}{nearest(crop, CROPS)} (known: {', '.join(CROPS)})")
         self.read, self.keys, self.labels, self.classes = read, list(keys), list(labels), tuple(classes)
         self.size, self.augment, self.crop = size, augment, crop
     def __len__(self) -> int: return len(self.keys)

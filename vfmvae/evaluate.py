@@ -286,7 +286,7 @@ CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = dict(
     repa=lambda x: (255*(x.detach().float()+1)/2).clamp(0, 255).to(torch.uint8))             # REPA, REG, VFM-VAE's PNG: truncated, spec section 5
 
 def _conversion(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in CONVERSIONS: raise UserError(f"no conversion {name!r};{nearest(name, CONVERSIONS)} (known: {', '.join(CONVERSIONS)})")
+    if name not in CONVERSIONS: raise UserError(f"no conversion {name!r}{nearest(name, CONVERSIONS)} (known: {', '.join(CONVERSIONS)})")
     return CONVERSIONS[name]
 
 def write_samples(path: str | Path,       # `*.npz`
@@ -469,7 +469,7 @@ def gfid(samples: Any,                 # tensor (n,3,H,W) in [-1,1], dataset-lik
          **how: Any                    # subject, sampler, steps, shift, guidance, labels ('random' or 'balanced'), ema, precision, seed
         ) -> Record:
     "The Frechet distance of samples to a reference, as a record. UserError: an unknown fact, another extractor, dimension or image size, damaged files."
-    if bad := [k for k in how if k not in _HOW]: raise UserError(f"a record has no place for {bad[0]!r};{nearest(bad[0], _HOW)} (known: {', '.join(_HOW)})")
+    if bad := [k for k in how if k not in _HOW]: raise UserError(f"a record has no place for {bad[0]!r}{nearest(bad[0], _HOW)} (known: {', '.join(_HOW)})")
     if how.get('labels') not in (None, 'random', 'balanced'): raise UserError(f"labels are 'random' or 'balanced', not {how['labels']!r}; see spec section 5")
     ref = against if isinstance(against, Statistics) else Statistics.open(against)
     images: Any

@@ -27,9 +27,9 @@ from .metrics import psnr
 from .plots import PALETTE, curves
 from .recipes import open_data, open_tokenizer
 from .tokenizer import tokenizers
-from .vfm import _ALIASES, VFM, _known, layer_index
+from .vfm import _ALIASES, VFM, _known
 from .views import Fitted, as_source, extract_views, label, see
-from .widgets import ColourFit, Control, Job, Lab, Sheet, _whole, middle, steps, transform_controls
+from .widgets import ColourFit, Control, Job, Lab, Sheet, _number, _whole, middle, steps, transform_controls
 
 # %% ../nbs/19b_explorer.ipynb #154e6103
 class Shelf:
@@ -130,9 +130,9 @@ class ExplorerState:
         object.__setattr__(self, 'tokenizers', (self.tokenizers,) if isinstance(self.tokenizers, str) else tuple(self.tokenizers))
         if not 1 <= len(set(self.tokenizers)) == len(self.tokenizers) <= 4:
             raise UserError(f"one to four different tokenizers stand side by side, not {', '.join(self.tokenizers) or 'none'}; choose others")
-        if isinstance(self.strength, bool) or not isinstance(self.strength, int | float): raise UserError(f'strength is a number, not {self.strength!r}')
+        _number('strength', self.strength)
         transform(torch.zeros(1, 3, 64, 64), self.transform, self.strength)
-        if self.metric not in METRICS: raise UserError(f"no metric {self.metric!r};{nearest(self.metric, METRICS)} (known: {', '.join(METRICS)})")
+        if self.metric not in METRICS: raise UserError(f"no metric {self.metric!r}{nearest(self.metric, METRICS)} (known: {', '.join(METRICS)})")
         if self.k < 2: raise UserError(f'k = {self.k} neighbours; choose at least 2')
     @property
     def view(self) -> tuple[str, float] | None:
@@ -189,17 +189,29 @@ class Explored:
 _KS, _MOST = (2, 3, 5, 10, 15, 20, 30, 50), 50
 _GRAPHS: dict[str, Callable] = dict(cknna=cknna, mutual_knn=mutual_knn)   # take a graph, which serves every k
 
+def _layer(source: Any, layer: Any) -> Any:
+    "The layer as `source.layers` calls it; -2 is the last but one there. UserError if there is none."
+    whole = isinstance(layer, int) and not isinstance(layer, bool)
+    if layer in source.layers and (whole or isinstance(layer, str)): return layer
+    if whole and -len(source.layers) <= layer < 0: return source.layers[layer]
+    raise UserError(f"no layer {layer!r} in {source.name}; choose one of: {', '.join(map(str, source.layers))}")
+
 class _Seen:
     "What the explorer has opened: data sets, nets, banks, colours, scores; each once."
     def __init__(self, own: Sequence[Any], size: int, n: int):
         self.own, self.size, self.n = {o.name: o for o in own}, size, n
         self.made: dict[tuple, Any] = {}
+        self.last: dict[tuple, tuple[Tensor, Any]] = {}
         self.lock = threading.RLock()
     def once(self, key: tuple, make: Callable) -> Any:
         if key in self.made: return self.made[key]      # nobody waits for a net that another thread opens
         with self.lock:
             if key not in self.made: self.made[key] = make()
         return self.made[key]
+    def of(self, who: tuple, x: Tensor, make: Callable) -> Any:
+        "make(x), kept until `who` is shown another x: a move of k or of the layer asks no net again."
+        if (held := self.last.get(who)) is None or not torch.equal(held[0], x): held = self.last[who] = x, make(x)
+        return held[1]
     def data(self, spec: str) -> Any: return self.once(('data', spec), lambda: open_data(spec, size=self.size, n=10_000, seed=8))
     def banks(self, spec: str) -> Banks | None: return self.made.get(('banks', spec))
     def fill(self, spec: str) -> Job:
@@ -239,6 +251,8 @@ class Explorer(Lab):
         if changes.get('vfm', self.state.vfm) != self.state.vfm: changes = dict(layer=-1) | changes
         if changes.get('images', self.state.images) != self.state.images: changes = dict(image=0, uploaded='') | changes
         if changes.get('image', self.state.image) != self.state.image: changes = dict(uploaded='') | changes
+        layer, vfm = changes.get('layer', self.state.layer), changes.get('vfm', self.state.vfm)
+        if layer != -1: changes = changes | dict(layer=_layer(self.seen.vfm(vfm), layer))
         return middle(changes, self.state.transform)
     def allow(self, state: ExplorerState) -> None:
         "UserError: no such images, image, upload, tokenizer, VFM or layer, or a k that the set is too small for."
@@ -249,7 +263,6 @@ class Explorer(Lab):
             if name not in self.seen.own and name not in tokenizers and not Path(name).suffix: open_tokenizer(name)    # says what is known
             if Path(name).suffix and not Path(name).is_file() and name not in self.seen.own: raise UserError(f'no file {name}; check the path')
         if state.vfm not in self.seen.own and state.vfm != 'tiny': _known(_ALIASES.get(state.vfm, state.vfm))
-        if ('vfm', state.vfm) in self.seen.made: layer_index(state.layer, self.seen.vfm(state.vfm).vfm.depth)
         n = min(self.seen.n, n)
         if state.k > min(_MOST, n-2): raise UserError(f'k = {state.k} neighbours among {n} images; choose at most {min(_MOST, n-2)}')
     def receive(self, name: str, data: bytes) -> None:
@@ -321,7 +334,7 @@ class Explorer(Lab):
         banks, (x, name) = self.seen.banks(state.images), self._image(state)
         changed = see(x, state.view, [state.image], state.seed)[0][1]
         eye = self.seen.vfm(state.vfm)
-        h = [eye.features(v, [state.layer])[state.layer] for v in (x, changed)]
+        h = [self.seen.of(('vfm', eye.name, i), v, partial(eye.features, layers=eye.layers))[state.layer] for i, v in enumerate((x, changed))]
         colour = self.seen.colours(state.images, eye, state.layer, x)
         sides = [self._side(banks, state, t, x, changed) for t in state.tokenizers]
         own = self._strip(banks, state, eye, state.layer, torch.cat([pool(v) for v in h]))
@@ -329,8 +342,8 @@ class Explorer(Lab):
                         banks.shelf if banks else None, len(self._todo(state)), self._chance(banks, state))
     def _side(self, banks: Banks | None, state: ExplorerState, name: str, x: Tensor, changed: Tensor) -> Side:
         tok, source = self.seen.tokenizer(name), self.seen.source(name)
-        z = [tok.encode(v).mode() for v in (x, changed)]
-        again = tok.decode(z[1]).clamp(-1, 1)
+        z = [self.seen.of(('latent', name, i), v, lambda v: tok.encode(v).mode()) for i, v in enumerate((x, changed))]
+        again = self.seen.of(('again', name), z[1], lambda z: tok.decode(z).clamp(-1, 1))
         colour = self.seen.colours(state.images, source, 'latent', x)
         near = self._strip(banks, state, source, 'latent', torch.cat([v.mean((2, 3)) for v in z]))
         return Side(name, again[0], (again-changed).abs().mean(1)[0]/2, psnr(again, changed).item(), (colour(z[0])[0], colour(z[1])[0]),

@@ -45,7 +45,7 @@ PATHS: dict[str, Callable[[Tensor], Coefficients]] = dict(linear=_linear, gvp=_g
 
 def _pick(name: str, known: Iterable[str], noun: str) -> str:
     "The name itself, if it is known."
-    if name not in (names := list(known)): raise UserError(f"no {noun} {name!r};{nearest(str(name), names)} (known: {', '.join(names)})")
+    if name not in (names := list(known)): raise UserError(f"no {noun} {name!r}{nearest(str(name), names)} (known: {', '.join(names)})")
     return name
 
 def _noise_level(t: Tensor | float) -> Tensor:

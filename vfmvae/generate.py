@@ -100,7 +100,7 @@ def open_flow(name: str | Path # a name of `nets`, or a file of `train_flow`
     "A trained net, in eval mode; `.meta` says whose latents it learned. UserError: unknown name (with the nearest), a file that does not fit."
     if name in nets: return nets[str(name)]
     if Path(name).suffix == '.safetensors': return open_net(name)
-    raise UserError(f"no net named {str(name)!r};{nearest(str(name), nets)} (known: {', '.join(nets)}; or a .safetensors file of train_flow)")
+    raise UserError(f"no net named {str(name)!r}{nearest(str(name), nets)} (known: {', '.join(nets)}; or a .safetensors file of train_flow)")
 
 def tokenizer_of(net: DiT, tokenizer: Any = None # None: by the name in net.meta
                 ) -> Any:

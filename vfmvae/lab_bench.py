@@ -17,7 +17,7 @@ import torch
 # %% ../nbs/19d_lab_bench.ipynb #c05691ba
 from .core import data_dir, write_json
 from .explorer import Explorer
-from .labs import NeighbourLab, ReconstructionLab
+from .labs import EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab, SamplerLab
 from .train import provenance
 from .widgets import KeepsLab, Lab
 
@@ -26,9 +26,9 @@ def latency(lab: Lab,                         # its widget is made and settled h
             moves: Sequence[tuple[str, Any]], # (control, value), one after the other
             burst: Sequence[tuple[str, Any]] = () # events that follow each other at once
            ) -> dict:
-    """Seconds of each event until its picture: `p50`, `p95`, `worst`, `cpu` (median of processor time), `events`; and of the burst
-    `burst_computations`, `burst_seconds`. Under an event loop of its own, as in a kernel."""
-    walls, cpus, drawn = [], [], 0
+    """Seconds of each event until its new picture: `p50`, `p95`, `worst`, `cpu` (median of processor time), `events`; `whole_p95` until nothing in it
+    is still computed; and of the burst `burst_computations`, `burst_seconds`. Under an event loop of its own, as in a kernel."""
+    walls, wholes, cpus, drawn = [], [], [], 0
     async def go() -> tuple[int, float]:
         nonlocal drawn
         lab.widget()
@@ -46,6 +46,8 @@ def latency(lab: Lab,                         # its widget is made and settled h
             walls.append(time.perf_counter()-t)
             cpus.append(time.process_time()-c)
             assert lab.png != before and not lab._latest.busy, f'{name} = {value} gave no new picture'
+            if lab._filler is not None: await lab._filler
+            wholes.append(time.perf_counter()-t)
         drawn, t = 0, time.perf_counter()
         for name, value in burst:
             lab.controls[name].value = value
@@ -57,8 +59,9 @@ def latency(lab: Lab,                         # its widget is made and settled h
     thread.start()
     thread.join()
     if not found: raise RuntimeError('the lab did not answer; see the traceback above')
-    w = torch.tensor(walls, dtype=torch.float64)
-    out = dict(events=len(walls), p50=w.median().item(), p95=w.quantile(.95).item(), worst=w.max().item(), cpu=torch.tensor(cpus).median().item())
+    w, whole = torch.tensor([walls, wholes], dtype=torch.float64)
+    out = dict(events=len(walls), p50=w.median().item(), p95=w.quantile(.95).item(), worst=w.max().item(), whole_p95=whole.quantile(.95).item(),
+               cpu=torch.tensor(cpus).median().item())
     return out | (dict(burst_events=len(burst), burst_computations=found[0][0], burst_seconds=found[0][1]) if burst else {})
 
 # %% ../nbs/19d_lab_bench.ipynb #a0247c9e
@@ -72,11 +75,16 @@ def bench_labs(n: int = 256,   # images of the explorer's set
     two = Explorer(n=n, tokenizers=('vfmvae-tiny-f8d16', 'conv-tiny-f8d16'))
     return {'keeps, strength': latency(KeepsLab(), _rounds('strength', strengths, times), twenty),
             'explorer, strength': latency(Explorer(n=n), _rounds('strength', strengths, times), twenty),
+            'explorer, image': latency(Explorer(n=n), _rounds('image', (3, 30, 7, 90, 11), times)),
             'explorer, k': latency(Explorer(n=n), _rounds('k', (3, 5, 15, 20, 30), times)),
             'explorer, layer': latency(Explorer(n=n), _rounds('layer', (0, 1, 2, 3, -1), times)),
             'explorer, two tokenizers, strength': latency(two, _rounds('strength', strengths, times), twenty),
             'reconstruction, amount': latency(ReconstructionLab().set(edit='noise'), _rounds('amount', (0., .25, .75, 1., .1), times)),
-            'neighbours, image': latency(NeighbourLab(n=n), _rounds('image', (3, 30, 7, 90, 11), times))}
+            'neighbours, image': latency(NeighbourLab(n=n), _rounds('image', (3, 30, 7, 90, 11), times)),
+            'layers, row': latency(LayerLab(n=n), _rounds('row', (1, 2, 3, 4, 0), times)),
+            'embedding, image': latency(EmbeddingLab(n=n), _rounds('image', (3, 30, 7, 90, 11), times)),
+            'sampler, step': latency(SamplerLab(), _rounds('step', (2, 4, 6, 8, 10), times)),
+            'sampler, guidance': latency(SamplerLab(), [m for s in range(times) for m in (('seed', s+1), *_rounds('guidance', (1.5, 2., 3., 5., 1.), 1))])}
 
 def main(argv: Sequence[str] | None = None) -> None:
     "`python -m vfmvae.lab_bench [--out FILE]`: measures, prints, writes JSON (default: results/bench_labs.json of the data folder)."
@@ -84,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument('--out', default=str(data_dir()/'results'/'bench_labs.json'), help='JSON file')
     a = p.parse_args(argv)
     rows = bench_labs()
-    for name, r in rows.items(): print(f'{name:36} p50 {r["p50"]*1e3:5.0f} ms  p95 {r["p95"]*1e3:5.0f} ms  processor {r["cpu"]*1e3:5.0f} ms')
+    print(f'{"ms":36} {"p50":>6} {"p95":>6} {"whole":>6} {"cpu":>6}')
+    for name, r in rows.items(): print(f'{name:36}', *(f'{r[c]*1e3:6.0f}' for c in ('p50', 'p95', 'whole_p95', 'cpu')))
     write_json(Path(a.out), dict(rows=rows, provenance=provenance()))
 
 # %% ../nbs/19d_lab_bench.ipynb #94f63e4b

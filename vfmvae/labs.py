@@ -8,8 +8,8 @@ __all__ = ['EDITS', 'edit_latent', 'ReconstructionState', 'Reconstructed', 'Reco
            'SamplerState', 'Sampled', 'SamplerLab']
 
 # %% ../nbs/19c_labs.ipynb #7e7f1233
-import math
-from collections.abc import Callable, Mapping, Sequence
+import math, threading, time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,14 +22,15 @@ from .align import cknna, cknna_parts, prepare
 from .core import UserError, nearest
 from .data import World, transform
 from .dit import DiT, NetFeatures
-from .explorer import Banks, Shelf, _Seen, layer_name
-from .flow import ODES, ImageNoise, classifier_free, field, trajectory
+from .explorer import Banks, Shelf, _layer, _Seen, layer_name
+from .flow import ODES, ImageNoise, field, internal_guidance, trajectory
 from .generate import nets as bundled, open_flow, tokenizer_of
 from .metrics import psnr
 from .neighbours import _shared, _sorted
 from .plots import MARKERS, PALETTE, curves, heat
+from .recipes import open_tokenizer
 from .tokenizer import tokenizers
-from .widgets import Control, Job, Lab, Sheet, _tokenizer, _whole, middle, pca_colours, transform_controls
+from .widgets import Control, Job, Lab, Sheet, _number, _tokenizer, _whole, middle, pca_colours, transform_controls
 
 # %% ../nbs/19c_labs.ipynb #f89b5da7
 EDITS = dict(none='the latent as it is', swap='its right part comes from the other image', interpolate='part of the way to the other image',
@@ -39,7 +40,7 @@ def edit_latent(z: Tensor, other: Tensor, # (1,c,h,w) on unit scale
                 edit: str, amount: float, # a key of EDITS, 0..1
                 seed: int = 0) -> Tensor:
     "The edited latent (1,c,h,w). UserError on an unknown edit or an amount outside 0..1."
-    if edit not in EDITS: raise UserError(f"no edit {edit!r};{nearest(edit, EDITS)} (known: {', '.join(EDITS)})")
+    if edit not in EDITS: raise UserError(f"no edit {edit!r}{nearest(edit, EDITS)} (known: {', '.join(EDITS)})")
     if not 0 <= amount <= 1: raise UserError(f'an amount of {amount}; choose between 0 and 1')
     g, (h, w) = torch.Generator().manual_seed(seed), z.shape[2:]
     if edit == 'swap': return torch.cat([z[..., :w-round(amount*w)], other[..., w-round(amount*w):]], 3)
@@ -62,6 +63,7 @@ class ReconstructionState:
     seed: int = 0                        # of mask and noise
     def __post_init__(self) -> None:
         for name in ('image', 'other', 'seed'): _whole(name, getattr(self, name))
+        _number('amount', self.amount)
         if self.tokenizer not in tokenizers: tokenizers[self.tokenizer]
         edit_latent(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), self.edit, self.amount)
 
@@ -206,6 +208,13 @@ class NeighbourLab(SetLab):
     def wanted(self, state: NeighbourState) -> list[tuple[Any, Any]]:
         "The clean features of both."
         return [(self.source(state.vfm), None), (self.source(state.tokenizer), None)]
+    def follow(self, changes: dict) -> dict:
+        "A new VFM starts at its last layer. UserError: a tokenizer, VFM or layer that is not there."
+        name = changes.get('tokenizer', self.state.tokenizer)
+        if name not in tokenizers and name not in self.seen.own: open_tokenizer(name)    # says what is known
+        if changes.get('vfm', self.state.vfm) != self.state.vfm: changes = dict(layer=-1) | changes
+        layer, vfm = changes.get('layer', self.state.layer), changes.get('vfm', self.state.vfm)
+        return changes | dict(layer=_layer(self.source(vfm), layer))
     @torch.no_grad()
     def look(self, state: NeighbourState) -> Neighbours:
         "Both graphs, what they share, and the score of the library."
@@ -271,6 +280,8 @@ class LayerState:
     image: int = 0                       # whose features are shown
     def __post_init__(self) -> None:
         for name in ('row', 'column', 'k', 'image'): _whole(name, getattr(self, name))
+        _number('t', self.t)
+        if self.k < 2: raise UserError(f'k = {self.k} neighbours; CKNNA takes at least 2')
         if not 0 <= self.t <= 1: raise UserError(f't = {self.t} is no noise level; choose between 0 (data) and 1 (noise)')
 
 @dataclass(frozen=True, eq=False)
@@ -382,6 +393,7 @@ class EmbeddingState:
         for name in ('image', 'seed'): _whole(name, getattr(self, name))
         for name, known in (('colour', ('class', 'transform', 'cluster')), ('method', ('pca', 'umap'))):
             if getattr(self, name) not in known: raise UserError(f"no {name} {getattr(self, name)!r}; choose one of: {', '.join(known)}")
+        _number('strength', self.strength)
         transform(torch.zeros(1, 3, 64, 64), self.transform, self.strength)
 
 @dataclass(frozen=True, eq=False)
@@ -409,6 +421,10 @@ class EmbeddingLab(SetLab):
     def press(self, name: str) -> None:
         "The buttons."
         self.set(method='umap' if name == _UMAP else 'pca')
+    def allow(self, state: EmbeddingState) -> None:
+        "UserError also: a source that is not there."
+        super().allow(state)
+        self.source(state.source)
     def _views(self, state: EmbeddingState) -> list[Any]: return [None, (state.transform, state.strength)] if state.colour == 'transform' else [None]
     def wanted(self, state: EmbeddingState) -> list[tuple[Any, Any]]:
         "Clean features, and transformed ones where they are shown."
@@ -503,14 +519,15 @@ class SamplerState:
     label: int = 0                       # class; num_classes: none
     guidance: float = 1.                 # classifier-free, 1: none
     step: int = 0                        # point of the way, 0: noise
-    steps: int = 20                      # intervals
+    steps: int = 10                      # intervals
     method: str = 'heun'                 # of flow.ODES
     seed: int = 0
     def __post_init__(self) -> None:
         for name in ('label', 'step', 'steps', 'seed'): _whole(name, getattr(self, name))
         if not 0 <= self.step <= self.steps or self.steps < 1:
             raise UserError(f'step {self.step} of {self.steps}; choose between 0 (noise) and the number of steps')
-        if self.method not in ODES: raise UserError(f"no sampler {self.method!r};{nearest(self.method, ODES)} (known: {', '.join(ODES)})")
+        if self.method not in ODES: raise UserError(f"no sampler {self.method!r}{nearest(self.method, ODES)} (known: {', '.join(ODES)})")
+        _number('guidance', self.guidance)
         if self.guidance < 0: raise UserError(f'a guidance of {self.guidance}; choose 1 for none, more for more')
 
 @dataclass(frozen=True, eq=False)
@@ -521,13 +538,31 @@ class Sampled:
     levels: tuple[float, ...]
     now: Tensor                          # the state, decoded
     guess: Tensor                        # the data that the net predicts from here, decoded
-    final: Tensor
+    final: Tensor                        # the last point so far
     colours: tuple[Tensor, Tensor, Tensor] # latents of the three, one fit, (3,h,w) in [0,1]
     far: tuple[float, ...]               # rms distance of each step's latent from the final one
+    step: int                            # that is shown: the state's, or the last point so far
+    @property
+    def whole(self) -> bool:
+        "Is the way at its end?"
+        return len(self.levels) > self.state.steps
+
+class _Way:
+    "A sampler's way as far as it has been gone: (noise level, latent (1,c,h,w)) of its points."
+    def __init__(self, ahead: Iterator[tuple[float, Tensor]], points: int):
+        self.ahead, self.points, self.gone, self.lock = ahead, points, [], threading.Lock()     # type: ignore[var-annotated]
+    @property
+    def whole(self) -> bool: return len(self.gone) == self.points
+    def go(self) -> None:
+        with self.lock, torch.no_grad():     # a picture and a job may want the next point at once
+            if self.whole: return
+            t, z = next(self.ahead)
+            self.gone.append((t, z.float()))
 
 class SamplerLab(Lab):
-    "Sampling with a velocity net over a tokenizer's latents; see `Lab` and `SamplerState`."
+    "Sampling with a velocity net over a tokenizer's latents; see `Lab` and `SamplerState`. A way that takes long is shown as far as it is."
     State, title, scrub = SamplerState, 'Sampler lab', ('step',)
+    patience = .12                                           # seconds that a picture waits for its way
     def __init__(self, nets: DiT | Mapping[str, DiT] | None = None, # one, or stage -> net, early first; None: the bundled net of this tokenizer
                  tokenizer: Any = 'vfmvae-tiny-f8d16',    # a name or a Tokenizer
                  state: SamplerState | None = None, side: int = 8,  # latent pixels per side
@@ -542,7 +577,7 @@ class SamplerLab(Lab):
         if not self.nets: raise UserError('no nets to sample from; give at least one')
         for net in self.nets.values(): tokenizer_of(net, self.tokenizer)
         self.side = side
-        self._ways: dict[SamplerState, list[tuple[float, Tensor]]] = {}
+        self._ways: dict[SamplerState, _Way] = {}
         self.set(**changes)
     def set(self, **changes: Any) -> 'SamplerLab':
         "As `Lab.set`."
@@ -556,43 +591,63 @@ class SamplerLab(Lab):
     def allow(self, state: SamplerState) -> None:
         "UserError: a stage or a class that is not there."
         if state.stage and state.stage not in self.nets:
-            raise UserError(f"no stage {state.stage!r};{nearest(state.stage, self.nets)} (known: {', '.join(self.nets)})")
+            raise UserError(f"no stage {state.stage!r}{nearest(state.stage, self.nets)} (known: {', '.join(self.nets)})")
         if state.label > (n := self._net(state).config.num_classes): raise UserError(f'no class {state.label}; there are 0 to {n-1}, and {n} for none')
     def _velocity(self, state: SamplerState) -> Any:
-        net, y = self._net(state), torch.tensor([state.label])
-        return field(net, y) if state.guidance == 1 else classifier_free(net, y, net.config.num_classes, state.guidance)
-    def way(self, state: SamplerState) -> list[tuple[float, Tensor]]:
-        "(noise level, latent (1,c,h,w)) of every point, computed once."
+        net = self._net(state)
+        if state.guidance == 1: return field(net, torch.tensor([state.label]))
+        both = field(net, torch.tensor([state.label, net.config.num_classes]))      # one pass of two costs a slider less than two of one
+        def pair(z: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            asked, plain = both(torch.cat([z, z]), t).chunk(2)
+            return asked, plain
+        return internal_guidance(pair, state.guidance)
+    def _way(self, state: SamplerState) -> _Way:
         key = replace(state, step=0)
         if key not in self._ways:
             if len(self._ways) > 32: self._ways.pop(next(iter(self._ways)))
             noise = ImageNoise(state.seed, [0], (self.tokenizer.channels, self.side, self.side))
-            self._ways[key] = [(t, z.float()) for t, z in trajectory(self._velocity(state), noise, state.steps, state.method)]
+            self._ways[key] = _Way(trajectory(self._velocity(state), noise, state.steps, state.method), state.steps+1)
         return self._ways[key]
+    def jobs(self, state: SamplerState) -> list[Job]:
+        "The rest of the way."
+        way, s = self._way(state), state
+        def run(free: Callable, tick: Callable) -> None:
+            while not way.whole:
+                free()
+                way.go()
+                tick(1)
+        what = f'class {s.label}, guidance {s.guidance:g}, seed {s.seed}, {s.steps} steps of {s.method}' + (f', {s.stage}' if s.stage else '')
+        return [] if way.whole else [Job(what, way.points-len(way.gone), run)]
     @torch.no_grad()
     def look(self, state: SamplerState) -> Sampled:
-        "One point of the way, what the net expects from there, and the end."
-        way = self.way(state)
-        (t, z), end = way[state.step], way[-1][1]
+        "One point of the way, what the net expects from there, and the end; of a long way, as far as `patience` or `jobs` brought it."
+        way, start = self._way(state), time.perf_counter()
+        way.go()
+        while not way.whole and time.perf_counter()-start < self.patience: way.go()
+        gone = [*way.gone]
+        step = min(state.step, len(gone)-1)
+        (t, z), end = gone[step], gone[-1][1]
         guess = z - t*self._velocity(state)(z, t) if t > 0 else z          # on the linear path, z_t - t v
-        now, then, final = (self.tokenizer.decode(v)[0].clamp(-1, 1) for v in (z, guess, end))
+        now, then, final = self.tokenizer.decode(torch.cat([z, guess, end])).clamp(-1, 1)
         colours = pca_colours([end, guess, z])
-        far = tuple((v-end).square().mean().sqrt().item() for _, v in way)
-        return Sampled(state, t, tuple(v for v, _ in way), now, then, final, (colours[2][0], colours[1][0], colours[0][0]), far)
+        far = tuple((v-end).square().mean().sqrt().item() for _, v in gone)
+        return Sampled(state, t, tuple(v for v, _ in gone), now, then, final, (colours[2][0], colours[1][0], colours[0][0]), far, step)
     def sheet(self, result: Sampled, width: float) -> Sheet:
         "State, prediction and end, decoded and as latents; how far each step is from the end."
         r, s = result, result.state
         wide = width > 5
         side = min(1.3, (width-2.9)/3) if wide else (width-.4)/3
         sheet = Sheet(width, 2*(side+.3)+(.15 if wide else 1.6))
-        shown = [(r.now/2+.5, f'step {s.step}, t {r.t:.2f}'), (r.guess/2+.5, 'predicted'), (r.final/2+.5, 'end'),
-                 *zip(r.colours, ('latent', 'predicted', 'end'), strict=True)]
+        last = 'end' if r.whole else f'so far, t {r.levels[-1]:.2f}'
+        shown = [(r.now/2+.5, f'step {r.step}, t {r.t:.2f}'), (r.guess/2+.5, 'predicted'), (r.final/2+.5, last),
+                 *zip(r.colours, ('latent', 'predicted', last), strict=True)]
         for i, (im, title) in enumerate(shown): sheet.image(.1+(side+.1)*(i % 3), .27+(side+.3)*(i//3), side, im, title)
         def draw(ax: Any) -> None:
             curves({'way': ([*r.levels], [*r.far])}, 'noise level t', 'distance from the end', ax=ax)
             ax.invert_xaxis()
         box = (width-2.0, .3, 1.85, sheet.height-.75) if wide else (.6, sheet.height-1.4, width-.75, 1.)
-        sheet.chart(*box, (r.levels, r.far, width), draw, [(r.t, r.far[s.step], PALETTE[3])])
+        if r.whole: sheet.chart(*box, (r.levels, r.far, width), draw, [(r.t, r.far[r.step], PALETTE[3])])
+        else: sheet.text(box[0], box[1], f'sampling: step {len(r.levels)-1} of {s.steps} ...', colour='#555555')
         sheet.data = [dict(step=i, t=t, distance=d, stage=s.stage, label=s.label, guidance=s.guidance, method=s.method, seed=s.seed)
                       for i, (t, d) in enumerate(zip(r.levels, r.far, strict=True))]
         return sheet
@@ -601,9 +656,9 @@ class SamplerLab(Lab):
         r, s = result, result.state
         classes = self._net(s).config.num_classes
         what = 'no class' if s.label == classes else f'class {s.label}'
+        far = f'rms distance of the latent from the end {r.far[r.step]:.3f} (at the start {r.far[0]:.3f}).' if r.whole else 'sampling ...'
         return (f'{self.tokenizer.name}, {s.stage or [*self.nets][-1]}, {what}, guidance {s.guidance:g}, seed {s.seed}: '
-                f'step {s.step} of {s.steps} by {s.method}, noise level {r.t:.3f}; '
-                f'rms distance of the latent from the end {r.far[s.step]:.3f} (at the start {r.far[0]:.3f}).')
+                f'step {r.step} of {s.steps} by {s.method}, noise level {r.t:.3f}; {far}')
     def panel(self, state: SamplerState) -> dict[str, Control]:
         "step, stage (if there are several), label, guidance, steps, method, seed."
         n, scales = self._net(state).config.num_classes, tuple(sorted({1., 1.5, 2., 3., 5., float(state.guidance)}))

@@ -369,7 +369,7 @@ def compare(a: Any,                              # (n,d) raw rows, or a Bank
     UserError on unknown names, banks of different images, unequal n, n < 4, NaN, k outside 1..n-1, q outside 0..1."""
     metrics = [metrics] if isinstance(metrics, str) else metrics
     for m in () if metrics is None else metrics:
-        if m not in METRICS: raise UserError(f"no metric named {m!r};{nearest(m, METRICS)} (known: {', '.join(METRICS)})")
+        if m not in METRICS: raise UserError(f"no metric named {m!r}{nearest(m, METRICS)} (known: {', '.join(METRICS)})")
     ra, rb = _inputs(a, b)
     sa, sb = (_Side(x, name, k, prepared, q) for x, name in ((ra, 'a'), (rb, 'b')))
     _two(sa, sb)

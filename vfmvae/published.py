@@ -318,7 +318,7 @@ def load_net(source: Mapping | str | Path, # a state dict or a checkpoint's cont
             ) -> DiT:
     """A published net, float32, eval mode, in the library's time direction: t is the noise level, the velocity noise - data. `.meta` keeps the settings.
     UserError, one line, on missing, extra and misshaped tensors, position tables that are not ours (1e-5), unsupported settings, and unsafe files."""
-    if family not in FAMILIES: raise UserError(f"no family {family!r} of nets;{nearest(family, FAMILIES)} (known: {', '.join(FAMILIES)})")
+    if family not in FAMILIES: raise UserError(f"no family {family!r} of nets{nearest(family, FAMILIES)} (known: {', '.join(FAMILIES)})")
     sd, told = _net_tensors(source if isinstance(source, Mapping) else read_checkpoint(source), config)
     c = _net_config(sd, family, told | config)
     with torch.device('meta'): net = DiT(c)

@@ -69,7 +69,7 @@ def open_tokenizer(name: str | Path,                 # a registered name, a file
         if not path.is_file(): raise UserError(f'no file {path}; check the path')
         return load_vfmvae(path, _g_kwargs(g_kwargs, path), vfm=vfm).eval()
     if path.suffix == '.safetensors': return load_vfmvae(path, _g_kwargs(g_kwargs, path), vfm=vfm).eval() if g_kwargs else load_tokenizer(path, vfm=vfm)
-    raise UserError(f"no tokenizer named {str(name)!r};{nearest(str(name), tokenizers)} (known: {', '.join(tokenizers)}; or a .safetensors or .pth file)")
+    raise UserError(f"no tokenizer named {str(name)!r}{nearest(str(name), tokenizers)} (known: {', '.join(tokenizers)}; or a .safetensors or .pth file)")
 
 # %% ../nbs/18_recipes.ipynb #77732023
 @torch.no_grad()
@@ -170,7 +170,7 @@ def plan(preset: Preset,
     if empty: raise UserError(f'stage {empty[0]!r} has no images to see; set Stage.images')
     if batch < 1: raise UserError(f'a batch of {batch} is no batch; use at least 1')
     for name in stages or ():
-        if name not in known: raise UserError(f"no stage {name!r};{nearest(name, known)} (known: {', '.join(known)})")
+        if name not in known: raise UserError(f"no stage {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     chosen = [s for s in preset.stages if stages is None or s.name in stages]
     share = 1. if images is None else images/sum(s.images for s in chosen)
     faster = 1. if lr is None else lr/chosen[0].lr
@@ -203,7 +203,7 @@ def chosen(preset: Any,      # a key of PRESETS, or a preset
           ) -> Any:
     "A preset by name, or itself. UserError with the nearest name, or if it is a recipe of the other kind."
     known = [k for k, p in PRESETS.items() if isinstance(p, kind)]
-    if isinstance(preset, str) and preset not in PRESETS: raise UserError(f"no preset {preset!r};{nearest(preset, known)} (known: {', '.join(known)})")
+    if isinstance(preset, str) and preset not in PRESETS: raise UserError(f"no preset {preset!r}{nearest(preset, known)} (known: {', '.join(known)})")
     p = PRESETS[preset] if isinstance(preset, str) else preset
     if not isinstance(p, kind):
         use = 'velocity net: use train_flow' if kind is Preset else 'tokenizer: use train_tokenizer'

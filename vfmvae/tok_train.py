@@ -53,7 +53,7 @@ class Stage:
         def need(ok: bool, text: str) -> None:
             if not ok: raise UserError(f'stage {self.name!r}{text}')
         for k, w in self.weights.items():
-            need(k in LOSSES, f" has no loss {k!r};{nearest(k, LOSSES)} (known: {', '.join(LOSSES)})")
+            need(k in LOSSES, f" has no loss {k!r}{nearest(k, LOSSES)} (known: {', '.join(LOSSES)})")
             need(w >= 0, f': the weight of {k} is {w}; it must be >= 0')
         on = {k for k, w in self.weights.items() if w > 0}
         need(bool(on), ' weighs no loss; give one a weight')
@@ -167,7 +167,7 @@ def select(model: Any, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
     own = model.trainable()
     spelled = [q for p in prefixes for q in (_above(model, p) if '>' in p else [p])] or [k for k in own]
     for p in spelled:
-        if not any(k == p or k.startswith(p+'.') for k in own): raise UserError(f"no parameter of {model.name} is named {p!r};{nearest(p, own)}")
+        if not any(k == p or k.startswith(p+'.') for k in own): raise UserError(f"no parameter of {model.name} is named {p!r}{nearest(p, own)}")
     return {k: v for k, v in own.items() if any(k == p or k.startswith(p+'.') for p in spelled)}
 
 # %% ../nbs/11_tok_train.ipynb #32dd4475

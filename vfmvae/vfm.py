@@ -136,7 +136,7 @@ def _known(name: str) -> None:
     import timm
     arch, _, tag = name.partition('.')
     if not timm.is_model(arch):
-        raise UserError(f"no VFM named {name!r};{nearest(name, ['tiny', *_ALIASES, *timm.list_models(), *timm.list_pretrained()])} (bundled: tiny)")
+        raise UserError(f"no VFM named {name!r}{nearest(name, ['tiny', *_ALIASES, *timm.list_models(), *timm.list_pretrained()])} (bundled: tiny)")
     if timm.models.model_entrypoint(arch).__module__.rpartition('.')[2] not in _FAMILIES:
         raise UserError(f'{name} has no single grid of tokens; a VFM is a plain vision transformer of timm '
                         '(vit_*, deit*, beit*, eva*), such as vit_small_patch14_dinov2')

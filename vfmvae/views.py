@@ -38,7 +38,7 @@ def views(transforms: str | Mapping[str, Iterable[float]] | Iterable # a key of 
         axis, strengths = (t, None) if isinstance(t, str) else (t[0], (float(t[1]),))
         if axis == 'mixed': found.append(('mixed', 1.)); continue
         if axis not in TRANSFORMS:
-            raise UserError(f"no transform {axis!r};{nearest(axis, [*TRANSFORMS, *SETS])} (known: mixed, {', '.join(TRANSFORMS)}; sets: {', '.join(SETS)})")
+            raise UserError(f"no transform {axis!r}{nearest(axis, [*TRANSFORMS, *SETS])} (known: mixed, {', '.join(TRANSFORMS)}; sets: {', '.join(SETS)})")
         a = TRANSFORMS[axis]
         for s in a.grid if strengths is None else strengths:
             if not a.low <= s <= a.high: raise UserError(f'{axis} takes strengths from {a.low} to {a.high} ({a.unit}), not {s}')

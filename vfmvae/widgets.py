@@ -26,7 +26,7 @@ from .core import UserError, nearest, progress, to_grid, to_tokens, write_atomic
 from .data import TRANSFORMS, World, transform
 from .features import pool
 from .metrics import psnr
-from .plots import WIDTHS, _style, blank, save_figure, to_png
+from .plots import WIDTHS, _style, blank, save_figure
 from .tokenizer import tokenizers
 from .vae import VFMVAE
 from .vfm import VFM
@@ -181,9 +181,11 @@ class Sheet:
             if at not in self._painted:
                 from PIL import Image
                 fig: Any = blank(self.width, self.height)
+                fig.set_dpi(dpi)
                 c.draw(ax := self._axes(fig, c))
-                im = Image.open(io.BytesIO(to_png(fig, dpi))).convert('RGB')
-                (x0, y0), (x1, y1) = ax.transData.transform([(0, 0), (1, 1)])*dpi/fig.dpi
+                fig.canvas.draw()
+                im = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
+                (x0, y0), (x1, y1) = ax.transData.transform([(0, 0), (1, 1)])
                 if len(self._painted) > 24: self._painted.pop(next(iter(self._painted)))
                 self._painted[at] = im, (x0, x1-x0, im.height-y0, y0-y1)
             return self._painted[at]
@@ -466,7 +468,7 @@ class Lab(_Screen):
         "Changes the state, and the widget with it; returns the lab. UserError: no such field, or a value that cannot be shown; then nothing changes."
         known = tuple(f.name for f in fields(self.State))
         bad = next((k for k in changes if k not in known), None)
-        if bad: raise UserError(f"the lab has no {bad!r};{nearest(bad, known)} (known: {', '.join(known)})")
+        if bad: raise UserError(f"the lab has no {bad!r}{nearest(bad, known)} (known: {', '.join(known)})")
         state = replace(self.state, **self.follow(changes))
         self.allow(state)
         self.state = state
@@ -518,6 +520,9 @@ class Lab(_Screen):
 def _whole(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0: raise UserError(f'{name} is a whole number from 0, not {value!r}')
 
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value): raise UserError(f'{name} is a number, not {value!r}')
+
 @dataclass(frozen=True)
 class KeepsState:
     "What the lab *what a tokenizer keeps* shows. UserError on a value that cannot be shown."
@@ -529,10 +534,10 @@ class KeepsState:
     def __post_init__(self) -> None:
         _whole('image', self.image)
         _whole('seed', self.seed)
-        if isinstance(self.strength, bool) or not isinstance(self.strength, int | float): raise UserError(f'strength is a number, not {self.strength!r}')
+        _number('strength', self.strength)
         transform(torch.zeros(1, 3, 64, 64), self.transform, self.strength)
         if self.tokenizer not in tokenizers:
-            raise UserError(f"no tokenizer named {self.tokenizer!r};{nearest(self.tokenizer, tokenizers)} (known: {', '.join(tokenizers)})")
+            raise UserError(f"no tokenizer named {self.tokenizer!r}{nearest(self.tokenizer, tokenizers)} (known: {', '.join(tokenizers)})")
 
 # %% ../nbs/19_widgets.ipynb #3a058086
 def _fit(x: Tensor, unit: int) -> Tensor:
