@@ -75,9 +75,7 @@ readme: $(DEV)   ## README.md from nbs/index.ipynb
 	  --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/index.ipynb
 
 docs: $(DEV)     ## a page for each notebook and module in _docs, made without a network
-	for d in . learn paper train; do $(BIN)/jupyter nbconvert --to html --output-dir _docs/$$d --log-level WARN --HTMLExporter.mathjax_url= \
-	  --HTMLExporter.require_js_url= --HTMLExporter.jquery_url= --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/$$d/*.ipynb || exit 1; done
-	@echo "begin with $$(pwd)/_docs/index.html"
+	$(BIN)/python -m vfmvae.docs $(ARGS)
 
 hooks: $(DEV)    ## before each commit: export, clean, ruff
 	@printf '%s\n' '#!/bin/sh' '# made by: make hooks' 'before=$$(git diff | cksum)' '$(abspath $(BIN))/nbdev-export && $(abspath $(BIN))/nbdev-clean && $(abspath $(BIN))/ruff check --quiet || exit 1' \
