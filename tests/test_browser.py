@@ -14,7 +14,10 @@ FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '-
 SLOW = 4 if (os.cpu_count() or 1) < 4 else 2      # patience of every wait, in units of a fast machine's
 CELLS = ["import vfmvae.explorer as e\nlab = e.Explorer(n=24, transform='blur', strength=1.)\nlab.widget()",
          # a lab that looks like the first, whose strength slider nobody listens to
-         "deaf = e.Explorer(n=24, transform='blur', strength=1.)\nbox = deaf.widget()\ndeaf.controls['strength'].unobserve_all('value')\nbox"]
+         "deaf = e.Explorer(n=24, transform='blur', strength=1.)\nbox = deaf.widget()\ndeaf.controls['strength'].unobserve_all('value')\nbox",
+         *(f'import vfmvae.labs as l\nl.{words}.widget()' for words in ('ReconstructionLab()', 'NeighbourLab(n=48)', 'LayerLab(n=48)', 'SamplerLab(step=6)',
+                                                                        'EmbeddingLab(n=48)'))]
+RECONSTRUCTION, NEIGHBOURS, LAYERS, SAMPLER, EMBEDDING = range(2, 7)    # places on the page
 
 # The notebook model says when a run is over: every code cell has a count, and the kernel is idle.
 STATE = """() => {
@@ -123,7 +126,7 @@ class Box:
         "(picture, words)"
         return self.box.locator('img').first.get_attribute('src') or '', self.box.locator('[role=status]').inner_text()
     def at_rest(self) -> bool:
-        return bool(self.box.locator('img').count()) and 'comput' not in self.seen()[1]
+        return bool(self.box.locator('img').count()) and not any(w in self.seen()[1] for w in ('comput', 'sampling'))
     def control(self, name: str):
         "What has the focus when this control is used; 'k +' is the button beside the slider k."
         if name[-2:] in (' +', ' -'): return self.box.locator(f'button[title="{name}"]')
@@ -148,9 +151,9 @@ class Box:
 def lab(page): return Box(page, 0)
 
 
-def shot(page, name: str) -> None:
+def shot(page, name: str, part=None) -> None: # part: of the page
     which = 'lab' if '/doc/' in page.url else 'notebook'
-    if folder := os.environ.get('VFMVAE_SHOTS'): page.screenshot(path=Path(folder)/f'{which}-{name}.png')
+    if folder := os.environ.get('VFMVAE_SHOTS'): (part or page).screenshot(path=Path(folder)/f'{which}-{name}.png')
 
 
 def test_every_control_moves_picture_and_words(lab):
@@ -162,12 +165,24 @@ def test_every_control_moves_picture_and_words(lab):
     lab.moves('jpeg', 'Space', words='jpeg 70')
     lab.moves('metric +', 'Space', words='mutual k-NN')
     shot(lab.page, 'light')
+    shot(lab.page, 'explorer', lab.box)
 
 
 def test_a_control_without_a_handler_is_found_out(page):
     deaf = Box(page, 1)
     deaf.moves('k -', 'Space', words='of 5 neighbours')
     with pytest.raises(AssertionError, match=r'strength \+ did not change picture and words'): deaf.moves('strength +', 'Space', patience=1.5)
+
+
+@pytest.mark.parametrize('place, name, control, words', [
+    (RECONSTRUCTION, 'reconstruction', 'noise', 'Edit: noise'), (NEIGHBOURS, 'neighbours', 'k +', 'of 10 neighbours'),
+    (LAYERS, 'layers', 'row +', 'tiny, layer 1'), (SAMPLER, 'sampler', 'guidance +', 'guidance 1.5'),
+    (EMBEDDING, 'embedding', 'cluster', 'coloured by cluster'),
+    (EMBEDDING, 'umap', 'UMAP, about 40 s', 'by UMAP')])
+def test_the_other_labs_are_moved_by_the_keyboard_too(page, place, name, control, words):
+    other = Box(page, place)
+    other.moves(control, 'Space', words=words, patience=60)
+    shot(page, name, other.box)
 
 
 def test_bad_input_is_told_and_the_lab_lives_on(lab):

@@ -181,6 +181,17 @@ def test_edits_at_zero_change_nothing_and_at_one_everything():
     assert torch.equal(edit_latent(z, o, 'swap', 1.), o) and torch.allclose(edit_latent(z, o, 'interpolate', 1.), o) and not edit_latent(z, o, 'mask', 1.).any()
 
 
+def test_the_reconstruction_lab_takes_tokenizers_of_ones_own_and_a_folder(tmp_path):
+    own = tokenizers['conv-tiny-f8d16']
+    own.name = 'mine'
+    for i in range(3): Image.new('RGB', (50, 70), (80*i, 40, 90)).save(tmp_path/f'{i}.png')
+    lab = ReconstructionLab(images=str(tmp_path), size=32, own=[own], tokenizer='mine', image=2, other=0)
+    assert lab._whole().image.shape == (3, 32, 32) and {d['tokenizer'] for d in lab.figure().data} == {'mine'}
+    assert 'mine' in lab.panel(lab.state)['tokenizer'].options
+    with pytest.raises(UserError, match='there are 3'): lab.set(image=3)
+    with pytest.raises(UserError, match=ONE_LINE): ReconstructionLab(images=str(tmp_path/'none'))
+
+
 def test_the_neighbour_lab_adds_up():
     lab = NeighbourLab(n=24, k=4, image=2)
     r = lab._whole()

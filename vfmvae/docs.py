@@ -6,7 +6,7 @@
 __all__ = ['GROUPS', 'reference', 'Page', 'find_pages', 'write_page', 'main']
 
 # %% ../nbs/20b_docs.ipynb #67605742
-import argparse, ast, html, re
+import argparse, ast, base64, html, re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +115,8 @@ def write_page(nbs: Path, out: Path, pages: Sequence[Page], here: Page, lib: Pat
         nb.cells.insert(1, nbformat.v4.new_markdown_cell(f'## Reference: `vfmvae.{here.module}`\n\n{words}\n\n---\n\n## The notebook'))
     maker = HTMLExporter(template_name='lab', exclude_input_prompt=True, exclude_output_prompt=True, log_level='ERROR')
     body, _ = maker.from_notebook_node(nb, resources=dict(metadata=dict(name=here.title)))
+    within = lambda m: f'src="data:image/png;base64,{base64.b64encode(((nbs/here.path).parent/m[1]).read_bytes()).decode()}"'
+    body = re.sub(r'src="([^":]+\.png)"', within, body)     # a page is one file
     told = iter(pictures)       # the template gives no text to a picture
     body = re.sub(r'(<img[^>]* alt=")No description[^"]*', lambda m: f'{m[1]}Picture to: {html.escape(next(told, here.title))}', body)
     body = re.sub(r'(<body[^>]*>)', lambda m: m[1]+_nav(pages, here), _offline(body).replace('</head>', _STYLE+'</head>', 1), count=1)

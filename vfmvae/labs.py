@@ -20,7 +20,7 @@ from torch import Tensor
 # %% ../nbs/19c_labs.ipynb #68657a4d
 from .align import cknna, cknna_parts, prepare
 from .core import UserError, nearest
-from .data import World, transform
+from .data import transform
 from .dit import DiT, NetFeatures
 from .explorer import Banks, Shelf, _layer, _Seen, layer_name
 from .flow import ODES, ImageNoise, field, internal_guidance, trajectory
@@ -30,7 +30,7 @@ from .neighbours import _shared, _sorted
 from .plots import MARKERS, PALETTE, curves, heat
 from .recipes import open_tokenizer
 from .tokenizer import tokenizers
-from .widgets import Control, Job, Lab, Sheet, _number, _tokenizer, _whole, middle, pca_colours, transform_controls
+from .widgets import Control, Job, Lab, Sheet, _number, _whole, middle, pca_colours, transform_controls
 
 # %% ../nbs/19c_labs.ipynb #f89b5da7
 EDITS = dict(none='the latent as it is', swap='its right part comes from the other image', interpolate='part of the way to the other image',
@@ -64,7 +64,6 @@ class ReconstructionState:
     def __post_init__(self) -> None:
         for name in ('image', 'other', 'seed'): _whole(name, getattr(self, name))
         _number('amount', self.amount)
-        if self.tokenizer not in tokenizers: tokenizers[self.tokenizer]
         edit_latent(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), self.edit, self.amount)
 
 @dataclass(frozen=True, eq=False)
@@ -85,17 +84,24 @@ def _grown(x: Tensor, size: Any) -> Tensor: return F.interpolate(x[None], tuple(
 class ReconstructionLab(Lab):
     "A decoder, scale by scale, and a latent edited by hand; see `Lab` and `ReconstructionState`."
     State, title, scrub = ReconstructionState, 'Reconstruction lab', ('amount',)
-    def __init__(self, state: ReconstructionState | None = None, images: Any = None): # images: a data set; None: held-out images of the world
+    def __init__(self, state: ReconstructionState | None = None,
+                 images: Any = 'world',      # 'world', a folder of images, shards, or a data set
+                 size: int = 64,             # pixels of the square images, where `images` is words
+                 own: Sequence[Any] = (),    # tokenizers, known here by their name
+                 **changes: Any):            # fields of the state
         super().__init__(state)
-        self.images = World(seed=8) if images is None else images
+        self.seen = _Seen(own, size, 0)
+        self.images = self.seen.data(images) if isinstance(images, str) else images
+        self.set(**changes)
     def allow(self, state: ReconstructionState) -> None:
-        "UserError: an image that is not there."
+        "UserError: a tokenizer or an image that is not there."
+        if state.tokenizer not in tokenizers: self.seen.tokenizer(state.tokenizer)
         for i in (state.image, state.other):
             if i >= len(self.images): raise UserError(f'no image {i}; there are {len(self.images)}, counted from 0')
     @torch.no_grad()
     def look(self, state: ReconstructionState) -> Reconstructed:
         "Encodes both images, edits, decodes all scales."
-        tok = _tokenizer(state.tokenizer)
+        tok = self.seen.tokenizer(state.tokenizer)
         x = self.images.batch([state.image, state.other])['image']
         z = tok.encode(x).mode()
         new = edit_latent(z[:1], z[1:], state.edit, state.amount, state.seed)
@@ -131,8 +137,9 @@ class ReconstructionLab(Lab):
     def panel(self, state: ReconstructionState) -> dict[str, Control]:
         "image, other, tokenizer, edit, amount, seed."
         last = len(self.images)-1
+        names = tuple(dict.fromkeys([*tokenizers, *self.seen.own, state.tokenizer]))
         return dict(image=Control('whole', f'which image, 0 to {last}', last=last), other=Control('whole', 'the image that swaps and interpolates', last=last),
-                    tokenizer=Control('choice', 'who encodes and decodes', tuple(tokenizers)), edit=Control('choice', EDITS[state.edit], tuple(EDITS)),
+                    tokenizer=Control('choice', 'who encodes and decodes', names), edit=Control('choice', EDITS[state.edit], tuple(EDITS)),
                     amount=Control('slide', 'how much of it', tuple(sorted({*_AMOUNTS, float(state.amount)})), show=lambda a: f'{a:g}'),
                     seed=Control('whole', 'of mask and noise', last=10**6))
 

@@ -249,7 +249,7 @@ class _Toggles:
 def _stepped(slider: Any) -> Any:
     "The slider, with two buttons beside it: Jupyter's command mode may take arrow keys from a focused slider, but not the space bar from a button."
     import ipywidgets as w
-    slider.layout.width = '280px'
+    slider.layout.width = f'{280+8*max(0, max(len(words) for words, _ in slider.options)-7)}px'    # a long word is not cut
     def button(sign: str, by: int) -> Any:
         b = w.Button(description=sign, tooltip=f'{slider.description} {sign}', layout=w.Layout(width='28px', padding='0'))
         b.on_click(lambda _: setattr(slider, 'index', min(max(0, slider.index+by), len(slider.options)-1)))
@@ -689,10 +689,11 @@ class KeepsLab(Lab):
     "What a tokenizer keeps, by hand; see `Lab` for what it can do and `KeepsState` for what can be set."
     State, title, scrub = KeepsState, 'What a tokenizer keeps', ('strength',)
     def __init__(self, state: KeepsState | None = None, # None: the default
-                 images: Any = None                     # as in `keeps`
-                ):
+                 images: Any = None,                    # as in `keeps`
+                 **changes: Any):                       # fields of the state
         super().__init__(state)
         self.images = images
+        self.set(**changes)
     def look(self, state: KeepsState) -> Kept:
         "`keeps` of these images."
         return keeps(state, self.images)
