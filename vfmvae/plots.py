@@ -141,7 +141,7 @@ def _keep(fig: 'Figure', rows: list[dict]) -> None:
     if hasattr(fig, 'data'): fig.data += rows
 
 def _legend(ax: 'Axes', n: int) -> None:
-    if n > 1: ax.legend(ncols=1 + n//5)
+    if n > 1: ax.legend(ncols=1 + n//5, frameon=True, framealpha=.75, edgecolor='none', borderpad=.2)     # a curve behind it does not cross the words out
 
 # %% ../nbs/01_plots.ipynb #b2346c7a
 def curves(series: Mapping[str, Any], # name -> y, or (x, y) as a tuple
