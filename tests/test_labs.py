@@ -1,5 +1,6 @@
 "Laws of the explorer and its sisters: what they show is what the library computes, heavy work is done once, and bad input leaves them alive."
 import asyncio, io, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 import numpy as np
 import pytest
@@ -252,6 +253,23 @@ def test_a_long_way_is_shown_as_far_as_it_is_and_left_when_another_is_asked_for(
     assert len(lab._way(replace(lab.state, seed=0)).gone) < 13 and len(calls) < 2*24
     fresh = SamplerLab(lab.nets['net'], state=lab.state)
     assert torch.equal(fresh._whole().final, lab._whole().final)
+
+
+def test_the_jobs_of_many_labs_leave_the_pictures_a_thread():
+    pytest.importorskip('ipywidgets')
+    labs = [SamplerLab(net(), steps=6, seed=i) for i in range(3)]
+    for lab in labs:
+        lab.patience = 0.
+        lab.nets['net'].register_forward_hook(lambda *_: time.sleep(.01))
+    async def all_at_once():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        for lab in labs: lab.widget()
+        for lab in labs: await lab._latest.task
+        for lab in labs: lab.controls['label'].value = 3
+        for lab in labs: await asyncio.wait_for(lab._latest.task, 60)
+        for lab in labs: await asyncio.wait_for(lab._filler, 60)
+    asyncio.run(all_at_once())
+    assert all('class 3' in lab.readout.value and 'distance' in lab.readout.value for lab in labs)
 
 
 def test_every_lab_has_pictures_words_and_controls():

@@ -9,6 +9,7 @@ __all__ = ['ColourFit', 'pca_colours', 'Sheet', 'Control', 'Job', 'Lab', 'KeepsS
 # %% ../nbs/19_widgets.ipynb #29490251
 import asyncio, base64, html, io, itertools, json, math, threading, time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -321,6 +322,7 @@ class _Screen:
         self._bar = w.Box(layout=w.Layout(flex_flow='row wrap', align_items='center'))
         self._specs: dict[str, Control] = {}
         self._latest = _Latest(self._work, self._show)
+        self._worker = ThreadPoolExecutor(1)     # a job waits for pictures; in the loop's own pool, the jobs of many labs would leave pictures no thread
         self._box = w.VBox([self._bar, self.mark, self.picture, self.readout])
         self._sync()
     def _work(self, state: Any) -> _Shown:
@@ -393,7 +395,7 @@ class _Screen:
         try:
             while todo := self.jobs(self.state):
                 self.mark.description, self.mark.max, self.mark.value, self.mark.layout.visibility = todo[0].name, todo[0].size, 0, 'visible'
-                try: await loop.run_in_executor(None, todo[0].run, step_aside, tick)
+                try: await loop.run_in_executor(self._worker, todo[0].run, step_aside, tick)
                 except _Stale: continue
                 self._latest.ask(self.state)
                 await self._latest.task
