@@ -418,7 +418,9 @@ if acc.is_main_process: save_weights(sys.argv[1], model.synthesis.state_dict(), 
 def in_processes(folder, source, counts=(1, 2)):
     "Runs a script under each number of processes; what each wrote."
     import socket
-    (folder/'script.py').write_text(textwrap.dedent(source))
+    # who leaves while the other still talks may abort it
+    leave = '\nimport torch.distributed as d\nif d.is_initialized():\n    d.barrier()\n    d.destroy_process_group()\n'
+    (folder/'script.py').write_text(textwrap.dedent(source)+leave)
     for n in counts:
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
