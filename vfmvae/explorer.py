@@ -196,6 +196,12 @@ def _layer(source: Any, layer: Any) -> Any:
     if whole and -len(source.layers) <= layer < 0: return source.layers[layer]
     raise UserError(f"no layer {layer!r} in {source.name}; choose one of: {', '.join(map(str, source.layers))}")
 
+def _of_vfm(changes: dict, state: Any, look_up: Callable) -> dict:
+    "A new VFM starts at its last layer, and a layer is called as its source calls it; `look_up`: name -> source."
+    if changes.get('vfm', state.vfm) != state.vfm: changes = dict(layer=-1) | changes
+    layer = changes.get('layer', state.layer)
+    return changes if layer == -1 else changes | dict(layer=_layer(look_up(changes.get('vfm', state.vfm)), layer))
+
 class _Seen:
     "What the explorer has opened: data sets, nets, banks, colours, scores; each once."
     def __init__(self, own: Sequence[Any], size: int, n: int):
@@ -248,12 +254,9 @@ class Explorer(Lab):
         return super().set(**changes)
     def follow(self, changes: dict) -> dict:
         "See `set`."
-        if changes.get('vfm', self.state.vfm) != self.state.vfm: changes = dict(layer=-1) | changes
         if changes.get('images', self.state.images) != self.state.images: changes = dict(image=0, uploaded='') | changes
         if changes.get('image', self.state.image) != self.state.image: changes = dict(uploaded='') | changes
-        layer, vfm = changes.get('layer', self.state.layer), changes.get('vfm', self.state.vfm)
-        if layer != -1: changes = changes | dict(layer=_layer(self.seen.vfm(vfm), layer))
-        return middle(changes, self.state.transform)
+        return middle(_of_vfm(changes, self.state, self.seen.vfm), self.state.transform)
     def allow(self, state: ExplorerState) -> None:
         "UserError: no such images, image, upload, tokenizer, VFM or layer, or a k that the set is too small for."
         n = len(self.seen.data(state.images))

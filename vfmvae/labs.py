@@ -22,13 +22,12 @@ from .align import cknna, cknna_parts, prepare
 from .core import UserError, nearest
 from .data import transform
 from .dit import DiT, NetFeatures
-from .explorer import Banks, Shelf, _layer, _Seen, layer_name
+from .explorer import Banks, Shelf, _of_vfm, _Seen, layer_name
 from .flow import ODES, ImageNoise, field, internal_guidance, trajectory
 from .generate import nets as bundled, open_flow, tokenizer_of
 from .metrics import psnr
 from .neighbours import _shared, _sorted
 from .plots import MARKERS, PALETTE, curves, heat
-from .recipes import open_tokenizer
 from .tokenizer import tokenizers
 from .widgets import Control, Job, Lab, Sheet, _number, _whole, middle, pca_colours, transform_controls
 
@@ -216,12 +215,13 @@ class NeighbourLab(SetLab):
         "The clean features of both."
         return [(self.source(state.vfm), None), (self.source(state.tokenizer), None)]
     def follow(self, changes: dict) -> dict:
-        "A new VFM starts at its last layer. UserError: a tokenizer, VFM or layer that is not there."
-        name = changes.get('tokenizer', self.state.tokenizer)
-        if name not in tokenizers and name not in self.seen.own: open_tokenizer(name)    # says what is known
-        if changes.get('vfm', self.state.vfm) != self.state.vfm: changes = dict(layer=-1) | changes
-        layer, vfm = changes.get('layer', self.state.layer), changes.get('vfm', self.state.vfm)
-        return changes | dict(layer=_layer(self.source(vfm), layer))
+        "A new VFM starts at its last layer. UserError: a layer that is not there."
+        return _of_vfm(changes, self.state, self.source)
+    def allow(self, state: NeighbourState) -> None:
+        "UserError also: a tokenizer or a VFM that is not there."
+        super().allow(state)
+        if state.tokenizer not in tokenizers: self.seen.tokenizer(state.tokenizer)
+        self.source(state.vfm)
     @torch.no_grad()
     def look(self, state: NeighbourState) -> Neighbours:
         "Both graphs, what they share, and the score of the library."
