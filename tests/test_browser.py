@@ -121,7 +121,8 @@ class Box:
     "A lab on the page."
     def __init__(self, page, i: int):
         self.page, self.box = page, page.locator('.jp-OutputArea-output > .widget-vbox, .jp-OutputArea-output .jupyter-widgets-view > .widget-vbox').nth(i)
-        until(page, lambda: self.at_rest(), 'the lab did not finish its picture', 60)
+        try: until(page, lambda: self.at_rest(), '', 60)
+        except AssertionError as e: raise AssertionError(f'lab {i} did not finish its picture{e}: {self.box.inner_text()[-500:]}') from None
     def seen(self) -> tuple[str, str]:
         "(picture, words)"
         return self.box.locator('img').first.get_attribute('src') or '', self.box.locator('[role=status]').inner_text()

@@ -1,5 +1,5 @@
 "Laws of the explorer and its sisters: what they show is what the library computes, heavy work is done once, and bad input leaves them alive."
-import asyncio, io, time
+import asyncio, html, io, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 import numpy as np
@@ -270,6 +270,20 @@ def test_the_jobs_of_many_labs_leave_the_pictures_a_thread():
         for lab in labs: await asyncio.wait_for(lab._filler, 60)
     asyncio.run(all_at_once())
     assert all('class 3' in lab.readout.value and 'distance' in lab.readout.value for lab in labs)
+
+
+def test_labs_that_need_the_same_features_all_come_to_their_end(tmp_path, monkeypatch):
+    pytest.importorskip('ipywidgets')
+    monkeypatch.setenv('VFMVAE_HOME', str(tmp_path))
+    labs = [NeighbourLab(n=24, k=4), LayerLab(n=24, k=4), EmbeddingLab(n=24), NeighbourLab(n=24, k=4)]
+    def open_(lab): return 'computed' in lab.readout.value or 'computing' in lab.readout.value
+    async def all_at_once():
+        for lab in labs: lab.widget()
+        end = time.time()+120
+        while any(map(open_, labs)) and time.time() < end: await asyncio.sleep(.02)
+    asyncio.run(all_at_once())
+    for lab in labs: assert not open_(lab) and lab.readout.value.count(html.escape(lab.text())) == 1, lab
+    assert len(list(tmp_path.rglob('*.safetensors'))) == 2 and not list(tmp_path.rglob('*.tmp'))
 
 
 def test_every_lab_has_pictures_words_and_controls():

@@ -1,6 +1,6 @@
 "Laws of the labs: colours, states, the figure as a pure function, and controls that are moved without a browser."
 import asyncio, builtins, html, io, re, threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
@@ -8,7 +8,7 @@ from PIL import Image
 from vfmvae.core import UserError, data_dir
 from vfmvae.data import TRANSFORMS, World
 from vfmvae.plots import to_png
-from vfmvae.widgets import KeepsLab, KeepsState, Sheet, _Latest, keeps, keeps_figure, keeps_text, pca_colours
+from vfmvae.widgets import Control, Job, KeepsLab, KeepsState, Lab, Sheet, _Latest, keeps, keeps_figure, keeps_text, pca_colours
 
 NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16')
 MISSING = [n for n in NAMES if not (data_dir()/'weights'/f'{n}.safetensors').is_file()]
@@ -214,6 +214,96 @@ def test_without_ipywidgets_the_module_works_and_the_widget_says_what_to_install
     lab = KeepsLab()
     assert 'dB' in lab.text()
     with pytest.raises(UserError, match='pip install ipywidgets'): lab.widget()
+
+
+# heavy work ---------------------------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Page:
+    number: int = 0
+
+
+class Reader(Lab):
+    "A lab whose heavy work somebody else may have done: `disk` holds the pages that are there."
+    State = Page
+    def __init__(self, disk):
+        super().__init__()
+        self.disk, self.looks = disk, 0
+    def look(self, state):
+        self.looks += 1
+        return state.number in self.disk
+    def sheet(self, result, width): return Sheet(1., 1.)
+    def say(self, result): return 'the whole page' if result else 'the page is being read'
+    def panel(self, state): return dict(number=Control('whole', 'of the page', last=9))
+    def jobs(self, state):
+        return [] if state.number in self.disk else [Job(f'page {state.number}', 1, lambda free, tick: self.disk.add(state.number))]
+
+
+def in_the_look(lab):
+    look = lab.look
+    lab.look = lambda state: (look(state), lab.disk.add(state.number))[0]
+
+def before_the_job(lab):
+    fill = lab._fill
+    lab._fill = lambda: (fill(), lab.disk.add(lab.state.number))
+
+def in_the_job(lab):
+    def run(free, tick):
+        lab.disk.add(lab.state.number)
+        free()
+        raise AssertionError('the job of another picture went on')
+    jobs = lab.jobs
+    lab.jobs = lambda state: [Job(j.name, 1, run) for j in jobs(state)]
+
+
+@pytest.mark.parametrize('meddle', [None, in_the_look, before_the_job, in_the_job])
+def test_what_another_lab_does_meanwhile_comes_into_the_picture(meddle):
+    pytest.importorskip('ipywidgets')
+    lab = Reader(set())
+    if meddle: meddle(lab)
+    async def go():
+        lab.widget()
+        for number in (0, 1):
+            if number: lab.controls['number'].value = number
+            await lab._latest.task
+            if lab._filler is not None: await asyncio.wait_for(lab._filler, 10)
+            assert 'the whole page' in lab.readout.value, number
+    asyncio.run(go())
+    assert lab.mark.layout.visibility == 'hidden' and lab.looks == 4
+
+
+@pytest.mark.parametrize('meddle', [None, in_the_look])
+def test_without_an_event_loop_too(meddle):
+    pytest.importorskip('ipywidgets')
+    lab = Reader(set())
+    if meddle: meddle(lab)
+    lab.widget()
+    assert 'the whole page' in lab.readout.value and lab.looks == 2
+    assert lab.settle().looks == 2
+
+
+def test_a_whole_picture_is_drawn_once():
+    pytest.importorskip('ipywidgets')
+    lab = Reader({0, 1})
+    async def go():
+        lab.widget()
+        await lab._latest.task
+        lab.controls['number'].value = 1
+        await lab._latest.task
+    asyncio.run(go())
+    assert lab.looks == 2 and lab._filler is None and 'the whole page' in lab.readout.value
+
+
+@pytest.mark.parametrize('broken', ['jobs', 'panel'])
+def test_what_fails_around_the_picture_is_said_too(broken):
+    pytest.importorskip('ipywidgets')
+    lab = Reader({0})
+    async def go():
+        lab.widget()
+        setattr(lab, broken, lambda state: 1/0)
+        await lab._latest.task
+    asyncio.run(go())
+    assert 'ZeroDivisionError' in lab.readout.value
 
 
 # sheets, paper, pages ----------------------------------------------------------------------------------------------------------------------------

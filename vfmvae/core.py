@@ -8,7 +8,7 @@ __all__ = ['UserError', 'home', 'data_dir', 'nearest', 'Registry', 'Gaussian', '
            'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
-import dataclasses, difflib, importlib, json, os, random, sys
+import dataclasses, difflib, importlib, json, os, random, sys, uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,12 +172,12 @@ def write_atomic(path: Path,    # the final name; its folder is made
     "Writes to a temporary name in the same folder and renames: the file is whole or absent."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:12]}.tmp')   # threads and machines may write the same file at once
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode      # of any new file here; some writers make private ones
         write(tmp)
-        umask = os.umask(0)
-        os.umask(umask)
-        tmp.chmod(0o666 & ~umask)      # some writers make private files; the result should be readable like any other
+        tmp.chmod(mode)
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path

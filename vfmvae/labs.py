@@ -625,6 +625,9 @@ class SamplerLab(Lab):
                 tick(1)
         what = f'class {s.label}, guidance {s.guidance:g}, seed {s.seed}, {s.steps} steps of {s.method}' + (f', {s.stage}' if s.stage else '')
         return [] if way.whole else [Job(what, way.points-len(way.gone), run)]
+    def whole(self, result: Sampled) -> bool:
+        "A short way is walked by the look itself."
+        return result.whole
     @torch.no_grad()
     def look(self, state: SamplerState) -> Sampled:
         "One point of the way, what the net expects from there, and the end; of a long way, as far as `patience` or `jobs` brought it."

@@ -280,6 +280,7 @@ class _Shown(NamedTuple):
     result: Any
     png: bytes
     words: str
+    lacks: bool    # heavy work was open when it was begun, and nobody says that the picture is whole
 
 def _inches(width: str | float) -> float:
     if isinstance(width, str) and width not in WIDTHS: raise UserError(f"no width {width!r}; give inches or one of: {', '.join(WIDTHS)}")
@@ -290,14 +291,15 @@ class _Stale(Exception): pass    # heavy work that nobody waits for any more
 
 class _Screen:
     "The widget half of `Lab`: controls move the state, the state moves the controls, the newest state is drawn."
-    look: Callable; sheet: Callable; say: Callable; panel: Callable; jobs: Callable; set: Callable; finish: Callable; receive: Callable; press: Callable
+    look: Callable; sheet: Callable; say: Callable; panel: Callable; jobs: Callable; whole: Callable
+    set: Callable; finish: Callable; receive: Callable; press: Callable
     dpi = 110
     def __init__(self, state: Any):
         self.state = state
         self.controls: dict[str, Any] = {}
         self.png = b''
         self._box: Any = None
-        self._quiet, self._well = False, True
+        self._quiet, self._lacks = False, False
         self._filler: Any = None
     def widget(self) -> Any:
         "The controls, the picture and its words, as one ipywidgets box; the same one at every call. UserError without ipywidgets."
@@ -307,7 +309,7 @@ class _Screen:
         "Draws what is still open, heavy work included, now: after it, the picture is the whole picture of the state."
         if self._box is None: return self
         self._latest.settle()
-        if self._well and self.jobs(self.state):
+        if self._lacks:
             try: self.finish()
             except Exception as e:
                 self._complain(e)
@@ -326,8 +328,9 @@ class _Screen:
         self._box = w.VBox([self._bar, self.mark, self.picture, self.readout])
         self._sync()
     def _work(self, state: Any) -> _Shown:
+        open_ = bool(self.jobs(state))     # asked first: another lab may do the work during the look, too late for this picture
         result = self.look(state)
-        return _Shown(state, result, self.sheet(result, 7.6).png(self.dpi), self.say(result))
+        return _Shown(state, result, self.sheet(result, 7.6).png(self.dpi), self.say(result), open_ and not self.whole(result))
     def _place(self, specs: Mapping[str, Control]) -> None:
         "Makes the controls that are missing and gives the others their new choices."
         for name, c in specs.items():
@@ -369,17 +372,18 @@ class _Screen:
     def _complain(self, e: Exception) -> None: self._say_now(str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}')
     def _show(self, answer: Any) -> None:
         "Puts the picture and its words in place, or the reason why there is none."
-        self._well = not isinstance(answer, Exception)
+        self._lacks = not isinstance(answer, Exception) and answer.lacks
         if isinstance(answer, Exception): return self._complain(answer)
         self.png = answer.png
         self.picture.value = (f'<img alt="{html.escape(answer.words)}" decoding="sync" style="max-width:100%;height:auto" '
                               f'src="data:image/png;base64,{base64.b64encode(answer.png).decode()}">')
-        self._restore()       # what was opened on the way may offer more choices
+        try: self._restore()       # what was opened on the way may offer more choices
+        except Exception as e: return self._complain(e)
         self._say_now(answer.words)
         self._fill()
     def _fill(self) -> None:
-        "Starts the heavy work that the picture on the screen still lacks."
-        if not self.jobs(self.state): return
+        "Starts what makes the picture on the screen whole."
+        if not self._lacks: return
         try: loop = asyncio.get_running_loop()
         except RuntimeError:
             try: self.finish()
@@ -387,16 +391,17 @@ class _Screen:
             return self._latest.ask(self.state)
         if self._filler is None or self._filler.done(): self._filler = loop.create_task(self._background(loop))
     async def _background(self, loop: Any) -> None:
-        "Job after job of the newest state; the picture is drawn anew after each."
+        "Job after job of the newest state, until the picture is whole; it is drawn anew after each."
         def step_aside() -> None:
             while self._latest.busy: time.sleep(.005)
             if self.mark.description not in [j.name for j in self.jobs(self.state)]: raise _Stale
         def tick(n: int) -> None: loop.call_soon_threadsafe(lambda: setattr(self.mark, 'value', self.mark.value+n))
         try:
-            while todo := self.jobs(self.state):
-                self.mark.description, self.mark.max, self.mark.value, self.mark.layout.visibility = todo[0].name, todo[0].size, 0, 'visible'
-                try: await loop.run_in_executor(self._worker, todo[0].run, step_aside, tick)
-                except _Stale: continue
+            while self._lacks:
+                if todo := self.jobs(self.state):
+                    self.mark.description, self.mark.max, self.mark.value, self.mark.layout.visibility = todo[0].name, todo[0].size, 0, 'visible'
+                    try: await loop.run_in_executor(self._worker, todo[0].run, step_aside, tick)
+                    except _Stale: continue
                 self._latest.ask(self.state)
                 await self._latest.task
         except Exception as e: self._complain(e)
@@ -461,6 +466,9 @@ class Lab(_Screen):
     def jobs(self, state: Any) -> list[Job]:
         "Heavy work that is not done yet and that this state's whole picture needs."
         return []
+    def whole(self, result: Any) -> bool:
+        "Does the result lack nothing, though there were jobs before the look? A lab whose look does their work itself says so."
+        return False
     def receive(self, name: str, data: bytes) -> None:
         "Takes an uploaded file."
     def press(self, name: str) -> None:

@@ -1,0 +1,27 @@
+"Laws of the files: whole or absent, whoever else writes them."
+import os, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from vfmvae.core import write_atomic
+
+
+def test_threads_that_write_the_same_file_leave_a_whole_one_that_all_may_read(tmp_path):
+    want = {i: bytes([i])*200_000 for i in range(8)}
+    meet = threading.Barrier(8)
+    def write(i):
+        def slowly(tmp):
+            with open(tmp, 'wb') as f:
+                for j in range(0, 200_000, 50_000):
+                    f.write(want[i][j:j+50_000])
+                    f.flush()
+                    time.sleep(.001)
+            tmp.chmod(0o600)
+        meet.wait()
+        write_atomic(tmp_path/'deep/x', slowly)
+    before = os.umask(0o027)
+    try:
+        for _ in range(5):
+            with ThreadPoolExecutor(8) as pool: [*pool.map(write, range(8))]
+            assert (tmp_path/'deep/x').read_bytes() in want.values() and os.listdir(tmp_path/'deep') == ['x']
+        assert (tmp_path/'deep/x').stat().st_mode & 0o777 == 0o640
+        assert os.umask(0o027) == 0o027
+    finally: os.umask(before)
