@@ -72,8 +72,9 @@ export: $(DEV)   ## notebooks to modules, notebooks clean
 
 readme: $(DEV)   ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --NbConvertApp.output_files_dir=data/readme --log-level WARN \
-	  --RegexRemovePreprocessor.patterns='^#\|\s*hide' nbs/index.ipynb
-	sed 's#(../data/#(data/#g' README.md > README.md.new && mv README.md.new README.md
+	  --RegexRemovePreprocessor.patterns='^#\|\s*hide' \
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input nbs/index.ipynb
+	sed -E 's#\(../data/#(data/#g; s#!\[(jpeg|png)\]#![picture made by the code of nbs/index.ipynb]#' README.md > README.md.new && mv README.md.new README.md
 
 docs: $(DEV)     ## a page for each notebook and module in _docs, made without a network
 	$(BIN)/python -m vfmvae.docs $(ARGS)

@@ -1,7 +1,7 @@
 "Laws of the explorer and its sisters: what they show is what the library computes, heavy work is done once, and bad input leaves them alive."
 import asyncio, html, io, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
@@ -15,6 +15,7 @@ from vfmvae.labs import EDITS, EmbeddingLab, LayerLab, NeighbourLab, Reconstruct
 from vfmvae.tokenizer import tokenizers
 from vfmvae.vfm import VFM
 from vfmvae.views import Fitted
+from vfmvae.widgets import KeepsLab
 
 NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16', 'conv-f8d16')
 pytestmark = pytest.mark.skipif(not all((data_dir()/'weights'/f'{n}.safetensors').is_file() for n in NAMES), reason='the bundled weights are not there')
@@ -138,6 +139,19 @@ def test_the_other_labs_refuse_in_one_line_too(Other, bad):
     before = lab.state
     with pytest.raises(UserError, match=ONE_LINE): lab.set(**bad)
     assert lab.state is before
+
+
+@pytest.mark.parametrize('Other', [Explorer, KeepsLab, ReconstructionLab, NeighbourLab, LayerLab, EmbeddingLab, SamplerLab])
+def test_whatever_a_field_is_given_the_answer_is_a_line_or_the_state_is_a_value(Other):
+    lab = Other(**({} if Other in (KeepsLab, ReconstructionLab, SamplerLab) else dict(n=24)))
+    for f in fields(lab.State):
+        for bad in (3.5, None, ['a'], -7, 'zz', b'x', (), float('nan'), {}, [3]):
+            before = lab.state
+            try: lab.set(**{f.name: bad})
+            except UserError as e: assert '\n' not in str(e) and lab.state is before
+            else: assert hash(lab.state) is not None and isinstance(getattr(lab.state, f.name), type(f.default) | int)
+            lab.set(**{f.name: getattr(before, f.name)})
+    with pytest.raises(UserError, match='steps'): SamplerLab(net(), steps=10**9)
 
 
 def test_a_layer_counted_from_the_end_is_the_same_layer(lab):

@@ -109,7 +109,9 @@ def write_page(nbs: Path, out: Path, pages: Sequence[Page], here: Page, lib: Pat
     said, pictures = here.title, []
     for c in nb.cells:
         if c.cell_type == 'markdown': said = (re.sub(r'[#>*`]', '', c.source).strip().splitlines() or [said])[-1][:200]
-        else: c.source = re.sub(r'(?m)^#\|\s*export\w*\n?', '', c.source)
+        else:
+            c.source = re.sub(r'(?m)^#\|\s*export\w*\n?', '', c.source)
+            if 'remove-input' in c.metadata.get('tags', ()): c.metadata.transient = dict(remove_source=True)    # as in README.md
         pictures += [said for shown in c.get('outputs', ()) if any(k.startswith('image/') for k in shown.get('data', ()))]
     if here.module and (words := reference((lib/f'{here.module}.py').read_text(encoding='utf-8'))):
         nb.cells.insert(1, nbformat.v4.new_markdown_cell(f'## Reference: `vfmvae.{here.module}`\n\n{words}\n\n---\n\n## The notebook'))

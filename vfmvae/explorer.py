@@ -7,7 +7,7 @@ __all__ = ['Shelf', 'Banks', 'ExplorerState', 'Strip', 'strip', 'Side', 'Explore
 
 # %% ../nbs/19b_explorer.ipynb #e4d52bb9
 import hashlib, io, threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from .recipes import open_data, open_tokenizer
 from .tokenizer import tokenizers
 from .vfm import _ALIASES, VFM, _known
 from .views import Fitted, as_source, extract_views, label, see
-from .widgets import ColourFit, Control, Job, Lab, Sheet, _number, _whole, middle, steps, transform_controls
+from .widgets import ColourFit, Control, Job, Lab, Sheet, _names, _number, _whole, middle, steps, transform_controls
 
 # %% ../nbs/19b_explorer.ipynb #154e6103
 class Shelf:
@@ -126,8 +126,11 @@ class ExplorerState:
     metric: str = 'cknna'            # a key of METRICS
     seed: int = 0                    # of transforms that draw
     def __post_init__(self) -> None:
+        _names(self, vars(self))
         for name in ('image', 'seed', 'k'): _whole(name, getattr(self, name))
-        object.__setattr__(self, 'tokenizers', (self.tokenizers,) if isinstance(self.tokenizers, str) else tuple(self.tokenizers))
+        listed = (self.tokenizers,) if isinstance(self.tokenizers, str) else self.tokenizers
+        if not isinstance(listed, Iterable) or not all(isinstance(t, str) for t in listed): raise UserError(f'tokenizers are names, not {listed!r}')
+        object.__setattr__(self, 'tokenizers', tuple(listed))
         if not 1 <= len(set(self.tokenizers)) == len(self.tokenizers) <= 4:
             raise UserError(f"one to four different tokenizers stand side by side, not {', '.join(self.tokenizers) or 'none'}; choose others")
         _number('strength', self.strength)

@@ -29,7 +29,7 @@ from .metrics import psnr
 from .neighbours import _shared, _sorted
 from .plots import MARKERS, PALETTE, curves, heat
 from .tokenizer import tokenizers
-from .widgets import Control, Job, Lab, Sheet, _number, _whole, middle, pca_colours, transform_controls
+from .widgets import Control, Job, Lab, Sheet, _names, _number, _whole, middle, pca_colours, transform_controls
 
 # %% ../nbs/19c_labs.ipynb #f89b5da7
 EDITS = dict(none='the latent as it is', swap='its right part comes from the other image', interpolate='part of the way to the other image',
@@ -61,6 +61,7 @@ class ReconstructionState:
     amount: float = .5                   # 0..1
     seed: int = 0                        # of mask and noise
     def __post_init__(self) -> None:
+        _names(self, vars(self))
         for name in ('image', 'other', 'seed'): _whole(name, getattr(self, name))
         _number('amount', self.amount)
         edit_latent(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), self.edit, self.amount)
@@ -152,6 +153,7 @@ class NeighbourState:
     layer: int = -1                      # of the VFM
     k: int = 5
     def __post_init__(self) -> None:
+        _names(self, vars(self))
         for name in ('image', 'k'): _whole(name, getattr(self, name))
         if self.k < 2: raise UserError(f'k = {self.k} neighbours; CKNNA takes at least 2')
 
@@ -286,6 +288,7 @@ class LayerState:
     k: int = 10
     image: int = 0                       # whose features are shown
     def __post_init__(self) -> None:
+        _names(self, vars(self))
         for name in ('row', 'column', 'k', 'image'): _whole(name, getattr(self, name))
         _number('t', self.t)
         if self.k < 2: raise UserError(f'k = {self.k} neighbours; CKNNA takes at least 2')
@@ -306,15 +309,23 @@ def _layer_names(source: Any) -> tuple[str, ...]:
     return tuple({'embedder': 'embedder', 'final': 'final layer'}.get(k, f'block {k}') for k in source.layers)
 
 class LayerLab(SetLab):
-    "CKNNA between all layers of two sources; see `SetLab` and `LayerState`. `nets`: name -> (net, its tokenizer)."
+    "CKNNA between all layers of two sources; see `SetLab` and `LayerState`. `nets`: name -> (net, its tokenizer), beside the bundled ones."
     State, title, scrub = LayerState, 'Layer lab', ('t',)
     def __init__(self, state: LayerState | None = None, nets: Mapping[str, tuple[DiT, Any]] | None = None, **more: Any):
         self.nets = dict(nets or {})
         super().__init__(state, **more)
     def source(self, name: str, t: float = .5) -> Any:
         "A VFM, a tokenizer, or a net at noise level t."
-        if name not in self.nets: return super().source(name)
-        return self.seen.once(('net', name, t), lambda: NetFeatures(*self.nets[name], t=t, name=f'{name}@t{t:g}'))
+        if name not in self.velocity: return super().source(name)
+        def make() -> NetFeatures:
+            if name in self.nets: net, tokenizer = self.nets[name]
+            else: tokenizer = tokenizer_of(net := open_flow(name))
+            return NetFeatures(net, tokenizer, t=t, name=f'{name}@t{t:g}')
+        return self.seen.once(('net', name, t), make)
+    @property
+    def velocity(self) -> tuple[str, ...]:
+        "Names of velocity nets: the lab's own, then the bundled ones."
+        return tuple(dict.fromkeys([*self.nets, *(n for n in bundled if not n.endswith('-early'))]))
     def _pair(self, state: LayerState) -> list[Any]: return [self.source(n, state.t) for n in (state.first, state.second)]
     def wanted(self, state: LayerState) -> list[tuple[Any, Any]]:
         "The clean features of both."
@@ -373,16 +384,17 @@ class LayerLab(SetLab):
         top = divmod(int(r.scores.argmax()), r.scores.shape[1])
         return (f'CKNNA, k {s.k}: {s.first}, {r.names[0][s.row]} and {s.second}, {r.names[1][s.column]}: {r.scores[s.row, s.column]:.3f}. Highest: '
                 f'{r.names[0][top[0]]} and {r.names[1][top[1]]}, {r.scores[top]:.3f}.'
-                + (f' Noise level {s.t:g}.' if {s.first, s.second} & {*self.nets} else ''))
+                + (f' Noise level {s.t:g}.' if {s.first, s.second} & {*self.velocity} else ''))
     def panel(self, state: LayerState) -> dict[str, Control]:
-        "first, second, row, column, t (if there are nets), k, image."
+        "first, second, row, column, t (if one of them is a velocity net), k, image."
         toks, vfms = _nets(self)
-        names, (a, b) = (*vfms, *toks, *self.nets), self._pair(state)
-        noise = dict(t=Control('slide', 'noise level of velocity nets', tuple(sorted({0., .1, .25, .5, .75, .9, float(state.t)})), show=lambda t: f'{t:g}'))
+        names, (a, b) = (*vfms, *toks, *self.velocity), self._pair(state)
+        levels = Control('slide', 'noise level of velocity nets', tuple(sorted({0., .1, .25, .5, .75, .9, float(state.t)})), show=lambda t: f'{t:g}')
+        noise = dict(t=levels) if {state.first, state.second} & {*self.velocity} else {}
         return dict(first=Control('choice', 'rows', names), second=Control('choice', 'columns', names),
                     row=Control('slide', 'layer of the first', tuple(range(len(a.layers))), show=_layer_names(a).__getitem__),
                     column=Control('slide', 'layer of the second', tuple(range(len(b.layers))), show=_layer_names(b).__getitem__),
-                    **(noise if self.nets else {}), k=Control('slide', 'neighbours', tuple(sorted({*(k for k in (2, 5, 10, 20) if k < self.last), state.k}))),
+                    **noise, k=Control('slide', 'neighbours', tuple(sorted({*(k for k in (2, 5, 10, 20) if k < self.last), state.k}))),
                     image=Control('whole', f'whose features are shown, 0 to {self.last}', last=self.last))
 
 # %% ../nbs/19c_labs.ipynb #8e5e0d67
@@ -397,6 +409,7 @@ class EmbeddingState:
     strength: float = 90.
     seed: int = 0
     def __post_init__(self) -> None:
+        _names(self, vars(self))
         for name in ('image', 'seed'): _whole(name, getattr(self, name))
         for name, known in (('colour', ('class', 'transform', 'cluster')), ('method', ('pca', 'umap'))):
             if getattr(self, name) not in known: raise UserError(f"no {name} {getattr(self, name)!r}; choose one of: {', '.join(known)}")
@@ -522,7 +535,7 @@ class EmbeddingLab(SetLab):
 @dataclass(frozen=True)
 class SamplerState:
     "What the sampler lab shows. UserError on a value that cannot be shown."
-    stage: str = ''                      # a name of the lab's nets, such as stages of a training; '': the last
+    stage: str = ''                      # a name of the lab's nets, such as stages of a training; '': the last, which the lab then names
     label: int = 0                       # class; num_classes: none
     guidance: float = 1.                 # classifier-free, 1: none
     step: int = 0                        # point of the way, 0: noise
@@ -530,7 +543,9 @@ class SamplerState:
     method: str = 'heun'                 # of flow.ODES
     seed: int = 0
     def __post_init__(self) -> None:
+        _names(self, vars(self))
         for name in ('label', 'step', 'steps', 'seed'): _whole(name, getattr(self, name))
+        if self.steps > 1000: raise UserError(f'{self.steps} steps; choose at most 1000')
         if not 0 <= self.step <= self.steps or self.steps < 1:
             raise UserError(f'step {self.step} of {self.steps}; choose between 0 (noise) and the number of steps')
         if self.method not in ODES: raise UserError(f"no sampler {self.method!r}{nearest(self.method, ODES)} (known: {', '.join(ODES)})")
@@ -570,7 +585,7 @@ class SamplerLab(Lab):
     "Sampling with a velocity net over a tokenizer's latents; see `Lab` and `SamplerState`. A way that takes long is shown as far as it is."
     State, title, scrub = SamplerState, 'Sampler lab', ('step',)
     patience = .12                                           # seconds that a picture waits for its way
-    def __init__(self, nets: DiT | Mapping[str, DiT] | None = None, # one, or stage -> net, early first; None: the bundled net of this tokenizer
+    def __init__(self, nets: DiT | Mapping[str, DiT] | None = None, # one, or stage -> net, early first; None: those bundled for this tokenizer
                  tokenizer: Any = 'vfmvae-tiny-f8d16',    # a name or a Tokenizer
                  state: SamplerState | None = None, side: int = 8,  # latent pixels per side
                  **changes: Any):                         # fields of the state
@@ -579,7 +594,7 @@ class SamplerLab(Lab):
         if nets is None:
             name = f'dit-{self.tokenizer.name}'
             if name not in bundled: raise UserError(f'no net for {self.tokenizer.name} is bundled ({name}); give nets=, such as open_flow(path)')
-            nets = open_flow(name)
+            nets = {stage: open_flow(n) for stage, n in (('early', f'{name}-early'), ('trained', name)) if n in bundled}
         self.nets = {'net': nets} if isinstance(nets, DiT) else dict(nets)
         if not self.nets: raise UserError('no nets to sample from; give at least one')
         for net in self.nets.values(): tokenizer_of(net, self.tokenizer)
@@ -591,7 +606,8 @@ class SamplerLab(Lab):
         return super().set(**changes)
     def _net(self, state: SamplerState) -> DiT: return self.nets[state.stage or [*self.nets][-1]]
     def follow(self, changes: dict) -> dict:
-        "Fewer steps: the same part of the way."
+        "Fewer steps: the same part of the way. No stage: the last."
+        if not changes.get('stage', self.state.stage): changes = changes | dict(stage=[*self.nets][-1])
         steps = changes.get('steps', self.state.steps)
         if steps == self.state.steps or 'step' in changes or not isinstance(steps, int) or steps < 1: return changes
         return changes | dict(step=round(self.state.step*steps/self.state.steps))
@@ -623,7 +639,7 @@ class SamplerLab(Lab):
                 free()
                 way.go()
                 tick(1)
-        what = f'class {s.label}, guidance {s.guidance:g}, seed {s.seed}, {s.steps} steps of {s.method}' + (f', {s.stage}' if s.stage else '')
+        what = f'class {s.label}, guidance {s.guidance:g}, seed {s.seed}, {s.steps} steps of {s.method}, {s.stage}'
         return [] if way.whole else [Job(what, way.points-len(way.gone), run)]
     def whole(self, result: Sampled) -> bool:
         "A short way is walked by the look itself."
@@ -672,8 +688,7 @@ class SamplerLab(Lab):
     def panel(self, state: SamplerState) -> dict[str, Control]:
         "step, stage (if there are several), label, guidance, steps, method, seed."
         n, scales = self._net(state).config.num_classes, tuple(sorted({1., 1.5, 2., 3., 5., float(state.guidance)}))
-        names = (*([''] if not state.stage else []), *self.nets)
-        stage = dict(stage=Control('choice', 'of the training', names, show=lambda s: s or 'last')) if len(self.nets) > 1 else {}
+        stage = dict(stage=Control('choice', 'of the training', tuple(self.nets))) if len(self.nets) > 1 else {}
         return dict(step=Control('slide', 'point of the way, 0 is noise', tuple(range(state.steps+1))), **stage,
                     label=Control('whole', f'class, {n} for none', last=n),
                     guidance=Control('slide', 'classifier-free, 1 is none', scales, show=lambda g: f'{g:g}'),

@@ -479,6 +479,8 @@ class Lab(_Screen):
         known = tuple(f.name for f in fields(self.State))
         bad = next((k for k in changes if k not in known), None)
         if bad: raise UserError(f"the lab has no {bad!r}{nearest(bad, known)} (known: {', '.join(known)})")
+        changes = {k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}
+        _names(self.State, changes)
         state = replace(self.state, **self.follow(changes))
         self.allow(state)
         self.state = state
@@ -527,6 +529,11 @@ class Lab(_Screen):
         return write_atomic(Path(path), lambda p: p.write_text(page, encoding='utf-8'))
 
 # %% ../nbs/19_widgets.ipynb #508bbfe3
+def _names(state: Any, values: Mapping) -> None:
+    "UserError: a field whose default is a word is something else."
+    for f in fields(state):
+        if isinstance(f.default, str) and not isinstance(v := values.get(f.name, ''), str): raise UserError(f'{f.name} is a name, not {v!r}')
+
 def _whole(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0: raise UserError(f'{name} is a whole number from 0, not {value!r}')
 
@@ -542,6 +549,7 @@ class KeepsState:
     tokenizer: str = 'vfmvae-tiny-f8d16'      # a name of `tokenizers`
     seed: int = 0                             # of transforms that draw; image i draws from seed+i
     def __post_init__(self) -> None:
+        _names(self, vars(self))
         _whole('image', self.image)
         _whole('seed', self.seed)
         _number('strength', self.strength)
