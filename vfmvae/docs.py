@@ -108,7 +108,7 @@ def write_page(nbs: Path, out: Path, pages: Sequence[Page], here: Page, lib: Pat
     nb.cells = [c for c in nb.cells if not (c.cell_type == 'code' and re.match(r'#\|\s*(hide|default_exp)', c.source))]
     said, pictures = here.title, []
     for c in nb.cells:
-        if c.cell_type == 'markdown': said = (re.sub(r'[#>*`]', '', c.source).strip().splitlines() or [said])[-1][:200]
+        if c.cell_type == 'markdown': said = (re.sub(r'[#>*`]|\[(?=[^]]*\]\()|\]\([^)]*\)', '', c.source).strip().splitlines() or [said])[-1][:200]
         else:
             c.source = re.sub(r'(?m)^#\|\s*export\w*\n?', '', c.source)
             if 'remove-input' in c.metadata.get('tags', ()): c.metadata.transient = dict(remove_source=True)    # as in README.md
