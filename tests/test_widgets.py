@@ -304,6 +304,8 @@ def test_what_fails_around_the_picture_is_said_too(broken):
         await lab._latest.task
     asyncio.run(go())
     assert 'ZeroDivisionError' in lab.readout.value
+    lab.controls['number'].value = 1
+    assert 'ZeroDivisionError' in lab.readout.value
 
 
 # sheets, paper, pages ----------------------------------------------------------------------------------------------------------------------------

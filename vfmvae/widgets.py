@@ -10,6 +10,7 @@ __all__ = ['ColourFit', 'pca_colours', 'Sheet', 'Control', 'Job', 'Lab', 'KeepsS
 import asyncio, base64, html, io, itertools, json, math, threading, time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -352,7 +353,7 @@ class _Screen:
         "A user's act: if it cannot be done, the lab says why and the controls go back to the state."
         try: act(*args, **kwargs)
         except Exception as e:
-            self._restore()
+            with suppress(Exception): self._restore()     # whatever it cannot do, the reason must be said
             self._complain(e)
     def _moved(self, name: str, value: Any) -> None:
         if not self._quiet and value is not None: self._try(self.set, **{name: value})
