@@ -191,6 +191,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys, monkey
     assert not list(tmp_path.glob('out*')) and not list(tmp_path.rglob('*.tmp'))
 
 
+def test_a_command_takes_leave_of_its_fellows(tmp_path):
+    import torch.distributed as d
+    import vfmvae.train      # noqa: F401
+    d.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
+    try:
+        assert main(['doctor']) in (0, 1) and not d.is_initialized()
+    finally:
+        if d.is_initialized(): d.destroy_process_group()
+
+
 def test_alignment_from_the_command_line(tmp_path, capsys):
     assert main(['align', '--images', 'world', '--n', '40', '--k', '5', '--times', '20', '--transforms', 'hflip', '--out', str(tmp_path/'a.json')]) == 0
     said, kept = capsys.readouterr().out, json.loads((tmp_path/'a.json').read_text())

@@ -418,16 +418,14 @@ if acc.is_main_process: save_weights(sys.argv[1], model.synthesis.state_dict(), 
 def in_processes(folder, source, counts=(1, 2)):
     "Runs a script under each number of processes; what each wrote."
     import socket
-    # who leaves while the other still talks may abort it
-    leave = '\nimport torch.distributed as d\nif d.is_initialized():\n    d.barrier()\n    d.destroy_process_group()\n'
-    (folder/'script.py').write_text(textwrap.dedent(source)+leave)
+    (folder/'script.py').write_text(textwrap.dedent(source)+'\nfrom vfmvae.train import leave\nleave()\n')
     for n in counts:
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
         launch = [sys.executable, '-m', 'torch.distributed.run', '--master_port', str(port), '--nproc_per_node', str(n)]
         done = subprocess.run([*launch, str(folder/'script.py'), str(folder/f'{n}.safetensors')], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, f'{done.stderr[:3000]}\n...\n{done.stderr[-2000:]}'     # who aborts says why at its start
     return [load_weights(folder/f'{n}.safetensors') for n in counts]
 
 

@@ -1140,6 +1140,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vfmvae.train.constant': ('train.html#constant', 'vfmvae/train.py'),
                               'vfmvae.train.everywhere': ('train.html#everywhere', 'vfmvae/train.py'),
                               'vfmvae.train.fit': ('train.html#fit', 'vfmvae/train.py'),
+                              'vfmvae.train.leave': ('train.html#leave', 'vfmvae/train.py'),
                               'vfmvae.train.load_nets': ('train.html#load_nets', 'vfmvae/train.py'),
                               'vfmvae.train.load_task_state': ('train.html#load_task_state', 'vfmvae/train.py'),
                               'vfmvae.train.loss_curves': ('train.html#loss_curves', 'vfmvae/train.py'),

@@ -300,7 +300,10 @@ def main(argv: Sequence[str] | None = None # without the program's name; None: s
         ) -> int:
     "The `vfmvae` command; returns the exit status."
     a = parser().parse_args(argv)
-    try: return a.call(a)
+    try:
+        status = a.call(a)
+        if 'vfmvae.train' in sys.modules: sys.modules['vfmvae.train'].leave()     # without training there are no fellows
+        return status
     except UserError as e: print(f'vfmvae: {e}', file=sys.stderr)
     except KeyboardInterrupt: print('vfmvae: stopped', file=sys.stderr)
     return 2

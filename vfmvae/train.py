@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Task', 'NotFinite', 'EMA', 'provenance', 'task_state', 'load_task_state', 'checkpoints', 'Run', 'read_nets',
            'load_nets', 'constant', 'warm_cosine', 'loss_curves', 'training_curves', 'Live', 'processes', 'world',
-           'everywhere', 'average_gradients', 'synchronise', 'memory_gb', 'fit']
+           'everywhere', 'leave', 'average_gradients', 'synchronise', 'memory_gb', 'fit']
 
 # %% ../nbs/10_train.ipynb #f77639c8
 import itertools, json, math, os, platform, resource, shutil, subprocess, sys, time
@@ -272,6 +272,12 @@ def everywhere(value: float,               # of this process
     t = torch.tensor(value, dtype=torch.float32, device=device)
     torch.distributed.all_reduce(t)
     return t.item()/world()
+
+def leave() -> None:
+    "The last call of a program: the processes end together, because one that ends while another still talks may abort it. Nothing to do alone."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 def average_gradients(task: Task, accelerator: Any) -> None:
     "All-reduce mean of every gradient over the processes, one flat tensor per dtype; nothing to do in one process."
