@@ -121,8 +121,11 @@ class Box:
     "A lab on the page."
     def __init__(self, page, i: int):
         self.page, self.box = page, page.locator('.jp-OutputArea-output > .widget-vbox, .jp-OutputArea-output .jupyter-widgets-view > .widget-vbox').nth(i)
-        try: until(page, lambda: self.at_rest(), '', 60)
-        except AssertionError as e: raise AssertionError(f'lab {i} did not finish its picture{e}: {self.box.inner_text()[-500:]}') from None
+        self.wait(self.at_rest, f'lab {i} did not finish its picture', 60)
+    def wait(self, ok, what: str, seconds: float) -> None:
+        "As `until`; a failure says what the lab shows."
+        try: until(self.page, ok, what, seconds)
+        except AssertionError as e: raise AssertionError(f'{e}: {self.box.inner_text()[-500:]}') from None
     def seen(self) -> tuple[str, str]:
         "(picture, words)"
         return self.box.locator('img').first.get_attribute('src') or '', self.box.locator('[role=status]').inner_text()
@@ -144,8 +147,7 @@ class Box:
         def moved() -> bool:
             now = self.seen()
             return self.at_rest() and now[0] != before[0] and now[1] != before[1] and words in now[1]
-        try: until(self.page, moved, '', patience)
-        except AssertionError as e: raise AssertionError(f'{name} did not change picture and words{e}: {self.seen()[1]}') from None
+        self.wait(moved, f'{name} did not change picture and words', patience)
 
 
 @pytest.fixture(scope='module')

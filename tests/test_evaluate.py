@@ -86,6 +86,7 @@ import sys, torch, torch.nn.functional as F
 import torch.distributed as dist
 from vfmvae.data import World
 from vfmvae.evaluate import reference
+from vfmvae.train import leave
 class Exact:
     name, preprocessing = 'exact', 'none'
     def __call__(self, x): return dict(features=F.avg_pool2d(x.double(), 16).flatten(1), spatial=F.avg_pool2d(x.double(), 32).flatten(1))
@@ -94,7 +95,7 @@ dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, 
 world = World(41, seed=5)
 for k, images in enumerate((world, world.batch(range(41))['image'], (world[i] for i in range(41)))):
     reference(images, Exact(), 8).save(f'{folder}/{k}-{rank}.npz')
-dist.destroy_process_group()
+leave()
 '''
 
 

@@ -104,18 +104,18 @@ def write_page(nbs: Path, out: Path, pages: Sequence[Page], here: Page, lib: Pat
     "The page of one notebook below `out`: links, reference, notebook; its hidden cells are left out. `lib`: the folder of the modules."
     import nbformat
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
     nb = nbformat.read((nbs/here.path).with_suffix('.ipynb'), 4)
     nb.cells = [c for c in nb.cells if not (c.cell_type == 'code' and re.match(r'#\|\s*(hide|default_exp)', c.source))]
     said, pictures = here.title, []
     for c in nb.cells:
         if c.cell_type == 'markdown': said = (re.sub(r'[#>*`]|\[(?=[^]]*\]\()|\]\([^)]*\)', '', c.source).strip().splitlines() or [said])[-1][:200]
-        else:
-            c.source = re.sub(r'(?m)^#\|\s*export\w*\n?', '', c.source)
-            if 'remove-input' in c.metadata.get('tags', ()): c.metadata.transient = dict(remove_source=True)    # as in README.md
+        else: c.source = re.sub(r'(?m)^#\|\s*export\w*\n?', '', c.source)
         pictures += [said for shown in c.get('outputs', ()) if any(k.startswith('image/') for k in shown.get('data', ()))]
     if here.module and (words := reference((lib/f'{here.module}.py').read_text(encoding='utf-8'))):
         nb.cells.insert(1, nbformat.v4.new_markdown_cell(f'## Reference: `vfmvae.{here.module}`\n\n{words}\n\n---\n\n## The notebook'))
-    maker = HTMLExporter(template_name='lab', exclude_input_prompt=True, exclude_output_prompt=True, log_level='ERROR')
+    maker = HTMLExporter(template_name='lab', exclude_input_prompt=True, exclude_output_prompt=True, log_level='ERROR',
+                         config=Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={'remove-input'})))     # as in README.md
     body, _ = maker.from_notebook_node(nb, resources=dict(metadata=dict(name=here.title)))
     within = lambda m: f'src="data:image/png;base64,{base64.b64encode(((nbs/here.path).parent/m[1]).read_bytes()).decode()}"'
     body = re.sub(r'src="([^":]+\.png)"', within, body)     # a page is one file

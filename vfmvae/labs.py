@@ -326,6 +326,7 @@ class LayerLab(SetLab):
     def velocity(self) -> tuple[str, ...]:
         "Names of velocity nets: the lab's own, then the bundled ones."
         return tuple(dict.fromkeys([*self.nets, *(n for n in bundled if not n.endswith('-early'))]))
+    def _noised(self, state: LayerState) -> bool: return bool({state.first, state.second} & {*self.velocity})
     def _pair(self, state: LayerState) -> list[Any]: return [self.source(n, state.t) for n in (state.first, state.second)]
     def wanted(self, state: LayerState) -> list[tuple[Any, Any]]:
         "The clean features of both."
@@ -384,13 +385,13 @@ class LayerLab(SetLab):
         top = divmod(int(r.scores.argmax()), r.scores.shape[1])
         return (f'CKNNA, k {s.k}: {s.first}, {r.names[0][s.row]} and {s.second}, {r.names[1][s.column]}: {r.scores[s.row, s.column]:.3f}. Highest: '
                 f'{r.names[0][top[0]]} and {r.names[1][top[1]]}, {r.scores[top]:.3f}.'
-                + (f' Noise level {s.t:g}.' if {s.first, s.second} & {*self.velocity} else ''))
+                + (f' Noise level {s.t:g}.' if self._noised(s) else ''))
     def panel(self, state: LayerState) -> dict[str, Control]:
         "first, second, row, column, t (if one of them is a velocity net), k, image."
         toks, vfms = _nets(self)
         names, (a, b) = (*vfms, *toks, *self.velocity), self._pair(state)
         levels = Control('slide', 'noise level of velocity nets', tuple(sorted({0., .1, .25, .5, .75, .9, float(state.t)})), show=lambda t: f'{t:g}')
-        noise = dict(t=levels) if {state.first, state.second} & {*self.velocity} else {}
+        noise = dict(t=levels) if self._noised(state) else {}
         return dict(first=Control('choice', 'rows', names), second=Control('choice', 'columns', names),
                     row=Control('slide', 'layer of the first', tuple(range(len(a.layers))), show=_layer_names(a).__getitem__),
                     column=Control('slide', 'layer of the second', tuple(range(len(b.layers))), show=_layer_names(b).__getitem__),

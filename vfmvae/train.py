@@ -260,9 +260,11 @@ def processes() -> Any:
     from accelerate import Accelerator
     return Accelerator(cpu=not torch.accelerator.is_available())
 
+def _grouped() -> bool: return torch.distributed.is_available() and torch.distributed.is_initialized()
+
 def world() -> int:
     "Number of processes that train together."
-    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+    return torch.distributed.get_world_size() if _grouped() else 1
 
 def everywhere(value: float,               # of this process
                device: Any = 'cpu'         # where the processes talk: that of the nets
@@ -275,10 +277,11 @@ def everywhere(value: float,               # of this process
 
 def leave() -> None:
     "The last call of a program: the processes end together, because one that ends while another still talks may abort it. Nothing to do alone."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    if not _grouped(): return
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
+# %% ../nbs/10_train.ipynb #47b1f958
 def average_gradients(task: Task, accelerator: Any) -> None:
     "All-reduce mean of every gradient over the processes, one flat tensor per dtype; nothing to do in one process."
     if accelerator.num_processes == 1: return
@@ -303,6 +306,7 @@ def _same_start(task: Task, accelerator: Any) -> None:
     for n in [*task.nets.values(), *([task.ema.net] if task.ema else [])]:
         for t in [*n.parameters(), *n.buffers()]: t.data.copy_(torch.as_tensor(broadcast(t.data)))
 
+# %% ../nbs/10_train.ipynb #144400df
 def _to(batch: dict, device: Any) -> dict:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
