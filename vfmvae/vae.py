@@ -303,8 +303,8 @@ def check_images(x: Tensor,         # images
                  net: Any = None    # the tokenizer they are for; its `stats` tell device and type
                 ) -> Tensor:
     "x (b,3,H,W) in the type of the net's weights. UserError: another shape, integers, NaN or far outside [-1,1] (on a CPU), no image, another device."
-    whose = getattr(net, 'name', 'a tokenizer')
-    check_meaning(x, whose)
+    check_meaning(x, whose := getattr(net, 'name', 'a tokenizer'))
+    if not len(x): raise UserError(f'no image for {whose}; give at least one')
     _check_sides('image', x.shape[2], x.shape[3], unit)
     return x if net is None else _placed(x, net, 'images')
 
@@ -313,12 +313,13 @@ def check_latents(z: Tensor,        # latents on unit scale
                  ) -> Tensor:
     "z (b,c,h,w) in the type of the net's weights. UserError: other channels, another rank, integers, none at all, another device."
     if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != net.channels or not z.is_floating_point():
-        raise UserError(f'latents of {net.name} must be (b,{net.channels},h,w) of floats, got {f"{tuple(z.shape)} {z.dtype}" if isinstance(z, Tensor) else type(z).__name__}')
+        got = f'{tuple(z.shape)} {z.dtype}' if isinstance(z, Tensor) else type(z).__name__
+        raise UserError(f'latents of {net.name} must be (b,{net.channels},h,w) of floats, got {got}')
+    if not z.numel(): raise UserError(f'no latent for {net.name} in {tuple(z.shape)}; give at least one')
     return _placed(z, net, 'latents')
 
 def _placed(x: Tensor, net: Any, what: str) -> Tensor:
     like = net.stats.mean
-    if not x.numel(): raise UserError(f'no {what} for {net.name} in {tuple(x.shape)}; give at least one')
     if x.device != like.device: raise UserError(f'the {what} lie on {x.device}, {net.name} on {like.device}; move one of them')
     return x.to(like.dtype)
 
