@@ -1,5 +1,5 @@
 """Files of weights: what loads is whole, of this very shape, finite, of the right type; everything else is one line, in little memory, and runs nothing."""
-import io, json, pickle, struct, subprocess, sys, tarfile, zipfile
+import io, json, pickle, struct, tarfile, tracemalloc, zipfile
 from collections import OrderedDict
 from dataclasses import asdict, replace
 
@@ -39,17 +39,16 @@ def test_a_spoiled_tensor_is_refused_wherever_it_comes_in(tmp_path):
     tok, net, vfm = make('vfmvae'), make('net'), VFM('tiny')
     own, about = tok.own_state(), dict(family='vfmvae', config=asdict(VFMVAE_TINY))
     had = says(tok)
-    for key in ('synthesis.blocks.0.conv0.dwconv.weight', 'stats.mean', 'stats.std', 'mapping.x_avg'):
+    for key in ('synthesis.blocks.0.conv0.dwconv.weight', 'stats.std'):
         for name, bad in spoiled(own, key):
-            assert key in line(tok.load_own_state, bad) or name in ('missing', 'extra', 'nan', 'inf') or 'stats' in key, (key, name)
-            assert same(says(tok), had)
-            if name not in SAFE: line(load_tokenizer, written(tmp_path/'t.safetensors', bad, about), False)
+            assert key in line(tok.load_own_state, bad) or name == 'extra' or key == 'stats.std', (key, name)
+            if key == 'stats.std' and name not in SAFE: line(load_tokenizer, written(tmp_path/'t.safetensors', bad, about), False)
+    assert same(says(tok), had)
     for name, bad in spoiled(net.state_dict(), 'blocks.1.attn.qkv.weight'):
         if name not in SAFE: line(open_net, written(tmp_path/'n.safetensors', bad, dict(family='dit', config=asdict(NET_TINY))))
     for name, bad in spoiled(vfm.net.state_dict(), 'norm.weight'):
         torch.save(bad, tmp_path/'v.pt')
-        line(VFM, 'tiny', tmp_path/'v.pt')
-        if name not in SAFE: line(VFM, 'tiny', written(tmp_path/'v.safetensors', bad, {}))
+        line(VFM, 'tiny', tmp_path/'v.pt' if name in SAFE else written(tmp_path/'v.safetensors', bad, {}))
     for _, bad in spoiled(tower(), 'post_layernorm.weight'): line(vfm_from_hf_siglip, bad, 4)
 
 def test_stats_are_finite_and_positive(tmp_path):
@@ -81,8 +80,8 @@ def test_json_of_a_tokenizer_that_says_nonsense(tmp_path):
         for odd in ODD: line(load_tokenizer, written(path, own, about | {key: odd}), False)
     for odd in ([], {}, 3, ['a']): line(load_tokenizer, written(path, own, about | {'name': odd}), False)
     for text in ('', '[]', '3', '{', 'null', '{"a": NaN}', '['*5000, '\ud800'.encode('utf-8', 'surrogatepass').decode('latin1')): line(load_tokenizer, written(path, own, text), False)
-    for f, default in asdict(VFMVAE_TINY).items():
-        for odd in ODD:
+    for i, (f, default) in enumerate(asdict(VFMVAE_TINY).items()):
+        for odd in ODD[i % 4::4]:
             if odd == default or isinstance(default, bool) and odd is True or isinstance(default, str) and f == 'vfm' and isinstance(odd, str): continue
             try: load_tokenizer(written(path, own, about | {'config': about['config'] | {f: odd}}), False)
             except UserError as e: assert '\n' not in str(e) and len(str(e)) < 600, (f, odd)
@@ -93,8 +92,8 @@ def test_json_of_a_net_that_says_nonsense(tmp_path):
     about, own = dict(family='dit', config=asdict(NET_TINY)), net.state_dict()
     for key in ('family', 'config'):
         for odd in ODD: line(open_net, written(path, own, about | {key: odd}))
-    for f, default in asdict(NET_TINY).items():
-        for odd in ODD:
+    for i, f in enumerate(asdict(NET_TINY)):
+        for odd in ODD[i % 4::4]:
             try: open_net(written(path, own, about | {'config': about['config'] | {f: odd}}))
             except UserError as e: assert '\n' not in str(e) and len(str(e)) < 600, (f, odd)
     good = dict(tokenizer='t', latent=[16, 8, 8], scale=dict(mean=[0.]*16, std=[1.]*16), classes=['a', 'b', 'c'], sampling=dict(steps=4), recipe=dict(flow=dict(ema=.9)), step=3)
@@ -182,10 +181,10 @@ def test_other_files_of_torch(tmp_path):
     for f, b in whole.items():
         for n in (0, 1, 10, 100, len(b)//2, len(b)-1):
             (tmp_path/'cut.pt').write_bytes(b[:n])
-            line(VFM, 'tiny', tmp_path/'cut.pt')
-        for at in range(3, 2000, 97):       # flipped bits: refused, or a weight is another number
+            line(read_torch, tmp_path/'cut.pt')
+        for at in range(3, 2000, 401):       # flipped bits: refused, or a weight is another number
             (tmp_path/'bit.pt').write_bytes(b[:at]+bytes([b[at] ^ 64])+b[at+1:])
-            try: VFM('tiny', tmp_path/'bit.pt')
+            try: read_torch(tmp_path/'bit.pt')
             except UserError as e: assert '\n' not in str(e)
     with zipfile.ZipFile(tmp_path/'z.pt') as z, zipfile.ZipFile(tmp_path/'packed.pt', 'w', zipfile.ZIP_DEFLATED) as out:
         for i in z.infolist(): out.writestr(i.filename, z.read(i) if 'data/' not in i.filename else bytes(i.file_size*50))
@@ -204,7 +203,11 @@ def test_other_files_of_torch(tmp_path):
         line(VFM, 'tiny', tmp_path/f)
 
 def test_a_bomb_takes_no_memory(tmp_path):
-    path = zipped(tmp_path/'a.pt', BOMBS['bytearray'][0])
-    code = f"import resource, vfmvae.vfm as v\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\ntry: v.read_torch({str(path)!r})\n" \
-           "except ValueError: print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)//1024)"
-    assert int(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout) < 100      # MB
+    path, data = tmp_path/'a.pt', pickled(dict(a=Call(bytearray, 3*10**8)))
+    tracemalloc.start()
+    try:
+        line(read_torch, zipped(path, data))
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+        torch.load(path, weights_only=True)           # what it would have taken
+        assert tracemalloc.get_traced_memory()[1] > 10**8
+    finally: tracemalloc.stop()

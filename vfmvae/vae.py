@@ -303,8 +303,7 @@ def check_images(x: Tensor,         # images
                  net: Any = None    # the tokenizer they are for; its `stats` tell device and type
                 ) -> Tensor:
     "x (b,3,H,W) in the type of the net's weights. UserError: another shape, integers, NaN or far outside [-1,1] (on a CPU), no image, another device."
-    check_meaning(x, whose := getattr(net, 'name', 'a tokenizer'))
-    if not len(x): raise UserError(f'no image for {whose}; give at least one')
+    check_meaning(x, f"images for {getattr(net, 'name', 'a tokenizer')}")
     _check_sides('image', x.shape[2], x.shape[3], unit)
     return x if net is None else _placed(x, net, 'images')
 

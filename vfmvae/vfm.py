@@ -387,8 +387,7 @@ class VFM(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         "Image (b,3,H,W) in [-1,1] to the scale of the weights: [0,1], then mean and std. Raises UserError on a wrong shape, on integers and on no image."
-        check_images(x.to('meta'), self.name)     # without looking at the values: a decoder in training may say anything
-        if not len(x): raise UserError(f'no image for {self.name}; give at least one')
+        check_images(x.to('meta') if isinstance(x, Tensor) else x, f'images for {self.name}')  # its form, not its values: a decoder in training may say anything
         if x.device != self._mean.device: raise UserError(f'the images lie on {x.device}, {self.name} on {self._mean.device}; move one of them')
         if any(s % self.patch or not s for s in x.shape[2:]):
             raise UserError(f'{self.name} has patches of {self.patch} px, which do not divide {tuple(x.shape[2:])}; resize the image first')
@@ -409,7 +408,7 @@ class VFM(nn.Module):
         "Layer as asked -> tokens (b,n,c) float32, row-major, prefix tokens dropped. Raises UserError on a wrong layer or size."
         asked = self.layers if layers is None else [layers] if isinstance(layers, int) else layers
         index = {layer: layer_index(layer, self.depth) for layer in asked}
-        if not grad: check_images(x, self.name)
+        if not grad: check_images(x, f'images for {self.name}')
         x, device = self.normalize(x), x.device.type
         amp = device in _AMP and (not grad or torch.is_autocast_enabled(device))
         with contextlib.nullcontext() if grad else torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=amp):
@@ -419,7 +418,7 @@ class VFM(nn.Module):
     @torch.no_grad()
     def with_class(self, x: Tensor) -> tuple[Tensor, Tensor]: # image (b,3,H,W) in [-1,1]
         "(class token (b,c), patch tokens (b,n,c)) after the final norm, float32; a model without class token gives the mean of its patch tokens instead."
-        check_images(x, self.name)
+        check_images(x, f'images for {self.name}')
         x = self.normalize(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type in _AMP):
             h = self._at(tuple(x.shape[2:])).forward_features(x).float()
