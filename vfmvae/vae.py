@@ -24,7 +24,7 @@ from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, EqualLinear, Gri
                            norm_groups, pointwise, unit_moment)
 from .data import check_images as check_meaning
 from .tokenizer import LatentStats, check_config, families, register_bundled
-from .vfm import CarriesVFM
+from .vfm import CarriesVFM, form
 
 # %% ../nbs/07_vae.ipynb #1feef848
 @dataclass(frozen=True)
@@ -302,8 +302,8 @@ def check_images(x: Tensor,         # images
                  unit: int,         # sides must be multiples of this, pixels
                  net: Any = None    # the tokenizer they are for; its `stats` tell device and type
                 ) -> Tensor:
-    "x (b,3,H,W) in the type of the net's weights. UserError: another shape, integers, NaN or far outside [-1,1] (on a CPU), no image, another device."
-    check_meaning(x, f"images for {getattr(net, 'name', 'a tokenizer')}")
+    "x (b,3,H,W) in the type of the net's weights. UserError: another shape, integers, no image, another device; out of training on a CPU NaN, far outside [-1,1]."
+    check_meaning(form(x) if net is None or net.training else x, f"images for {getattr(net, 'name', 'a tokenizer')}")
     _check_sides('image', x.shape[2], x.shape[3], unit)
     return x if net is None else _placed(x, net, 'images')
 
@@ -347,7 +347,8 @@ class VFMVAE(CarriesVFM):
         if vfm.patch != c.patch: raise UserError(f'{vfm.name} has patch {vfm.patch}, the tokenizer was made for {c.patch}; set config.patch')
         bad = [d for d in c.in_dims if d != vfm.dim]
         if bad: raise UserError(f'{vfm.name} has {vfm.dim} channels, the tokenizer was made for {bad[0]}; set config.in_dims')
-        self.vfm.eval().requires_grad_(False)
+        self.train(self.training)
+        self.vfm.requires_grad_(False)
 
     def check_own_state(self, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         "UserError that lists missing, extra and misshaped tensors."
