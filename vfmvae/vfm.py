@@ -74,10 +74,11 @@ _ALIASES = {
 }
 
 # %% ../nbs/05_vfm.ipynb #1a942e92
-_PUBLISHED = {'siglip': 'bilinear', 'mae': 'bilinear', 'dino': 'bicubic', 'eva': 'bicubic', 'qwen': 'bicubic'} # the published tokenizer's resize modes
+# the published tokenizer's resize modes
+_PUBLISHED = {'siglip': 'bilinear', 'mae': 'bilinear', 'dino': 'bicubic', 'eva': 'bicubic', 'qwen': 'bicubic'}
 
 def _family(architecture: str) -> str:
-    "The family of `_PUBLISHED` that timm's `arch.tag` belongs to ('' if none): a word between dots, dashes and underscores, a version behind it."
+    "The family of `_PUBLISHED` that timm's `arch.tag` belongs to ('' if none): one of its words, perhaps with a version."
     words = (re.fullmatch(r'(siglip|mae|dino|eva|qwen)v?[\d]*', w) for w in re.split(r'[._-]', architecture.lower()))
     return next((m[1] for m in words if m), '')
 
@@ -101,9 +102,10 @@ def _usable(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whose: An
     check_weights({k: v.to(wanted[k].dtype) if k in floats else v for k, v in given.items()}, whose, wanted)
 
 # %% ../nbs/05_vfm.ipynb #5c1e7a90
-_CALLS = {'_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_tensor_v3', '_rebuild_parameter', '_rebuild_parameter_with_state', '_rebuild_from_type_v2',
-          'Size', 'device', '_get_layout', 'set', 'complex', 'encode', 'OrderedDict', 'Counter'}    # what weights need of torch and Python
-_ITEM = {'Double': 8, 'Float': 4, 'Half': 2, 'BFloat16': 2, 'Long': 8, 'Int': 4, 'Short': 2, 'ComplexFloat': 8, 'ComplexDouble': 16}   # bytes
+_CALLS = {'_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_tensor_v3', '_rebuild_parameter', '_rebuild_parameter_with_state',
+          '_rebuild_from_type_v2', 'Size', 'device', '_get_layout', 'set', 'complex', 'encode', 'OrderedDict', 'Counter'}
+_ITEM = {'Double': 8, 'Float': 4, 'Half': 2, 'BFloat16': 2, 'Long': 8, 'Int': 4, 'Short': 2, 'ComplexFloat': 8,
+         'ComplexDouble': 16}    # bytes of a number
 
 class _Named(dict):
     "Stands in for whatever a pickle names; nothing is imported or executed."
@@ -114,7 +116,7 @@ class _Named(dict):
     extend = add = append
 
 class _Scales(pickle._Unpickler):   # type: ignore[name-defined, misc]
-    "Goes through a pickle; ValueError where it asks for more than `limit` bytes, or for more than a storage of `held` bytes has."
+    "Goes through a pickle; ValueError where it asks for more than `limit` bytes, or than a storage of `held` bytes has."
     def __init__(self, file: Any, limit: int, held: Mapping[str, int] | None):
         super().__init__(file)
         self.limit, self.held, self.spent = limit, held, 0
@@ -125,23 +127,27 @@ class _Scales(pickle._Unpickler):   # type: ignore[name-defined, misc]
             self.known[module, name] = type('Named', (_Named,), {'of': self, 'called': (module, name)})
         return self.known[module, name]
     def persistent_load(self, pid: Any) -> Any:
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage': raise ValueError('it refers to something that is no storage')
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage': raise ValueError('it refers to no storage')
         size = int(pid[4])*_ITEM.get(getattr(pid[1], 'called', ('', ''))[1].removesuffix('Storage'), 1)
-        if not 0 <= size <= (self.limit if self.held is None else self.held.get(str(pid[2]), -1)): raise ValueError('a tensor declares more than the file holds')
+        most = self.limit if self.held is None else self.held.get(str(pid[2]), -1)
+        if not 0 <= size <= most: raise ValueError('a tensor declares more than the file holds')
         return size, int(pid[4])
     def call(self, cls: Any, args: tuple) -> Any:
         module, name = cls.called
-        if module.split('.')[0] in ('torch', 'builtins', '_codecs', '__builtin__') and name not in _CALLS: raise ValueError(f'it calls {module}.{name}')
+        ours = module.split('.')[0] in ('torch', 'builtins', '_codecs', '__builtin__')
+        if ours and name not in _CALLS: raise ValueError(f'it calls {module}.{name}')
         self.spent += sum(len(a) for a in args if hasattr(a, '__len__') and not isinstance(a, type))
         if self.spent > self.limit: raise ValueError('its calls make more than the file holds')
         if name == '_rebuild_from_type_v2': return args[0](*args[2])
-        if name.startswith('_rebuild_tensor') and math.prod(int(n) for n in args[2]) > args[0][1]: raise ValueError('a tensor declares more than its storage has')
+        if name.startswith('_rebuild_tensor') and math.prod(int(n) for n in args[2]) > args[0][1]:
+            raise ValueError('a tensor declares more than its storage has')
         return dict.__new__(cls)
 
 def check_pickle(path: str | Path # a file of `torch.save`, today's (zip) or the first (stacked pickles) format
                 ) -> None:
-    "UserError, one line, if reading it weights-only could take more memory than the file is long, or if it is damaged. Nothing in it is executed."
-    path, most = Path(path), 2**24      # bytes of pickle: some hundred times what the largest net needs
+    """UserError, one line, if reading it weights-only could take more memory than the file is long, or if it is damaged.
+    Nothing in it is executed."""
+    path, most = Path(path), 2**24      # bytes of pickle: some ten times what the largest nets need
     try:
         limit = path.stat().st_size
         if not zipfile.is_zipfile(path):
@@ -153,15 +159,16 @@ def check_pickle(path: str | Path # a file of `torch.save`, today's (zip) or the
             if sum(held.values()) > limit: raise ValueError('it is packed; torch.save does not pack')
             main = [n for n in held if n.endswith('data.pkl')]
             if len(main) != 1 or held[main[0]] > most: raise ValueError('it has no data.pkl of a usual size')
-            _Scales(io.BytesIO(z.read(main[0])), limit, {n.rpartition('/')[2]: s for n, s in held.items() if '/data/' in f'/{n}'}).load()
-    except (Exception, RecursionError) as e:
-        said = (str(e).strip().splitlines() or [''])[0][:120]
-        raise UserError(f'{path} is not a plain torch file of weights ({said or type(e).__name__}); convert it to .safetensors') from None
+            stores = {n.rpartition('/')[2]: size for n, size in held.items() if '/data/' in f'/{n}'}
+            _Scales(io.BytesIO(z.read(main[0])), limit, stores).load()
+    except Exception as e:
+        said = (str(e).strip().splitlines() or [''])[0][:120] or type(e).__name__
+        raise UserError(f'{path} is not a plain torch file of weights ({said}); convert it to .safetensors') from None
 
 # %% ../nbs/05_vfm.ipynb #87a0cd69
 def read_torch(path: str | Path # a file of `torch.save`
               ) -> Any:
-    "What it holds, on the CPU; nothing in it is executed. UserError, one line: no such file, damaged, more than weights, more memory than it is long."
+    "What it holds, on the CPU; nothing is executed. UserError: no such file, damaged, more than weights, a `check_pickle`."
     if not Path(path).is_file(): raise UserError(f'no weights at {path}; check the path')
     check_pickle(path)
     try: return torch.load(path, map_location='cpu', weights_only=True)
@@ -228,7 +235,8 @@ def _create(name: str, # timm name or 'tiny'
     "A timm model without classifier, sized dynamically where the class can."
     import timm
     if bad := [k for k, v in kwargs.items() if name == 'tiny' or isinstance(v, int) and abs(v) > 2**17]:
-        raise UserError(f"{bad[0]}={str(kwargs[bad[0]])[:20]}: {'tiny takes no such argument' if name == 'tiny' else 'that is larger than any such model'}")
+        said = 'tiny takes no such argument' if name == 'tiny' else 'that is larger than any such model'
+        raise UserError(f'{bad[0]}={str(kwargs[bad[0]])[:20]}: {said}')
     if name == 'tiny': return tiny_vit()
     make: Any = partial(timm.create_model, name, num_classes=0, **kwargs)
     for sized in ({'dynamic_img_size': True}, {}):
@@ -257,7 +265,7 @@ def _load(name: str, pretrained: bool | str | Path, **kwargs) -> tuple[Any, dict
 
 # %% ../nbs/05_vfm.ipynb #2d77ed1f
 def _twin(net: Any) -> Any:
-    "A copy of a frozen module on the same memory, through tensors of its own: moving, converting or loading one leaves the other as it is."
+    "A copy of a frozen module on the same memory, through tensors of its own: moving or converting one leaves the other."
     own: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in net.parameters()}
     return copy.deepcopy(net, own | {id(b): b.detach() for b in net.buffers()})
 
@@ -269,14 +277,16 @@ def _at_size(net: Any,              # timm model
     own = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers())})
     if not hasattr(own, 'set_input_size'):
         import timm
-        raise UserError(f'timm {timm.__version__} gives a {type(net).__name__} one image size, {net.patch_embed.img_size}; resize the image, or upgrade timm')
+        raise UserError(f'timm {timm.__version__} gives a {type(net).__name__} one image size, {net.patch_embed.img_size}; '
+                        'resize the image, or upgrade timm')
     own.set_input_size(img_size=size)
     if getattr(net, 'pos_embed', None) is None: return own
     old, new = net.patch_embed.grid_size, own.patch_embed.grid_size
     prefix = 0 if getattr(net, 'no_embed_class', False) else net.num_prefix_tokens
     special, table = net.pos_embed[:, :prefix], net.pos_embed[:, prefix:]
     if old != new:
-        grid = F.interpolate(table.float().unflatten(1, old).permute(0, 3, 1, 2), size=new, mode='bicubic', antialias=antialias)
+        grid = table.float().unflatten(1, old).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=new, mode='bicubic', antialias=antialias)
         table = grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
     own.pos_embed = nn.Parameter(torch.cat([special, table], 1), requires_grad=False)
     return own
@@ -315,7 +325,7 @@ def _tokens(net: Any, x: Tensor, wanted: Collection[int], cls: bool = False) -> 
 _AMP = ('cuda', 'xpu')  # devices on which the frozen forward runs in bfloat16
 
 def form(x: Any) -> Any:
-    "A tensor without its values, for `check_images` where anything may stand in them: in training, a NaN is skipped and named by the losses."
+    "A tensor without its values, for `check_images` where any may come: in training, the losses name a NaN and skip the step."
     return x.to('meta') if isinstance(x, Tensor) else x
 
 def _part(net: nn.Module, *_: Any) -> None:
@@ -334,7 +344,7 @@ class VFM(nn.Module):
     net: Any
     _mean: Tensor
     _std: Tensor
-    _besides_weights = 'mean', 'std', 'interpolation', 'pos_antialias', 'heads'   # what tells two VFMs of the same weights apart
+    _besides_weights = 'mean', 'std', 'interpolation', 'pos_antialias', 'heads'   # what tells two of the same weights apart
     def __init__(self,
                  name: str,                           # 'tiny', a short name of `vfms`, or a plain vision transformer of timm (`arch`, `arch.tag`)
                  pretrained: bool | str | Path = True, # True: bundled or hub; False: random; a path: .safetensors or torch file, strict
@@ -347,16 +357,18 @@ class VFM(nn.Module):
         super().__init__()
         from timm.data import resolve_model_data_config
         if not isinstance(name, str) or not isinstance(pretrained, bool | str | Path):
-            raise UserError(f'a VFM is VFM(name, pretrained) with pretrained True, False or a path, not VFM({name!r}, {pretrained!r})')
+            raise UserError(f'give VFM(name, pretrained) with pretrained True, False or a path, not ({name!r}, {pretrained!r})')
         full = _ALIASES.get(name, name)
-        self.net, facts = (_twin(net), {'source': 'given', 'licence': None}) if net is not None else _load(full, pretrained, **kwargs)
+        given = {'source': 'given', 'licence': None}
+        self.net, facts = (_twin(net), given) if net is not None else _load(full, pretrained, **kwargs)
         self.net.requires_grad_(False)
         self.net.register_load_state_dict_pre_hook(_part)
         cfg = resolve_model_data_config(self.net)
         if net is not None:     # called as one likes: what it is, its own configuration says
             made = getattr(net, 'pretrained_cfg', None) or {}
             full = '.'.join(filter(None, (made.get('architecture') or type(net).__name__, made.get('tag'))))
-        self.name, self.pos_antialias, self.interpolation, self.family = name, pos_antialias, _interpolation(full, cfg), _family(full)
+        self.name, self.family, self.interpolation = name, _family(full), _interpolation(full, cfg)
+        self.pos_antialias = pos_antialias
         self.patch, self.dim, self.depth = int(self.net.patch_embed.feat_ratio()), self.net.embed_dim, len(self.net.blocks)
         self.heads = getattr(getattr(self.net.blocks[0], 'attn', None), 'num_heads', None)
         self.mean, self.std = tuple(cfg['mean']), tuple(cfg['std'])
@@ -369,7 +381,7 @@ class VFM(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> 'VFM':
-        "Always eval: a frozen model has no training mode. `mode` is that of its owner, whose losses say themselves where a NaN in a picture comes from."
+        "Always eval: a frozen model has no training mode. `mode` is its owner's, whose losses name a NaN in a picture themselves."
         self.owner_trains = mode
         return super().train(False)
 
@@ -378,23 +390,24 @@ class VFM(nn.Module):
         return super()._apply(fn, recurse)
 
     def twin(self) -> 'VFM':
-        "The same VFM as an object of its own, on the same memory until one of the two moves, is converted or takes in other weights."
+        "The same VFM as an object of its own, on the same memory until one of the two moves, is converted or loads weights."
         return _twin(self)
 
     def _at(self, size: tuple[int, ...]) -> Any:
         "The timm model for this image size; position tables of other sizes are made once."
         grid, own = (size[0]//self.patch, size[1]//self.patch), self.net.patch_embed.grid_size
         # a grid of as many tokens and another shape: some versions of timm take it for the same
-        dynamic = self.pos_antialias and getattr(self.net, 'dynamic_img_size', False) and math.prod(grid) != math.prod(own)
-        if grid == own or dynamic: return self.net
+        dynamic = self.pos_antialias and getattr(self.net, 'dynamic_img_size', False)
+        if grid == own or (dynamic and math.prod(grid) != math.prod(own)): return self.net
         if len(self._sizes) > 8: self._sizes.clear()
         if size not in self._sizes: self._sizes[size] = _at_size(self.net, size, self.pos_antialias)
         return self._sizes[size]
 
     def normalize(self, x: Tensor) -> Tensor:
-        "Image (b,3,H,W) in [-1,1] to the scale of the weights: [0,1], then mean and std. Raises UserError on a wrong shape, on integers and on no image."
+        "Image (b,3,H,W) in [-1,1] to the scale of the weights: [0,1], then mean and std. UserError: wrong shape, integers, no image."
         check_images(form(x), f'images for {self.name}')
-        if x.device != self._mean.device: raise UserError(f'the images lie on {x.device}, {self.name} on {self._mean.device}; move one of them')
+        if x.device != (here := self._mean.device):
+            raise UserError(f'the images lie on {x.device}, {self.name} on {here}; move one of them')
         if any(s % self.patch or not s for s in x.shape[2:]):
             raise UserError(f'{self.name} has patches of {self.patch} px, which do not divide {tuple(x.shape[2:])}; resize the image first')
         return ((x.to(self._mean.dtype)+1)/2 - self._mean)/self._std
@@ -439,10 +452,11 @@ class VFM(nn.Module):
 
 # %% ../nbs/05_vfm.ipynb #53a7e566
 class CarriesVFM(nn.Module):
-    "A module whose submodule `vfm`, if any, is frozen, never saved with it, and its own: a `VFM.twin` of the one that is given."
+    "A module whose submodule `vfm`, if any, is frozen, never saved with it, and its own: a `VFM.twin` of what is given."
     vfm: Any
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value.twin().train(self.training) if name == 'vfm' and isinstance(value, VFM) else value)
+        own = name == 'vfm' and isinstance(value, VFM)
+        super().__setattr__(name, value.twin().train(self.training) if own else value)
     def train(self, mode: bool = True) -> Any:
         "Training mode for everything but the VFM."
         super().train(mode)
@@ -470,7 +484,8 @@ class CarriesVFM(nn.Module):
         own = self.own_state()
         self.check_own_state(own, tensors)
         _usable(tensors, own, getattr(self, 'name', type(self).__name__))
-        if 'stats.std' in own: self.get_submodule('stats').check(tensors['stats.mean'], tensors['stats.std'])   # type: ignore[operator]
+        stats: Any = getattr(self, 'stats', None)
+        if stats is not None: stats.check(tensors['stats.mean'], tensors['stats.std'])
         with torch.no_grad():
             for k, v in own.items(): v.copy_(tensors[k])
 
@@ -503,7 +518,7 @@ def _hf_sizes(sd: Mapping[str, Tensor]) -> dict[str, int]:
         raise UserError(f"not a SigLIP vision tower: it needs {', '.join(needed)}")
     (dim, _, patch, _), (n, _), (hidden, _) = (sd[k].shape for k in needed)
     depth = 1 + max(int(m[1]) for k in sd if (m := re.match(r'encoder\.layers\.(\d{1,9})\.', k)))
-    if depth > len(sd): raise UserError(f'these are not the weights of a SigLIP vision tower: they name a layer {depth-1}, and most before it are missing')
+    if depth > len(sd): raise UserError(f'not a SigLIP vision tower: it names a layer {depth-1}, and most before it are missing')
     if math.isqrt(n)**2 != n: raise UserError(f'a position table of {n} entries is not a square grid; give a tower with square positions')
     return dict(depth=depth, dim=dim, hidden=hidden, patch=patch, n=n)
 
@@ -542,7 +557,8 @@ def vfm_from_hf_siglip(state_dict: Mapping[str, Tensor], # of a SiglipVisionMode
     net = VisionTransformer(img_size=side, patch_size=size['patch'], embed_dim=dim, depth=size['depth'], num_heads=heads,
                             mlp_ratio=(size['hidden']+.5)/dim,  # timm rounds down
                             class_token=False, global_pool='', num_classes=0, act_layer='gelu_tanh', norm_layer=partial(nn.LayerNorm, eps=1e-6))
-    cfg: Any = dict(architecture='siglip', input_size=(3, side, side), mean=(.5,)*3, std=(.5,)*3, interpolation='bilinear')
+    cfg: Any = dict(architecture='siglip', input_size=(3, side, side), mean=(.5,)*3, std=(.5,)*3,
+                    interpolation='bilinear')
     net.pretrained_cfg = cfg
     net.load_state_dict(_from_hf(sd, size['depth']))
     return VFM(name, net=net, pos_antialias=False, spec=dict(source='Hugging Face state dict', num_heads=heads))
