@@ -1341,6 +1341,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'vfmvae.vfm._twin': ('vfm.html#_twin', 'vfmvae/vfm.py'),
                             'vfmvae.vfm._usable': ('vfm.html#_usable', 'vfmvae/vfm.py'),
                             'vfmvae.vfm.check_pickle': ('vfm.html#check_pickle', 'vfmvae/vfm.py'),
+                            'vfmvae.vfm.form': ('vfm.html#form', 'vfmvae/vfm.py'),
                             'vfmvae.vfm.layer_index': ('vfm.html#layer_index', 'vfmvae/vfm.py'),
                             'vfmvae.vfm.read_torch': ('vfm.html#read_torch', 'vfmvae/vfm.py'),
                             'vfmvae.vfm.tiny_vit': ('vfm.html#tiny_vit', 'vfmvae/vfm.py'),
