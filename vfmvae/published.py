@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPING', 'FIXED', 'DERIVED', 'IDLE', 'COUNTS', 'VFM_PREFIX', 'SIGLIP_PREFIX', 'NET_KEYS', 'NET_SWITCHES',
            'NET_COUNTS', 'NET_IDLE', 'PUBLISHED_HEADS', 'read_checkpoint', 'config_of', 'load_vfmvae', 'load_convvae',
-           'load_net']
+           'read_settings', 'open_published', 'load_net']
 
 # %% ../nbs/17_published.ipynb #9b6229d6
 import io, pickle, pickletools, re, reprlib, warnings, zipfile
@@ -386,6 +386,43 @@ def load_convvae(source: Mapping | str | Path,       # a state dict, the path of
     model.attach(vfm)
     model.name = name or model.name
     return model.eval()
+
+# %% ../nbs/17_published.ipynb #401ab537
+_OTHERS = {'x_embedder.proj.weight': 'a diffusion net; it opens with load_net(path, family)',
+           'embeddings.patch_embedding.weight': "a vision tower of Hugging Face; it opens with vfm_from_hf_siglip(read_checkpoint(path))",
+           'patch_embed.proj.weight': 'a vision transformer; it opens with VFM(name, pretrained=path)',
+           'quantize.embedding.weight': 'a convolutional autoencoder with a codebook, which is not supported; take one of the KL kind',
+           'features.0.weight': "a classifier in VGG's layout; it serves lpips(path)"}
+
+def read_settings(source: Mapping | str | Path # the `G_kwargs` mapping, or a YAML or JSON file of the training that holds it
+                 ) -> Mapping:
+    "The `G_kwargs` of a published VFM-VAE. UserError unless it is a mapping, or a file of one."
+    import yaml
+    if isinstance(source, Mapping): return source
+    path = Path(source).expanduser()
+    if not path.is_file(): raise UserError(f'no file {path}; g_kwargs is the YAML that the checkpoint was trained with')
+    try: d = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not YAML ({(str(e).splitlines() or ['?'])[0][:120]}); give the YAML of the training") from None
+    if not isinstance(d, dict): raise UserError(f'{path} holds no settings but a {type(d).__name__}; give the YAML of the training')
+    return next((d[k] for k in ('G_kwargs', 'g_kwargs') if isinstance(d.get(k), dict)), d)
+
+def open_published(source: Mapping | str | Path,              # a file, a folder of diffusers, or a state dict
+                   g_kwargs: Mapping | str | Path | None = None, # of a VFM-VAE: the settings of its training, or their YAML
+                   vfm: Any = None                            # see `load_vfmvae` and `load_convvae`
+                  ) -> VFMVAE | ConvVAE:
+    "A published tokenizer of whatever kind the names of its tensors tell, in eval mode. UserError that says what the file is, if it is none."
+    if isinstance(source, str | Path) and Path(source).expanduser().is_dir(): return load_convvae(source, vfm=vfm)
+    content = source if isinstance(source, Mapping) else read_checkpoint(source)
+    names = [k.removeprefix('first_stage_model.') for k in _tensors(content, *_WRAPPERS)]
+    if any(k.startswith(_VFMVAE) for k in names):
+        if g_kwargs is None: raise UserError('this is a published VFM-VAE: give the YAML of its training as g_kwargs (--g-kwargs FILE)')
+        return load_vfmvae(content, read_settings(g_kwargs), vfm)
+    for k, what in _OTHERS.items():
+        if any(n == k or n.endswith(f'.{k}') and not n.startswith(_BESIDE) for n in names): raise UserError(f'this is {what}')
+    if 'encoder.conv_in.weight' in names:
+        return load_convvae(content, vfm=vfm, config=None if isinstance(source, Mapping) else _diffusers_folder(source, None)[1])
+    raise UserError(f"this holds no tokenizer: {len(names)} tensors{' such as '+', '.join(names[:3]) if names else ''}; choose another file")
 
 # %% ../nbs/17_published.ipynb #27f6f3fd
 def _net_tensors(source: Any, given: Mapping) -> tuple[dict[str, Tensor], dict[str, Any]]:
