@@ -21,7 +21,7 @@ from .core import Table, UserError, real, whole
 from .features import Bank
 from .neighbours import Graph, _blocks, _graph, _graphs, _rows, _shared, _sorted, _square, knn_graph, mutual_knn, prepare
 from .probes import PENALTIES, Score, knn_accuracy, linear_probe, probe, ridge_probe
-from .views import as_source, extract_views, gather, image_set, label, views
+from .views import as_source, extract_views, gather, image_set, images_seen, label, views
 _all_ = ['Graph', 'knn_graph', 'mutual_knn', 'prepare', 'PENALTIES', 'Score', 'knn_accuracy', 'linear_probe', 'probe', 'ridge_probe']   # one door for all of it
 
 # %% ../nbs/13_align.ipynb #0c443630
@@ -175,7 +175,8 @@ def _alignment(ga: Graph, gb: Graph, own: tuple[Tensor, Tensor], weights: Tensor
     null = _ratio(_null(ga, gb, unbiased, len(weights), seed), own[0][0], own[1][0], eps)
     if not (ga.varies and gb.varies and score[0] == score[0]):
         _value(score[0], ga.varies and gb.varies)
-        return Alignment(*[float('nan')]*7, ga.n, ga.k), score*torch.nan
+        nan = float('nan')
+        return Alignment(nan, nan, nan, nan, nan, nan, nan, ga.n, ga.k), score*nan
     value, low, high = score[0].item(), *score[1:].quantile(score.new_tensor([.025, .975])).tolist()
     q95 = null.quantile(.95).item()
     p = (1+(null >= score[0]).sum().item())/(1+len(null))
@@ -289,7 +290,7 @@ def cka(a: Any,                 # (n,d)
         warnings.warn(f'an rbf kernel of width sigma = {sigma:g} is the same for nearly all pairs of rows: this CKA is nan; give a sigma near the typical '
                       'distance of two rows', stacklevel=2)
         return float('nan')
-    return _value(_ratio(*parts, eps))
+    return _value(_ratio(parts[0], parts[1], parts[2], eps))
 
 def _vary(x: Tensor, name: str) -> bool:
     if (x != x[0]).any(): return True
@@ -356,21 +357,22 @@ def alignment_under(pairs: Sequence[tuple[Any, Any]],  # (source, reference): wh
                     **kwargs                           # of `alignment_of`: q, times
                    ) -> Table:
     """One row for each pair and view, the clean one first: `source`, `reference`, `transform`, `axis`, `strength` and the fields of `Alignment`.
-    Every image is read once. Facts: n, k, pooling, reference_state, what was seen (`of`: images of the set, `data`: its fingerprint), and `draws`, the
+    Every image is read once. Facts: n, k, pooling, reference_state, seed, what was seen (`taken`, `data`: see `views.images_seen`), and `draws`, the
     bootstrap values (1+times,) by (source, reference, transform)."""
     _state(reference_state)
-    seed, (ds, facts), transforms = whole(seed, 'seed'), image_set(images, n), views(transforms)
-    _enough(ds, k, kwargs.get('times', 200))
+    seed, ds, transforms = whole(seed, 'seed'), image_set(images, n), views(transforms)
     todo = [(_one(a), _one(b)) for a, b in map(_pair, pairs)]
     sources = gather(s for pair in todo for s in pair)
+    _enough(ds, k, kwargs.get('times', 200))
     seen = extract_views(sources, ds, transforms, pool, names, batch_size, seed=42+seed, quiet=quiet) if todo else {}
     table = alignment_of(seen, [((a.name, at), (b.name, bt)) for (a, at), (b, bt) in todo], transforms, reference_state, k, seed=seed, **kwargs)
-    return Table(table, **table.facts | facts)
+    return Table(table, **table.facts | images_seen(ds))
 
 def _enough(ds: Any, k: int, times: int) -> None:
     "Says before any work what would end it."
+    n = len(ds) if isinstance(ds, Sized) else 0
+    if n and not 2 <= whole(k, 'k') < n: raise UserError(f'k = {k} neighbours among {n} rows; choose k between 2 and {n-1}')
     _times(times)
-    if isinstance(ds, Sized) and len(ds) and not 2 <= whole(k, 'k') < len(ds): raise UserError(f'k = {k} neighbours among {len(ds)} rows; choose k between 2 and {len(ds)-1}')
 
 def _pair(x: Any) -> tuple[Any, Any]:
     if isinstance(x, tuple | list) and len(x) == 2: return x[0], x[1]

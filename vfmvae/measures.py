@@ -183,9 +183,9 @@ def svcca(a: Any,      # (n,d) raw rows
 
 def _standard(s: _Set) -> Tensor:
     "Columns of standard deviation 1 but for the published 1e-8, in units of the power of 1000 nearest the side's own; a column that never varies is 0."
-    std = s.x.std(0)
+    c, std = s.centred, s.x.std(0)
     unit = 1000.**round(math.log(std.square().mean().sqrt().item(), 1000))
-    return s.centred*(std > 1e-14*s.x.abs().amax(0))/(std + 1e-8*unit)
+    return c*(std > 1e-14*s.x.abs().amax(0))/(std + 1e-8*unit)
 
 def svcca99(a: Any, b: Any,      # (n,d), (n,e) raw rows
             share: float = .99   # of the variance to keep on each side

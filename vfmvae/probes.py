@@ -19,7 +19,7 @@ from torch import Tensor
 from .core import Table, UserError, real, whole
 from .features import extract
 from .neighbours import _copies, _nearest, _rows, _said, _unit
-from .views import as_source, image_set
+from .views import as_source, image_set, images_seen
 
 # %% ../nbs/12d_probes.ipynb #8a65464e
 class Score(NamedTuple):
@@ -225,7 +225,7 @@ def _numbers(y: Any, x: Tensor, name: str) -> Tensor:
 
 # %% ../nbs/12d_probes.ipynb #93c54be4
 def probe(source: Any,                    # a FeatureSource, a tokenizer, or the name or file of one (`views.as_source`)
-          train: Any, test: Any,          # labelled sets, as `views.image_set` takes them; classes are matched by name
+          train: Any, test: Any,          # labelled sets, as `views.image_set` takes them; classes meet by name
           layers: Sequence[int | str] | None = None, # None: all of the source
           pool: str = 'mean',             # see `features.pool`
           k: int = 20,                    # voters of the nearest-neighbour probe
@@ -234,11 +234,12 @@ def probe(source: Any,                    # a FeatureSource, a tokenizer, or the
           n: int | None = None            # at most this many images of each set, spread over it (`data.take`); None: all
          ) -> Table:
     """Class accuracy, one row for each layer: `linear` (mean over seeds), `linear_low` and `linear_high` (95 % over test images, widest of the seeds),
-    `linear_spread` (largest minus smallest seed), `knn` with `knn_low`, `knn_high`; facts pooling, k, n_train, n_test, seeds, train and test (images of
-    the set, its fingerprint). Test classes that training never saw are named in a warning and count as wrong. UserError: no class in common, no labels."""
+    `linear_spread` (largest minus smallest seed), `knn` with `knn_low`, `knn_high`; facts pooling, k, n_train, n_test, seeds, train and test (which images
+    these were, see `views.images_seen`). Test classes that training never saw are named in a warning and count as wrong. UserError: no class in
+    common, no labels."""
     seeds, batch_size = [whole(s, 'seeds') for s in (seeds if hasattr(seeds, '__iter__') else [seeds])], whole(batch_size, 'batch_size', 1)
     if not seeds: raise UserError('a linear probe needs at least one seed')
-    source, (train, seen), (test, held) = as_source(source), *(image_set(ds, n) for ds in (train, test))
+    source, train, test = as_source(source), image_set(train, n), image_set(test, n)
     known = _common(train, test)
     a, ya = _labelled(source, train, 'training', layers, pool, batch_size)
     b, yb = _labelled(source, test, 'test', layers, pool, batch_size)
@@ -250,28 +251,29 @@ def probe(source: Any,                    # a FeatureSource, a tokenizer, or the
         near, values = _vote(x, ta, u, tb, classes, k), [s.value for s in scores]
         rows.append(dict(source=source.name, layer=layer, linear=sum(values)/len(values), linear_low=min(s.low for s in scores),
                          linear_high=max(s.high for s in scores), linear_spread=max(values)-min(values), knn=near.value, knn_low=near.low, knn_high=near.high))
-    return Table(rows, pooling=pool, k=k, n_train=len(ya), n_test=len(yb), seeds=tuple(seeds), train=seen, test=held)
+    return Table(rows, pooling=pool, k=k, n_train=len(ya), n_test=len(yb), seeds=tuple(seeds), train=images_seen(train), test=images_seen(test))
 
 def _common(train: Any, test: Any) -> list[str] | None:
     "The classes of training in their order, as far as the set names them. Sets that cannot be probed are refused before any work."
     for ds in (train, test):
         if not hasattr(ds, 'batch') or not len(ds): raise UserError('a probe needs labelled images; give a data set such as World, folder(...) or shards(...)')
     known, asked = ([str(c) for c in ds.classes] if hasattr(ds, 'classes') else None for ds in (train, test))
-    if known is not None and len(known) < 2: raise UserError(f'training has {len(known)} classes; a probe takes two, such as a folder of class folders')
+    if known is not None and len(known) < 2:
+        raise UserError(f'training has no two classes ({_some(known)}); a probe takes two, such as a folder of class folders')
     if known is not None and asked is not None and not {*known} & {*asked}:
         raise UserError(f'no class in common: training has {_some(known)}, the test {_some(asked)}; name them alike, in shards by a classes.json beside them')
     return known
 
 def _labelled(source: Any, ds: Any, word: str, layers: Any, how: str, size: int) -> tuple[dict[int | str, Tensor], list[str]]:
     "Layer -> features, and the name of each image's class."
-    names, labels = [str(c) for c in ds.classes] if hasattr(ds, 'classes') else None, []
+    names, labels = [str(c) for c in ds.classes] if hasattr(ds, 'classes') else [], list[str]()
     def images() -> Iterator[Tensor]:
         for i in range(0, len(ds), size):
             b = ds.batch(range(i, min(i+size, len(ds))))
             if b.get('label') is None: raise UserError(f'the images of {word} have no labels; give class folders, or shards with .cls')
             own = _classes(b['label'], len(b['image']), f'{word} labels')
-            if names is not None and isinstance(own[0], int) and max(own) >= len(names): raise UserError(f'{word} has a label {max(own)} and {len(names)} classes')
-            labels.extend(str(c) if names is None or isinstance(c, str) else names[c] for c in own)
+            if names and isinstance(own[0], int) and max(own) >= len(names): raise UserError(f'{word} has a label {max(own)} and {len(names)} classes')
+            labels.extend(names[c] if names and isinstance(c, int) else str(c) for c in own)
             yield b['image']
     features = extract(source, images(), layers, pool=how, batch_size=size, quiet=True)
     return features, labels

@@ -14,7 +14,7 @@ from .align import Graph, _enough, _one, alignment_under, cknna_pairs, knn_graph
 from .core import Table, UserError, whole
 from .data import TRANSFORMS
 from .plots import curves, panels
-from .views import as_source, extract_views, gather, image_set
+from .views import as_source, extract_views, gather, image_set, images_seen
 
 # %% ../nbs/13d_robustness.ipynb #1f52ff62
 AXES = ('noise', 'rotation', 'scale', 'translation', 'hflip', 'colour', 'blur', 'jpeg', 'crop', 'occlusion')
@@ -66,11 +66,11 @@ def layer_scores(sources: Sequence[Any],       # what `views.as_source` takes, w
                  n: int | None = None          # this many of the images, spread over the set (`data.take`); None: all
                 ) -> Table:
     """One row for each source, layer and reference: `source`, `layer`, `depth` (0 to 1), `reference` and the fields of `align.Alignment`; for
-    `layer_figure`. Facts n, k, pooling, times, seed, and what was seen (`of`: images of the set, `data`: its fingerprint)."""
+    `layer_figure`. Facts n, k, pooling, times, seed, and what was seen (`taken`, `data`: see `views.images_seen`)."""
     if isinstance(sources, str) or isinstance(references, str): raise UserError('give lists of sources and of references, such as [\'tiny\']')
     if not sources or not references: raise UserError('nothing to compare; give at least one source and one reference')
     left = [(s, layer) for s in map(as_source, sources) for layer in s.layers]
-    right, (images, facts), k = [_one(r) for r in references], image_set(images, n), whole(k, 'k')
+    right, images, k = [_one(r) for r in references], image_set(images, n), whole(k, 'k')
     _enough(images, k, times)
     banks = extract_views(gather([*left, *right]), images, (), pool, names, batch_size, quiet=quiet)
     graphs: dict[tuple[str, Any], Graph] = {(at[1], at[2]): knn_graph(prepare(b.features, q), k) for at, b in banks.items()}
@@ -83,7 +83,7 @@ def layer_scores(sources: Sequence[Any],       # what `views.as_source` takes, w
         depth = list(s.layers).index(layer)/max(1, len(s.layers)-1)
         reference = t.name if to == t.layers[-1] else f'{t.name} [{to}]'
         rows.append(dict(source=s.name, layer=layer, depth=depth, reference=reference) | {c: v for c, v in r.items() if c not in ('left', 'right')})
-    return Table(rows, n=rows[0]['n'], k=k, pooling=pool, times=times, seed=seed, **facts)
+    return Table(rows, n=rows[0]['n'], k=k, pooling=pool, times=times, seed=seed, **images_seen(images))
 
 def layer_figure(table: Table,                        # of `layer_scores`
                  lines: Mapping[str, float] | None = None, # name -> a score to draw as a level, such as that between two VFMs
