@@ -92,10 +92,12 @@ def _ratio(kl: Any, kk: Any, ll: Any, eps: float) -> Tensor:
     below = (kk*ll).sqrt()+eps                                        # nan if the product is negative
     return torch.where(below == 0, torch.nan, kl/below)
 
-def _value(ratio: Tensor, varies: bool = True) -> float:
-    "The score as a number; one that is nothing is nan, and says so."
+def _value(kl: Any, kk: Any, ll: Any, eps: float, varies: bool = True) -> float:
+    "The score as a number; one that is nothing is nan and says so, and one that eps drowns says that."
     if not varies: return float('nan')
-    if (value := ratio.item()) != value: warnings.warn('the HSIC of one side is not positive: this score is nan; take more images', stacklevel=3)
+    value, below = _ratio(kl, kk, ll, eps).item(), float(kk*ll)
+    if value != value: warnings.warn('the HSIC of one side is not positive: this score is nan; take more images', stacklevel=3)
+    elif below < eps**2: warnings.warn(f'eps = {eps:g} is more than half of the denominator of this score; eps=0 gives the exact ratio', stacklevel=3)
     return value
 
 def cknna(a: Any,                # (n,d) rows prepared by the caller, or a graph of `knn_graph(a, k)`
@@ -108,7 +110,7 @@ def cknna(a: Any,                # (n,d) rows prepared by the caller, or a graph
     where all rows of a side are the same or the denominator is 0. UserError if a, b do not fit."""
     ga, gb = _graphs(a, b, k, loops=not unbiased)
     parts = cknna_parts(ga, gb, None, unbiased)
-    return _value(_ratio(parts['kl'], parts['kk'], parts['ll'], eps), ga.varies and gb.varies)
+    return _value(parts['kl'], parts['kk'], parts['ll'], eps, ga.varies and gb.varies)
 
 # %% ../nbs/13_align.ipynb #4126267f
 def _together(ga: Graph, gb: Graph) -> list[Tensor] | None:
@@ -174,12 +176,12 @@ def _alignment(ga: Graph, gb: Graph, own: tuple[Tensor, Tensor], weights: Tensor
     score = _ratio(_spread(_common(_sorted(ga), gb), weights, unbiased), *own, eps)
     null = _ratio(_null(ga, gb, unbiased, len(weights), seed), own[0][0], own[1][0], eps)
     if not (ga.varies and gb.varies and score[0] == score[0]):
-        _value(score[0], ga.varies and gb.varies)
+        _value(score[0], own[0][0], own[1][0], eps, ga.varies and gb.varies)
         nan = float('nan')
         return Alignment(nan, nan, nan, nan, nan, nan, nan, ga.n, ga.k), score*nan
-    value, low, high = score[0].item(), *score[1:].quantile(score.new_tensor([.025, .975])).tolist()
+    value, low, high = score[0].item(), *score[1:].nanquantile(score.new_tensor([.025, .975])).tolist()
     q95 = null.quantile(.95).item()
-    p = (1+(null >= score[0]).sum().item())/(1+len(null))
+    p = (1+(null >= score[0]-1e-6*score[0].abs()).sum().item())/(1+len(null))        # equal but for rounding is equal
     return Alignment(value, low, high, null.mean().item(), q95, p, max(0., (value-q95)/(1-q95)), ga.n, ga.k), score
 
 # %% ../nbs/13_align.ipynb #0d08bf9c
@@ -259,13 +261,12 @@ def _kernel_hsics(a: Tensor, b: Tensor, sigma: float | None, unbiased: bool) -> 
 
 def _centred(x: Tensor, linear: bool) -> Tensor:
     """Centred rows in float64. For the linear kernel in units of their size: the rows' length where all have one (1 after `prepare`: the published
-    eps), else the root mean square of what is left after centring, which a constant offset leaves alone."""
+    eps) and it is not all offset, else the root mean square of what is left after centring, which a constant offset leaves alone."""
     square, c = _square(x) if linear else 1., x.double() - x.double().mean(0)
     if square == 1: return c
-    size = x.double().norm(dim=1)
+    size, spread = x.double().norm(dim=1), c.square().sum(1).mean().item()
     size = size[size > 0]
-    if size.max() > (1+1e-5)*size.min(): square = c.square().sum(1).mean().item()
-    return c/square**.5
+    return c/(square if size.max() < (1+1e-5)*size.min() and spread > 1e-4*square else spread)**.5
 
 # %% ../nbs/13_align.ipynb #2d47850b
 def cka(a: Any,                 # (n,d)
@@ -290,7 +291,7 @@ def cka(a: Any,                 # (n,d)
         warnings.warn(f'an rbf kernel of width sigma = {sigma:g} is the same for nearly all pairs of rows: this CKA is nan; give a sigma near the typical '
                       'distance of two rows', stacklevel=2)
         return float('nan')
-    return _value(_ratio(parts[0], parts[1], parts[2], eps))
+    return _value(parts[0], parts[1], parts[2], eps)
 
 def _vary(x: Tensor, name: str) -> bool:
     if (x != x[0]).any(): return True

@@ -121,7 +121,7 @@ def _device(source: Any) -> Any:
         if isinstance(net, nn.Module): return next((t.device for t in (*net.parameters(), *net.buffers())), None)
     return None
 
-# %% ../nbs/12c_views.ipynb #5233af18
+# %% ../nbs/12c_views.ipynb #db3221f0
 def image_set(images: Any,          # World, a folder's or shards' set or path; torchvision set, Hugging Face split, list of PIL images or paths, tensor ...
               n: int | None = None  # this many of them, spread over the set (`data.take`); None: all
              ) -> Any:
@@ -131,6 +131,8 @@ def image_set(images: Any,          # World, a folder's or shards' set or path; 
         if path.is_dir(): images = folder(path)
         elif path.suffix == '.tar': images = shards(path)
         else: raise UserError(f'no folder and no shard (*.tar) {images}; check the path, or open other sets with recipes.open_data')
+    if not isinstance(images, Iterable) and not hasattr(images, '__getitem__') and not hasattr(images, 'batch'):
+        raise UserError(f'a {type(images).__name__} is no set of images; give a data set, a folder, a list of pictures, a tensor (n,3,H,W)')
     ready = hasattr(images, 'batch') or isinstance(images, Tensor) or not isinstance(images, Sized)
     if not ready and not (len(images) and isinstance(images[0], dict | Tensor)): images = as_dataset(images) if len(images) else images
     if n is None: return images
@@ -142,7 +144,7 @@ def images_seen(ds: Any # of `image_set`
     "For a record: `taken`, which images of the set these are, and `data`, the set's fingerprint; empty for a stream or a list of samples."
     return dict(taken=taken(ds), data=fingerprint(ds)) if hasattr(ds, 'batch') and hasattr(ds, '__len__') or isinstance(ds, Tensor) else {}
 
-# %% ../nbs/12c_views.ipynb #35c21ee2
+# %% ../nbs/12c_views.ipynb #8bbd15cd
 @torch.no_grad()
 def extract_views(sources: Mapping[str, tuple[Any, Sequence[int | str]]], # name -> (FeatureSource, its layers to keep)
                   images: Any,              # what `image_set` takes
