@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 # %% ../nbs/12c_views.ipynb #d0cc4a8c
 from .core import UserError, nearest, progress, real, whole
-from .data import (TRANSFORMS, as_dataset, fingerprint, folder, published_draw, published_noise, shards, take, taken, to_tensor, to_uint8,
-                         transform)
-from .features import Bank, batches, pool as pool_tokens
+from .data import (TRANSFORMS, as_dataset, fingerprint, folder, published_draw, published_noise, shards, stamps, take, taken, to_tensor,
+                         to_uint8, transform)
+from .features import Bank, as_images, batches, pool as pool_tokens
 from .tokenizer import LatentFeatures, load_tokenizer, net_digest, tokenizers
 from .vfm import VFM, vfms
 
@@ -121,7 +121,7 @@ def _device(source: Any) -> Any:
         if isinstance(net, nn.Module): return next((t.device for t in (*net.parameters(), *net.buffers())), None)
     return None
 
-# %% ../nbs/12c_views.ipynb #db3221f0
+# %% ../nbs/12c_views.ipynb #140794a4
 def image_set(images: Any,          # World, a folder's or shards' set or path; torchvision set, Hugging Face split, list of PIL images or paths, tensor ...
               n: int | None = None  # this many of them, spread over the set (`data.take`); None: all
              ) -> Any:
@@ -133,18 +133,17 @@ def image_set(images: Any,          # World, a folder's or shards' set or path; 
         else: raise UserError(f'no folder and no shard (*.tar) {images}; check the path, or open other sets with recipes.open_data')
     if not isinstance(images, Iterable) and not hasattr(images, '__getitem__') and not hasattr(images, 'batch'):
         raise UserError(f'a {type(images).__name__} is no set of images; give a data set, a folder, a list of pictures, a tensor (n,3,H,W)')
-    ready = hasattr(images, 'batch') or isinstance(images, Tensor) or not isinstance(images, Sized)
-    if not ready and not (len(images) and isinstance(images[0], dict | Tensor)): images = as_dataset(images) if len(images) else images
+    images = as_images(images)
     if n is None: return images
     if not isinstance(images, Sized): raise UserError(f'n = {n} of a stream whose length nobody knows; give a data set, or a list')
-    return take(images if hasattr(images, 'batch') else as_dataset(images), n)
+    return take(images if hasattr(images, 'batch') or isinstance(images, Tensor) else as_dataset(images), n)
 
 def images_seen(ds: Any # of `image_set`
                ) -> dict:
     "For a record: `taken`, which images of the set these are, and `data`, the set's fingerprint; empty for a stream or a list of samples."
     return dict(taken=taken(ds), data=fingerprint(ds)) if hasattr(ds, 'batch') and hasattr(ds, '__len__') or isinstance(ds, Tensor) else {}
 
-# %% ../nbs/12c_views.ipynb #8bbd15cd
+# %% ../nbs/12c_views.ipynb #20d8fdbc
 @torch.no_grad()
 def extract_views(sources: Mapping[str, tuple[Any, Sequence[int | str]]], # name -> (FeatureSource, its layers to keep)
                   images: Any,              # what `image_set` takes
@@ -180,8 +179,9 @@ def extract_views(sources: Mapping[str, tuple[Any, Sequence[int | str]]], # name
         if bar is not None: bar.update(len(x))
     if not n: raise UserError('no images; give at least a few hundred')
     if names is not None and len(names) != n: raise UserError(f'{len(names)} names for {n} images; give one for each')
-    labels = [*names] if names is not None else found or [f'{i:06d}' for i in range(n)]
-    return {at: Bank(_ordered(parts, at), tuple(labels), dict(source=at[1], layer=at[2], pooling=pool, transform=at[0])) for at, parts in kept.items()}
+    labels, marks = [*names] if names is not None else found or [f'{i:06d}' for i in range(n)], stamps(images)
+    marks = tuple(marks) if marks else None
+    return {at: Bank(_ordered(parts, at), tuple(labels), dict(source=at[1], layer=at[2], pooling=pool, transform=at[0]), marks) for at, parts in kept.items()}
 
 def _ordered(parts: list[tuple[list[int], Tensor]], at: tuple) -> Tensor:
     shapes = sorted({tuple(t.shape[1:]) for _, t in parts})
