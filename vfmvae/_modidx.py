@@ -1382,6 +1382,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vfmvae.views.image_set': ('views.html#image_set', 'vfmvae/views.py'),
                               'vfmvae.views.images_seen': ('views.html#images_seen', 'vfmvae/views.py'),
                               'vfmvae.views.label': ('views.html#label', 'vfmvae/views.py'),
+                              'vfmvae.views.say_unfamiliar': ('views.html#say_unfamiliar', 'vfmvae/views.py'),
                               'vfmvae.views.see': ('views.html#see', 'vfmvae/views.py'),
                               'vfmvae.views.views': ('views.html#views', 'vfmvae/views.py')},
             'vfmvae.widgets': { 'vfmvae.widgets.ColourFit': ('widgets.html#colourfit', 'vfmvae/widgets.py'),

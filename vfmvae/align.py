@@ -21,7 +21,7 @@ from .core import Table, UserError, real, whole
 from .features import Bank
 from .neighbours import Graph, _blocks, _graph, _graphs, _rows, _shared, _sorted, _square, knn_graph, mutual_knn, prepare
 from .probes import PENALTIES, Score, knn_accuracy, linear_probe, probe, ridge_probe
-from .views import as_source, extract_views, gather, image_set, images_seen, label, views
+from .views import as_source, extract_views, gather, image_set, images_seen, label, say_unfamiliar, views
 _all_ = ['Graph', 'knn_graph', 'mutual_knn', 'prepare', 'PENALTIES', 'Score', 'knn_accuracy', 'linear_probe', 'probe', 'ridge_probe']   # one door for all of it
 
 # %% ../nbs/13_align.ipynb #0c443630
@@ -365,6 +365,7 @@ def alignment_under(pairs: Sequence[tuple[Any, Any]],  # (source, reference): wh
     todo = [(_one(a), _one(b)) for a, b in map(_pair, pairs)]
     sources = gather(s for pair in todo for s in pair)
     _enough(ds, k, kwargs.get('times', 200))
+    say_unfamiliar((s for s, _ in sources.values()), ds)
     seen = extract_views(sources, ds, transforms, pool, names, batch_size, seed=42+seed, quiet=quiet) if todo else {}
     table = alignment_of(seen, [((a.name, at), (b.name, bt)) for (a, at), (b, bt) in todo], transforms, reference_state, k, seed=seed, **kwargs)
     return Table(table, **table.facts | images_seen(ds))

@@ -19,7 +19,7 @@ from torch import Tensor
 from .core import Table, UserError, real, whole
 from .features import extract
 from .neighbours import _copies, _nearest, _rows, _said, _unit
-from .views import as_source, image_set, images_seen
+from .views import as_source, image_set, images_seen, say_unfamiliar
 
 # %% ../nbs/12d_probes.ipynb #8a65464e
 class Score(NamedTuple):
@@ -241,6 +241,8 @@ def probe(source: Any,                    # a FeatureSource, a tokenizer, or the
     if not seeds: raise UserError('a linear probe needs at least one seed')
     source, train, test = as_source(source), image_set(train, n), image_set(test, n)
     known = _common(train, test)
+    if not 0 < whole(k, 'k') <= len(train): raise UserError(f'k = {k} voters among {len(train)} training images; choose k between 1 and {len(train)}')
+    say_unfamiliar([source], test)
     a, ya = _labelled(source, train, 'training', layers, pool, batch_size)
     b, yb = _labelled(source, test, 'test', layers, pool, batch_size)
     ta, tb, classes = _codes([c for c in known or sorted({*ya}) if c in {*ya}], ya, yb, 'cpu')

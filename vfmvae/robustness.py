@@ -14,7 +14,7 @@ from .align import Graph, _enough, _one, alignment_under, cknna_pairs, knn_graph
 from .core import Table, UserError, whole
 from .data import TRANSFORMS
 from .plots import curves, panels
-from .views import as_source, extract_views, gather, image_set, images_seen
+from .views import as_source, extract_views, gather, image_set, images_seen, say_unfamiliar
 
 # %% ../nbs/13d_robustness.ipynb #1f52ff62
 AXES = ('noise', 'rotation', 'scale', 'translation', 'hflip', 'colour', 'blur', 'jpeg', 'crop', 'occlusion')
@@ -72,7 +72,9 @@ def layer_scores(sources: Sequence[Any],       # what `views.as_source` takes, w
     left = [(s, layer) for s in map(as_source, sources) for layer in s.layers]
     right, images, k = [_one(r) for r in references], image_set(images, n), whole(k, 'k')
     _enough(images, k, times)
-    banks = extract_views(gather([*left, *right]), images, (), pool, names, batch_size, quiet=quiet)
+    asked = gather([*left, *right])
+    say_unfamiliar((s for s, _ in asked.values()), images)
+    banks = extract_views(asked, images, (), pool, names, batch_size, quiet=quiet)
     graphs: dict[tuple[str, Any], Graph] = {(at[1], at[2]): knn_graph(prepare(b.features, q), k) for at, b in banks.items()}
     tag = lambda s, layer: f'{s.name}\n{layer}'
     pairs = cknna_pairs({tag(s, i): graphs[s.name, i] for s, i in left}, {tag(s, i): graphs[s.name, i] for s, i in right}, k, times=times, seed=seed)
