@@ -204,7 +204,7 @@ def _differences(meta: dict, task: Task, loop: Mapping[str, Any]) -> tuple[list[
         else: bad.append(f'{k}: {then[k]} there, {now[k]} here')
     return bad, said
 
-# %% ../nbs/10_train.ipynb #457f1091
+# %% ../nbs/10_train.ipynb #4c1634b3
 def checkpoints(folder: str | Path) -> list[Path]:
     "Whole checkpoints in a run's folder, oldest first (the JSON is written last, so a checkpoint with JSON is whole); none if there is no such folder."
     return sorted(p for p in Path(folder).glob('step-*.safetensors') if sidecar(p).exists())
@@ -322,7 +322,7 @@ def warm_cosine(lr: float, steps: int, warmup: int = 100, floor: float = 0.02,
     def way(step: int) -> float: return 1. if step >= steps else step*cycles/steps % 1
     return lambda step: lr*min(1., (step+1)/warmup)*(floor + (1-floor)*(.5 + .5*math.cos(math.pi*way(step))))
 
-# %% ../nbs/10_train.ipynb #84760ba0
+# %% ../nbs/10_train.ipynb #78f26409
 def betas_of(value: Any, name: str # of the setting, for the message
             ) -> tuple[float, float]:
     "Adam's two decays, each in [0, 1). UserError if they are something else."
@@ -509,7 +509,7 @@ def _micro(loader: Any, first: int, accumulate: int) -> Generator[list[dict]]:
         while micro := list(itertools.islice(batches, accumulate)): yield micro
     raise UserError('the loader ended before the training; give one whose steps go on')
 
-# %% ../nbs/10_train.ipynb #06b7d2ca
+# %% ../nbs/10_train.ipynb #7912bb9f
 def fit(task: Task,               # nets, optimizers, one step
         loader: Any,              # `.batch_at(i)`, or `.steps(i)` that reads ahead; `.batch_size` of a micro-batch (of all processes together)
         images: int,              # how far to train, counted in images from the start of the run
