@@ -1,4 +1,4 @@
-"""Kills training, caching, extraction, sampling and evaluation at random times and lets each go on: does it end with the same bits, and is the folder clean?
+"""Kills training, caching, extraction, sampling and evaluation at random times and lets each go on: same bits, clean folder?
 
 `python benchmarks/kills.py --n 100 --seed 0 --out data/results/kills.json` prints a table and writes it with seed, commit and hardware."""
 import argparse, json, multiprocessing, os, random, re, signal, sys, tempfile, time
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context('forkserver')   # children begin with everything imported and nothing computed
-PRELOAD = ['torch', 'torch._dynamo', 'torchvision', 'timm', 'accelerate', 'torchmetrics', 'vfmvae.generate', 'vfmvae.demo', 'safetensors.torch',
-           'matplotlib.pyplot', 'matplotlib.backends.backend_agg']
+PRELOAD = ['torch', 'torch._dynamo', 'torchvision', 'timm', 'accelerate', 'torchmetrics', 'vfmvae.generate', 'vfmvae.demo',
+           'safetensors.torch', 'matplotlib.pyplot', 'matplotlib.backends.backend_agg']
 VOLATILE = {'made', 'date', 'images_per_s', 'memory_gb', 'pair'}    # true of one run, not of its numbers
 
 
 def tokenizer(folder: Path) -> None:
     from vfmvae.recipes import train_tokenizer
-    train_tokenizer('conv-f8d16', 'world', images=12, batch=4, run=folder/'run', out=folder/'net.safetensors', log_every=1, save_every=1)
+    out = folder/'net.safetensors'
+    train_tokenizer('conv-f8d16', 'world', images=12, batch=4, run=folder/'run', out=out, log_every=1, save_every=1)
 
 
 def flow(folder: Path) -> None:
@@ -28,8 +29,8 @@ def flow(folder: Path) -> None:
     p = FLOW_PRESETS['dit-conv-f8d16']
     p = replace(p, net=replace(p.net, hidden_size=32, depth=1, num_heads=2))
     def watch(task: Any) -> Watch: return Watch(task, LatentCache(folder/'latents'), 16, Run(folder/'run'), n=4)
-    train_flow(p, World(16, seed=2), folder/'latents', images=48, batch=8, run=folder/'run', out=folder/'net.safetensors', watch=watch,
-               log_every=1, save_every=2, keep=1)
+    train_flow(p, World(16, seed=2), folder/'latents', images=48, batch=8, run=folder/'run', out=folder/'net.safetensors',
+               watch=watch, log_every=1, save_every=2, keep=1)
 
 
 def cache(folder: Path) -> None:
@@ -43,7 +44,8 @@ def extraction(folder: Path) -> None:
     from vfmvae.data import World
     from vfmvae.features import banks
     from vfmvae.vfm import VFM
-    for layer, bank in banks(VFM('tiny'), World(32, seed=4), layers=(0, 2, -1)).items(): bank.save(folder/f'layer{layer}.safetensors')
+    made = banks(VFM('tiny'), World(32, seed=4), layers=(0, 2, -1))
+    for layer, bank in made.items(): bank.save(folder/f'layer{layer}.safetensors')
 
 
 def sampling(folder: Path) -> None:
@@ -62,7 +64,8 @@ def evaluation(folder: Path) -> None:
     write_json(folder/'rfid.json', rfid(tokenizers['conv-f8d16'], data, eye).json())
 
 
-JOBS: dict[str, Callable[[Path], None]] = dict(tokenizer=tokenizer, flow=flow, cache=cache, extraction=extraction, sampling=sampling, evaluation=evaluation)
+JOBS: dict[str, Callable[[Path], None]] = dict(tokenizer=tokenizer, flow=flow, cache=cache, extraction=extraction,
+                                               sampling=sampling, evaluation=evaluation)
 
 
 def plain(x: Any) -> Any:
@@ -81,7 +84,7 @@ def state(folder: Path) -> dict[str, Any]:
         if p.suffix == '.safetensors':
             with safe_open(p, 'pt') as f: value: Any = digest({k: f.get_tensor(k) for k in f.keys()})
         elif p.suffix == '.json': value = plain(json.loads(p.read_text(encoding='utf-8')))
-        elif p.suffix == '.jsonl': value = [plain(json.loads(line)) for line in p.read_text(encoding='utf-8').splitlines()]
+        elif p.suffix == '.jsonl': value = [plain(json.loads(x)) for x in p.read_text(encoding='utf-8').splitlines()]
         elif p.suffix == '.npz':
             with np.load(p) as a: value = {k: a[k].tobytes() for k in a.files}
         else: value = p.read_bytes()
@@ -90,8 +93,8 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def strike(pattern: str, when: str, nth: int = 1) -> None:
-    """From now on this process dies at the nth operation on a file whose name matches: 'write' before it gets its name (its temporary file stays),
-    'written' after, 'delete' before it is deleted, 'log' with half of a new line in it."""
+    """From now on this process dies at the nth operation on a file whose name matches: 'write' before it gets its name (its
+    temporary file stays), 'written' after, 'delete' before it is deleted, 'log' with half of a new line in it."""
     left = [nth]
     def due(path: Any) -> bool:
         if not re.fullmatch(pattern, Path(path).name): return False
@@ -131,7 +134,7 @@ def child(job: str, folder: Path, at: tuple | None) -> None:
 
 
 def run(job: str, folder: Path, at: tuple | None = None, after: float | None = None) -> int:
-    "Runs a job in a process of its own, killed at a point of `strike` or after so many seconds; its exit code, -9 if it was killed."
+    "Runs a job in a process of its own, killed at a point of `strike` or after so many seconds; its exit code (-9: killed)."
     CONTEXT.set_forkserver_preload(PRELOAD)
     p = CONTEXT.Process(target=child, args=(job, folder, at))
     p.start()
@@ -175,12 +178,14 @@ def main(argv: list[str] | None = None) -> int:
             code = run(job, folder)
             same, clean = code == 0 and state(folder) == want[job], not torn(folder)
             rows.append(dict(job=job, kills=kills, torn=left, same=same, clean=clean))
-            print(f"{i+1:4d}/{args.n}  {job:12s} killed {kills}  files torn {left}  {'same' if same else 'DIFFERS'}  {'clean' if clean else 'LEFT ' + str(torn(folder))}",
-                  flush=True)
-    table = [dict(job=j, runs=len(r), kills=sum(x['kills'] for x in r), torn=sum(x['torn'] for x in r), same=sum(x['same'] for x in r),
-                  clean=sum(x['clean'] for x in r)) for j in JOBS for r in [[x for x in rows if x['job'] == j]]]
-    print(f"{'job':12s} {'runs':>5s} {'kills':>6s} {'torn':>5s} {'same':>5s} {'clean':>6s}")
-    for r in table: print(f"{r['job']:12s} {r['runs']:5d} {r['kills']:6d} {r['torn']:5d} {r['same']:5d} {r['clean']:6d}")
+            word = ('same' if same else 'DIFFERS', 'clean' if clean else f'LEFT {torn(folder)}')
+            print(f'{i+1:4d}/{args.n}  {job:12s} killed {kills}  files torn {left}  {word[0]}  {word[1]}', flush=True)
+    table = []
+    for job in JOBS:
+        mine = [r for r in rows if r['job'] == job]
+        table.append(dict(job=job, runs=len(mine)) | {k: sum(r[k] for r in mine) for k in ('kills', 'torn', 'same', 'clean')})
+    print(' '.join(f'{k:>11s}' for k in table[0]))
+    for r in table: print(' '.join(f'{v:>11}' for v in r.values()))
     if args.out: write_json(args.out, dict(rows=table, n=args.n, made=provenance(seed=args.seed)))
     return int(not all(r['same'] and r['clean'] for r in rows))
 

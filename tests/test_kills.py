@@ -1,4 +1,4 @@
-"""A process that is killed while it trains, caches, extracts, samples or evaluates and is started again ends with the same bits and leaves nothing behind."""
+"""Who is killed while training, caching, extracting, sampling or evaluating and starts again: the same bits, a clean folder."""
 import signal, sys
 from pathlib import Path
 import pytest

@@ -1200,6 +1200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vfmvae.train._flatten': ('train.html#_flatten', 'vfmvae/train.py'),
                               'vfmvae.train._grouped': ('train.html#_grouped', 'vfmvae/train.py'),
                               'vfmvae.train._identity': ('train.html#_identity', 'vfmvae/train.py'),
+                              'vfmvae.train._line': ('train.html#_line', 'vfmvae/train.py'),
                               'vfmvae.train._load_optimizer': ('train.html#_load_optimizer', 'vfmvae/train.py'),
                               'vfmvae.train._load_trained': ('train.html#_load_trained', 'vfmvae/train.py'),
                               'vfmvae.train._micro': ('train.html#_micro', 'vfmvae/train.py'),

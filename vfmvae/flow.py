@@ -331,7 +331,7 @@ class ImageNoise:
                  shape: Sequence[int],       # of one state: (c,h,w), or (c*h*w + d,) with a class token
                  dtype: torch.dtype = torch.float32, device: Any = 'cpu'):
         self.shape, self.dtype, self.device = tuple(shape), dtype, device
-        mask, seed = 2**64-1, whole(seed, 'seed')  # a counter-based generator keyed by both numbers: no two images share a stream
+        mask, seed = 2**64-1, whole(seed, 'seed')  # a counter-based generator keyed by both: no two images share a stream
         keys = [np.array([seed & mask, whole(i, 'number of an image') & mask], dtype=np.uint64) for i in index]
         self.streams = [np.random.Generator(np.random.Philox(key=k)) for k in keys]
         if not self.streams: raise UserError('noise for no image; give at least one index')
@@ -405,22 +405,24 @@ def sample(velocity: Field, noise: Tensor | ImageNoise, steps: int = 50, method:
            states: bool = False, # also the states on the way
            **how: Any            # see `trajectory`
           ) -> Any:
-    """The final latents (b,...) in the noise's precision; with `states` a pair of them and all states (steps+1,b,...), the noise first. Arguments:
-    `trajectory`. UserError if they are not finite: the guidance is too strong, or the net is broken."""
+    """The final latents (b,...) in the noise's precision; with `states` a pair of them and all states (steps+1,b,...), the
+    noise first. Arguments: `trajectory`. UserError if they are not finite: too much guidance, or a broken net."""
     dtype, kept = noise.dtype, list[Tensor]()
     for _, z in trajectory(velocity, noise, steps, method, **how): kept = [*kept, z] if states else [z]
     final = kept[-1].to(dtype)
-    if not final.isfinite().all(): raise UserError(f'sampling by {method!r} ended in NaN or infinity; guide less, take more steps, or look at the net')
+    if not final.isfinite().all():
+        raise UserError(f'sampling by {method!r} ended in NaN or infinity; guide less, take more steps, or look at the net')
     return (final, torch.stack(kept).to(dtype)) if states else final
 
 # %% ../nbs/14_flow.ipynb #51361209
 def _interval(interval: tuple[float, float]) -> tuple[float, float]:
-    try: low, high = (real(v, 'guidance interval') for v in interval)
-    except (TypeError, ValueError): raise UserError(f'a guidance interval of {interval}; give (low, high) noise levels in [0, 1]') from None
-    if not 0 <= low <= high <= 1: raise UserError(f'a guidance interval of {interval}; give (low, high) noise levels in [0, 1]')
+    try: low, high = (real(v, 'guidance interval', low=0, high=1) for v in interval)
+    except (TypeError, ValueError): low, high = 1., 0.
+    if low > high: raise UserError(f'a guidance interval of {interval}; give (low, high) noise levels in [0, 1]')
     return low, high
 
-def _scale(value: Any, name: str = 'guidance') -> float: return real(value, name, -1e4, 1e4)      # far more than anything that still is a picture
+def _scale(value: Any, name: str = 'guidance') -> float:
+    return real(value, name, -1e4, 1e4)      # far more than anything that still is a picture
 
 def guide(strong: Field, weak: Field,
           scale: float | Callable[[Tensor], Tensor],  # 1: no guidance; or from a velocity to scales that broadcast against it

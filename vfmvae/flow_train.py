@@ -19,8 +19,8 @@ from torch import Tensor, nn
 # %% ../nbs/16_flow_train.ipynb #8ec03dc1
 from .core import Gaussian, UserError, nearest, real, whole, write_atomic
 from .dit import DiT, DiTConfig, NetFeatures, Parts
-from .flow import (FLOW_WEIGHTS, KINDS, LAWS, PATHS, TERMS, ImageNoise, classifier_free, flow_loss, guide, internal_guidance, field as velocity_of,
-                         part, sample, sample_t)
+from .flow import (FLOW_WEIGHTS, KINDS, LAWS, PATHS, TERMS, ImageNoise, classifier_free, field as velocity_of, flow_loss, guide,
+                         internal_guidance, part, sample, sample_t)
 from .latents import LatentCache, cache_latents
 from .plots import show_images, to_png
 from .robustness import layer_scores
@@ -41,15 +41,17 @@ class FlowConfig:
     clip: float | None = None           # largest gradient norm
     ema: float = .9999                  # decay of the average, per step
     def __post_init__(self) -> None:
-        if not isinstance(self.weights, Mapping): raise UserError(f'FlowConfig.weights: {self.weights!r} is no mapping of loss terms to numbers')
+        def need(ok: bool, text: str) -> None:
+            if not ok: raise UserError(f'FlowConfig.{text}')
+        need(isinstance(self.weights, Mapping), f'weights: {self.weights!r} is no mapping of loss terms to numbers')
         for k, w in self.weights.items():
-            if k not in TERMS: raise UserError(f"FlowConfig.weights: no loss term {k!r}{nearest(str(k), TERMS)} (known: {', '.join(TERMS)})")
+            need(k in TERMS, f"weights: no loss term {k!r}{nearest(str(k), TERMS)} (known: {', '.join(TERMS)})")
             real(w, f'FlowConfig.weights: {k}', low=0, high=1e9)
         object.__setattr__(self, 'laws', self._laws())
         object.__setattr__(self, 'betas', betas_of(self.betas, 'FlowConfig.betas'))
         object.__setattr__(self, 'weights', dict(self.weights))
-        for k, known in dict(path=PATHS, predict=KINDS).items():
-            if getattr(self, k) not in known: raise UserError(f"FlowConfig.{k}: {getattr(self, k)!r} is not one of {', '.join(known)}")
+        need(self.path in PATHS, f"path: {self.path!r} is not one of {', '.join(PATHS)}")
+        need(self.predict in KINDS, f"predict: {self.predict!r} is not one of {', '.join(KINDS)}")
         real(self.lr, 'FlowConfig.lr', above=0, high=1e3)
         real(self.weight_decay, 'FlowConfig.weight_decay', low=0, high=1e3)
         if self.clip is not None: real(self.clip, 'FlowConfig.clip', above=0)
@@ -59,12 +61,13 @@ class FlowConfig:
         try: laws = tuple((law, whole(at, 'FlowConfig.laws', 0)) for law, at in self.laws)
         except (TypeError, ValueError): laws = ()
         if not laws or laws[0][1] != 0 or any(a[1] >= b[1] for a, b in zip(laws, laws[1:], strict=False)):
-            raise UserError(f'FlowConfig.laws: {self.laws!r} are no pairs ((law, images), ...) that begin at 0 images and rise')
+            raise UserError(f'FlowConfig.laws: {self.laws!r}: pairs ((law, images), ...) must begin at 0 images and rise')
         found = []
         for law, at in laws:
             how = dict(law) if isinstance(law, Mapping) else dict(law=law)
             try: sample_t(1, generator=torch.Generator(), **how)
-            except (UserError, TypeError, ValueError) as e: raise UserError(f'FlowConfig.laws: {law!r}: {e} (known: {", ".join(LAWS)})') from None
+            except (TypeError, ValueError) as e:
+                raise UserError(f"FlowConfig.laws: {law!r}: {e} (known: {', '.join(LAWS)})") from None
             found.append((how['law'] if how.keys() == {'law'} else how, at))
         return tuple(found)
     def law(self, seen: int) -> Any:
@@ -107,7 +110,7 @@ class FlowTask:
         self.optimizers = dict(net=torch.optim.AdamW(params, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True))
         self.ema = EMA(net, constant=config.ema)
         self._forward: Any = None
-        self._labelled = False                                  # whether labels on a device were looked at, which waits for it
+        self._labelled = False              # whether labels on a device were looked at, which waits for it
         self.per_sample: tuple[Tensor, Tensor] | None = None    # noise levels and errors of the last step
     def config(self) -> dict:
         "Net and recipe, as JSON."
@@ -139,7 +142,8 @@ class FlowTask:
         if len(y) and (y.device.type == 'cpu' or not self._labelled):
             low, high = torch.stack(torch.aminmax(y)).tolist()
             if not 0 <= low <= high < c.num_classes:
-                raise UserError(f'labels from {low} to {high} for a net of {c.num_classes} classes; build the net with num_classes for this data')
+                raise UserError(f'labels from {low} to {high} for a net of {c.num_classes} classes; '
+                                'build the net with num_classes for this data')
             self._labelled = True
         drop = (torch.rand(len(y)) < c.label_dropout).to(y.device) if net.training and c.label_dropout else None
         cls, targets = self._targets(batch, (z.shape[2]//c.patch_size, z.shape[3]//c.patch_size))
@@ -214,7 +218,7 @@ def sample_latents(net: DiT,
                   ) -> Any:
     "Latents (n,c,h,w) on unit scale; with `states` a pair of them and of (steps+1,n,c,h,w), noise first. The net is called in eval mode, on its own device."
     c, batch_size = net.config, whole(batch_size, 'batch_size', 1)
-    y = labels.flatten() if isinstance(labels, Tensor) else torch.tensor([whole(k, 'label', 0, c.num_classes) for k in labels], dtype=torch.int64)
+    y = labels if isinstance(labels, Tensor) else torch.tensor([whole(k, 'label', 0, c.num_classes) for k in labels])
     index = list(range(len(y)) if index is None else index)
     if not len(y): raise UserError('no labels, so nothing to sample; give one for each picture')
     if len(index) != len(y): raise UserError(f'{len(index)} numbers for {len(y)} labels; give one each')
@@ -290,7 +294,7 @@ class Watch:
         self.rows: list[dict] = []
         self._begun = False
     def __call__(self, history: list[dict]) -> None:
-        if not self._begun and self.run: self.rows = self.run.rows('watch.jsonl')      # a run that goes on keeps its schedule
+        if not self._begun and self.run: self.rows = self.run.rows('watch.jsonl')   # a run that goes on keeps its schedule
         self._begun, seen = True, history[-1]['images']
         if seen//self.every > (self.rows[-1]['images']//self.every if self.rows else 0): self.look(seen)
         if self.then: self.then(history)

@@ -65,7 +65,8 @@ class Stage:
         balanced = 'vf' not in on or not self.adaptive or bool(on & {*RECONSTRUCTION})
         need(balanced, ' balances vf against no reconstruction loss; add one or set adaptive=False')
         scales = [real(e, f'{who}: a scale of its equivariance', above=0, high=1) for e in self.equivariance]
-        need(not scales or scales[-1] == 1 and len(scales) > 1, f': equivariance {self.equivariance} must be scales in (0, 1] that end with 1')
+        need(not scales or scales[-1] == 1 and len(scales) > 1,
+             f': equivariance {self.equivariance} must be scales in (0, 1] that end with 1')
         for k in self.warmup: need(k in _LEANS, f' has no warm-up for {k!r}; known: gan, patchgan')
         for k, other in _LEANS.items():
             need(k not in self.warmup or {k, other} <= on, f': {k} cannot wait for {other} to settle unless both have a weight')
@@ -291,10 +292,11 @@ class TokenizerTask:
     def defaults(self) -> dict:
         "What `config` says where nothing is set."
         own = {k: v for k, v in defaults_of(TokenizerTask).items() if k not in ('perceptual', 'critics')}
-        return dict(own, model=defaults_of(type(self.model.config)), stage=dict(defaults_of(Stage), weights=dict.fromkeys(LOSSES, 0.)),
+        stage = dict(defaults_of(Stage), weights=dict.fromkeys(LOSSES, 0.))
+        return dict(own, model=defaults_of(type(self.model.config)), stage=stage,
                     critics={k: defaults_of(type(c)) for k, c in self.critics.items() if hasattr(c, 'config')})
     def frozen(self) -> dict[str, nn.Module]:
-        "What the losses look through and no run keeps: VFMs of the tokenizer and its discriminators, the nets of the perceptual loss."
+        "What the losses look through and no run keeps: VFMs of tokenizer and discriminators, nets of the perceptual loss."
         vfms = {f'{k}.vfm': n.vfm for k, n in self.nets.items() if getattr(n, 'vfm', None) is not None}
         seen = self.perceptual if 'perceptual' in self.stage.active() else None
         return vfms | {f'perceptual.{i}': m for i, m in enumerate(modules_in(seen))}

@@ -8,7 +8,8 @@ __all__ = ['Task', 'NotFinite', 'EMA', 'provenance', 'task_state', 'load_task_st
            'Live', 'processes', 'world', 'everywhere', 'leave', 'average_gradients', 'synchronise', 'memory_gb', 'fit']
 
 # %% ../nbs/10_train.ipynb #f77639c8
-import copy, dataclasses, inspect, itertools, json, math, os, platform, resource, shutil, subprocess, sys, time, warnings
+import copy, dataclasses, inspect, itertools, json, math, os, platform, resource, shutil, subprocess, sys, time
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from functools import lru_cache, partial
@@ -20,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/10_train.ipynb #c113c6d2
-from .core import (UserError, check_out, check_weights, digest, home, inside, load_weights, progress, real, save_weights, seed_all, sidecar, sweep,
-                         to_json, whole, write_atomic, write_json)
-from .data import Loader, fingerprint
+from .core import (UserError, check_out, check_weights, digest, home, inside, load_weights, progress, real, save_weights,
+                         seed_all, sidecar, sweep, to_json, whole, write_atomic, write_json)
+from .data import Loader, fingerprint, loader as data_loader
 from .plots import curves, panels, to_png
 
 # %% ../nbs/10_train.ipynb #eec3455d
@@ -47,8 +48,8 @@ class Task(Protocol):
     def config(self) -> dict:
         "What shapes the task, as JSON: a resumed run must agree with it."
         ...
-    # What a task may have besides: `state()` and `load_state(state)`, more to save; `defaults()`, what `config` says where nothing is set, so that
-    # runs older than a setting go on; `frozen()`, name -> module that is not saved but decides the numbers.
+    # What a task may have besides: `state()` and `load_state(state)`, more to save; `defaults()`, what `config` says where
+    # nothing is set, so that runs older than a setting go on; `frozen()`, name -> module that is not saved but decides numbers.
 
 # %% ../nbs/10_train.ipynb #0d9a0db6
 class NotFinite(Exception):
@@ -65,8 +66,8 @@ def _parts(net: nn.Module, but: nn.Module | None) -> tuple[list[Tensor], list[Te
     return list({id(p): p for p in params}.values()), [b for m in modules for b in m.buffers(recurse=False)]
 
 class EMA:
-    """The decay is set by an image half-life: 0.5**(batch/n), n = min(half_life, rampup*seen) (spec section 12); buffers are copied verbatim.
-    `.net` is the averaged module. Its frozen VFM, if it has one, is that of the module in training: neither held twice nor averaged."""
+    """The decay is set by an image half-life: 0.5**(batch/n), n = min(half_life, rampup*seen) (spec section 12); buffers are
+    copied verbatim. `.net` is the averaged module. Its frozen VFM, if any, is that of the module in training: held once."""
     def __init__(self, net: nn.Module, half_life: float = 160_000, rampup: float | None = 0.05,
                  constant: float | None = None  # the same decay at every step instead, as the diffusion recipes have it
                 ):
@@ -90,25 +91,27 @@ class EMA:
 # %% ../nbs/10_train.ipynb #be8150e2
 @lru_cache
 def _commit() -> tuple[str | None, bool | None]:
-    "The commit that the package is of, and whether its files were changed since; Nones where no repository tracks them."
+    "The commit that the package is of, and whether its files were changed since; Nones where no repository has them."
     import vfmvae
     def git(*a: str) -> str | None:
-        try: done = subprocess.run(['git', *a], cwd=Path(vfmvae.__file__).parent, capture_output=True, text=True, timeout=5)
+        here = Path(vfmvae.__file__).parent
+        try: done = subprocess.run(['git', *a], cwd=here, capture_output=True, text=True, timeout=5)
         except (OSError, subprocess.TimeoutExpired): return None
         return done.stdout.strip() if done.returncode == 0 else None
     # an environment may lie in a stranger's repository: then its commit says nothing about this code
-    if git('ls-files', '--error-unmatch', '__init__.py') is None or (commit := git('rev-parse', '--short', 'HEAD')) is None: return None, None
-    return commit, git('status', '--porcelain', '--', '.') != ''
+    tracked, commit = git('ls-files', '--error-unmatch', '__init__.py'), git('rev-parse', '--short', 'HEAD')
+    return (None, None) if tracked is None or commit is None else (commit, git('status', '--porcelain', '--', '.') != '')
 
 def provenance(**more # anything to add: seed=3, note='...'
               ) -> dict:
-    "Commit of the checkout that the package is of, if any, and whether its files differ from it (`dirty`); date, versions and hardware, as JSON."
+    "Commit of the package's checkout, if any, and whether its files differ from it (`dirty`); date, versions, hardware, as JSON."
     import numpy, timm, vfmvae
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     hardware = f'{torch.cuda.device_count()}x {gpu}' if gpu else f'CPU, {os.cpu_count()} cores, {platform.machine()}'
     commit, dirty = _commit()
+    versions = dict(vfmvae=vfmvae.__version__, torch=torch.__version__, timm=timm.__version__, numpy=numpy.__version__)
     return dict(commit=commit, dirty=dirty, date=time.strftime('%Y-%m-%d'), hardware=hardware, threads=torch.get_num_threads(),
-                versions=dict(vfmvae=vfmvae.__version__, torch=torch.__version__, timm=timm.__version__, numpy=numpy.__version__), **more)
+                versions=versions, **more)
 
 # %% ../nbs/10_train.ipynb #70f5fbec
 def _flatten(obj: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
@@ -132,7 +135,10 @@ def _trained(net: nn.Module) -> dict[str, Tensor]:
 def _load_trained(net: nn.Module, state: Mapping[str, Tensor]) -> None:
     if hasattr(net, 'load_own_state'): return net.load_own_state(state)
     try: net.load_state_dict(state)
-    except RuntimeError as e: raise UserError(f"the weights do not fit: {' '.join(str(e).split())[:300]}; give those of the same configuration") from None
+    except RuntimeError as e:
+        raise UserError(f"the weights do not fit: {_line(e)[:300]}; give those of the same configuration") from None
+
+def _line(e: Exception) -> str: return ' '.join(str(e).split())
 
 def _load_optimizer(opt: torch.optim.Optimizer, state: Mapping[str, Any], name: str) -> None:
     "UserError unless the saved state has the parameters, shapes and kinds of numbers of this optimizer."
@@ -140,7 +146,7 @@ def _load_optimizer(opt: torch.optim.Optimizer, state: Mapping[str, Any], name: 
     saved, groups = {int(i): s for i, s in state['state'].items()}, state['param_groups']
     def fits(i: int, v: Any) -> bool: return not isinstance(v, Tensor) or not v.ndim or v.shape == params[i].shape
     def alike(a: Any, b: Any) -> bool: return isinstance(a, int | float) == isinstance(b, int | float)
-    bad = [f'parameter {i}' for i, s in saved.items() if not 0 <= i < len(params) or not all(fits(i, v) for v in s.values())]
+    bad = [f'parameter {i}' for i, s in saved.items() if not (0 <= i < len(params) and all(fits(i, v) for v in s.values()))]
     bad += [k for a, b in zip(opt.param_groups, groups, strict=True) for k in a if k not in b or not alike(a[k], b[k])]
     if bad: raise UserError(f'the state of the optimizer {name!r} does not fit ({bad[0]})')
     opt.load_state_dict(dict(state, state=saved))
@@ -163,7 +169,7 @@ def load_task_state(task: Task, tensors: Mapping[str, Tensor], plain: dict) -> N
         if tree['extra'] is not None: getattr(task, 'load_state')(tree['extra'])  # noqa: B009
     except UserError: raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise UserError(f"the state is not that of such a task ({type(e).__name__}: {' '.join(str(e).split())[:80]})") from None
+        raise UserError(f'the state is not that of such a task ({type(e).__name__}: {_line(e)[:80]})') from None
 
 # %% ../nbs/10_train.ipynb #e7015d8c
 def _dotted(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -174,7 +180,8 @@ def _dotted(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 def defaults_of(cls: Any # a dataclass or another class
                ) -> dict[str, Any]:
     "Its arguments that have a default, with it."
-    if dataclasses.is_dataclass(cls): return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    if dataclasses.is_dataclass(cls):
+        return {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
     return {k: p.default for k, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
 
 def modules_in(f: Any # a module, a function, a `partial`
@@ -182,29 +189,31 @@ def modules_in(f: Any # a module, a function, a `partial`
     "The modules that a callable holds on to."
     if isinstance(f, nn.Module): return [f]
     if isinstance(f, partial): return [m for x in (f.func, *f.args, *f.keywords.values()) for m in modules_in(x)]
-    return [m for c in getattr(f, '__closure__', None) or () for m in ([c.cell_contents] if isinstance(c.cell_contents, nn.Module) else [])]
+    held = [c.cell_contents for c in getattr(f, '__closure__', None) or ()]
+    return [m for m in held if isinstance(m, nn.Module)]
 
 def _identity(task: Task, loader: Any, acc: Any, **settings: Any) -> dict[str, Any]:
-    "What decides the numbers of a run beside the task's configuration: batch, seed, data, weights that it begins with or looks through."
+    "What decides a run's numbers beside its configuration: batch, seed, data, the weights that it begins with or looks through."
     ds = getattr(loader, 'ds', None)
     frozen = {k: digest(m.state_dict()) for k, m in getattr(task, 'frozen', dict)().items()}
     return dict(settings, processes=acc.num_processes, data=None if ds is None else fingerprint(ds), frozen=frozen,
                 start_weights=getattr(task, 'start_weights', None))
 
 def _differences(meta: dict, task: Task, loop: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """How a checkpoint's configuration and loop differ from those of now: what forbids to go on, and what is only said. A setting that the checkpoint
-    lacks stands at its default; what an older one did not keep cannot be compared; processes and micro-batches draw otherwise, but learn the same."""
+    """How a checkpoint's configuration and loop differ from those of now: what forbids to go on, and what is only said. A
+    setting that the checkpoint lacks stands at its default; what an older one did not keep cannot be compared; processes and
+    micro-batches draw otherwise, but learn the same."""
     here, known = (json.loads(to_json(x)) for x in (dict(task.config()), getattr(task, 'defaults', dict)()))
     a, b = (_dotted(known) | _dotted(c) for c in (meta['config'], here))
     bad, said = [f'{k}: {a.get(k)} there, {b.get(k)} here' for k in sorted({*a, *b}) if a.get(k) != b.get(k)], []
     then, now = _dotted(meta.get('loop') or {}), _dotted(json.loads(to_json(loop)))
     for k in [k for k in now if then.get(k) != now[k]]:
-        if k not in then: said += [] if k in ('processes', 'accumulate') else [f'{k} was not kept']
-        elif k in ('processes', 'accumulate') or k == 'data' and None in (then[k], now[k]): said.append(f'{k}: {then[k]} there, {now[k]} here')
-        else: bad.append(f'{k}: {then[k]} there, {now[k]} here')
+        drawn = k in ('processes', 'accumulate')
+        if k not in then: said += [] if drawn else [f'{k} was not kept']
+        else: (said if drawn or k == 'data' and None in (then[k], now[k]) else bad).append(f'{k}: {then[k]} there, {now[k]} here')
     return bad, said
 
-# %% ../nbs/10_train.ipynb #4c1634b3
+# %% ../nbs/10_train.ipynb #71fe55fa
 def checkpoints(folder: str | Path) -> list[Path]:
     "Whole checkpoints in a run's folder, oldest first (the JSON is written last, so a checkpoint with JSON is whole); none if there is no such folder."
     return sorted(p for p in Path(folder).glob('step-*.safetensors') if sidecar(p).exists())
@@ -218,8 +227,8 @@ def _rows(path: Path) -> list[dict]:
     return [r for r in found if isinstance(r, dict)]
 
 class Run:
-    """A folder with `config.json`, `log.jsonl` and `step-*.safetensors`; `Run('name')` lies under `home()/runs`, a `Path` and a name with a slash are
-    taken as they are. What a killed writer left there is removed. UserError if the folder cannot be made."""
+    """A folder with `config.json`, `log.jsonl` and `step-*.safetensors`; `Run('name')` lies under `home()/runs`, a `Path` and a
+    name with a slash are taken as they are. What a killed writer left there is removed. UserError if it cannot be made."""
     def __init__(self, name: str | Path, keep: int = 2 # checkpoints
                 ):
         bare = isinstance(name, str) and os.sep not in name
@@ -242,41 +251,44 @@ class Run:
             if old.stem not in kept: old.unlink(missing_ok=True)
         return path
     def load(self, task: Task, loop: Mapping[str, Any] | None = None) -> int:
-        """Resumes from the newest checkpoint; returns its step, 0 if there is none. UserError: another configuration or loop (with the difference), a
-        file that is damaged or no checkpoint. A warning: an old checkpoint that does not say what it was trained on."""
+        """Resumes from the newest checkpoint; returns its step, 0 if there is none. UserError: another configuration or loop
+        (with the difference), a file that is damaged or no checkpoint. A warning: one too old to say what it was trained on."""
         found = self.checkpoints()
         if not found: return 0
         tensors, meta = load_weights(found[-1])
         tell = partial('{} {}; choose another run name or delete {}'.format, found[-1])
-        if not all(isinstance(meta.get(k), dict) for k in ('config', 'task')) or f"step-{meta.get('step')!s:0>8}" != found[-1].stem:
+        own = f"step-{meta.get('step')!s:0>8}" == found[-1].stem
+        if not own or not all(isinstance(meta.get(k), dict) for k in ('config', 'task')):
             raise UserError(tell('is no checkpoint of a run', self.dir))
         bad, said = _differences(meta, task, loop or {})
         if bad: raise UserError(tell(f"belongs to another configuration ({'; '.join(bad)})", self.dir))
-        if said: warnings.warn(f"{found[-1]} goes on; whether as the straight run would, nobody can tell ({'; '.join(said)})", stacklevel=3)
+        if said: warnings.warn(f"{found[-1]} goes on, perhaps not as the straight run would ({'; '.join(said)})", stacklevel=3)
         try: load_task_state(task, tensors, meta['task'])
         except UserError as e: raise UserError(tell(f'cannot be resumed: {e}', self.dir)) from None
         return meta['step']
     def log(self, row: dict, name: str = 'log.jsonl') -> None:
-        "Appends one line of JSON (what is not finite is null) to `log.jsonl`, or to another file of the run. UserError if it cannot be written."
+        "Appends one line of JSON (NaN is null) to `log.jsonl`, or to another file of the run. UserError if it cannot be written."
         path = self.dir/name
         try:
             with open(path, 'a+b') as f:
                 torn = f.seek(0, os.SEEK_END) and f.seek(-1, os.SEEK_END) >= 0 and f.read(1) != b'\n'
                 f.write(b'\n'*bool(torn) + to_json(row, None).encode() + b'\n')
-        except OSError as e: raise UserError(f'{path} cannot be written ({e.strerror}); make room and call again: the run goes on') from None
+        except OSError as e:
+            raise UserError(f'{path} cannot be written ({e.strerror}); make room and call again: the run goes on') from None
     def rows(self, name: str = 'log.jsonl') -> list[dict]:
         "The rows of a log; a torn line is left out."
         return _rows(self.dir/name)
     def history(self, before: int | None = None) -> list[dict]:
-        "The logged rows; with `before`, rows after that step are dropped, from every log of the run (a resumed run repeats them). Files stay whole."
+        "The logged rows; with `before`, rows after that step are dropped from every log of the run (a resumed run repeats them)."
         rows = _rows(self.dir/'log.jsonl')
         if before is None: return rows
         kept = [r for r in rows if r['step'] <= before]
         seen = kept[-1]['images'] if kept else 0
+        def early(r: dict) -> bool: return r['step'] <= before if 'step' in r else r.get('images', 0) <= seen
         for path in self.dir.glob('*.jsonl'):
-            some = kept if path.name == 'log.jsonl' else [r for r in _rows(path) if (r['step'] <= before if 'step' in r else r.get('images', 0) <= seen)]
+            some = kept if path.name == 'log.jsonl' else [r for r in _rows(path) if early(r)]
             text = ''.join(to_json(r, None)+'\n' for r in some)
-            if text.encode() != path.read_bytes(): write_atomic(path, partial(Path.write_text, data=text, encoding='utf-8'))
+            if text.encode() != path.read_bytes(): write_atomic(path, lambda p, text=text: p.write_text(text, 'utf-8'))  # type: ignore[misc]
         return kept
     def delete(self) -> None:
         "Removes the folder."
@@ -285,7 +297,7 @@ class Run:
 # %% ../nbs/10_train.ipynb #e7c81e7a
 def read_nets(path: str | Path # a run's folder, one of its checkpoints, or a file of `save_weights` that holds one net
              ) -> tuple[dict[str, dict[str, Tensor]], int]:
-    "({name of a net or 'ema': its tensors}, images it has seen). UserError if there is no checkpoint, or a file of something else."
+    "({name of a net or 'ema': its tensors}, images it has seen). UserError: no checkpoint, or a file of something else."
     path = Path(path)
     if path.suffix != '.safetensors':
         found = checkpoints(path if path.is_dir() else home()/'runs'/path)
@@ -294,14 +306,18 @@ def read_nets(path: str | Path # a run's folder, one of its checkpoints, or a fi
     tensors, meta = load_weights(path)
     check_weights(tensors, path)
     try:
-        if 'task' not in meta: return {'model': tensors, 'ema': tensors}, whole((meta.get('recipe') or {}).get('images', 0), 'images', 0)
+        if 'task' not in meta:
+            return {'model': tensors, 'ema': tensors}, whole((meta.get('recipe') or {}).get('images', 0), 'images', 0)
         tree, seen = _restore(meta['task'], tensors), whole(meta['images'], 'images', 0)
-        return tree['nets'] | ({'ema': tree['ema']} if tree['ema'] else {}), seen + whole(meta['config'].get('start', 0), 'start', 0)
+        nets = tree['nets'] | ({'ema': tree['ema']} if tree['ema'] else {})
+        return nets, seen + whole(meta['config'].get('start', 0), 'start', 0)
     except (UserError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(f'{path} says nothing of use about its weights ({str(e)[:80]}); give a checkpoint of a run or a finished tokenizer') from None
+        what = f'{path} says nothing of use about its weights ({_line(e)[:80]})'
+        raise UserError(f'{what}; give a checkpoint of a run or a finished tokenizer') from None
 
 def load_nets(task: Task, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    "Puts what `read_nets` gave into the nets of a task, as far as both have them; a run of it remembers which weights these were. UserError if shapes differ."
+    """Puts what `read_nets` gave into the nets of a task, as far as both have them; a run of it remembers which weights these
+    were. UserError if shapes differ."""
     for k, n in task.nets.items():
         try:
             if k in state: _load_trained(n, state[k])
@@ -322,11 +338,12 @@ def warm_cosine(lr: float, steps: int, warmup: int = 100, floor: float = 0.02,
     def way(step: int) -> float: return 1. if step >= steps else step*cycles/steps % 1
     return lambda step: lr*min(1., (step+1)/warmup)*(floor + (1-floor)*(.5 + .5*math.cos(math.pi*way(step))))
 
-# %% ../nbs/10_train.ipynb #78f26409
+# %% ../nbs/10_train.ipynb #e6a0093b
 def betas_of(value: Any, name: str # of the setting, for the message
             ) -> tuple[float, float]:
     "Adam's two decays, each in [0, 1). UserError if they are something else."
-    if not isinstance(value, list | tuple) or len(value) != 2: raise UserError(f'{name}: {str(value)[:40]} are not two numbers; give (beta1, beta2)')
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise UserError(f'{name}: {str(value)[:40]} are not two numbers; give (beta1, beta2)')
     a, b = (real(v, name, low=0, high=1-1e-9) for v in value)
     return a, b
 
@@ -468,50 +485,55 @@ def _report(e: NotFinite, step: int, seen: int, micro: list[dict], run: Run | No
 def _room(folder: Path, task: Task) -> None:
     "UserError if the disk has no room for one more checkpoint."
     nets = [*task.nets.values(), *([task.ema.net] if task.ema else [])]
-    moved = [p for o in task.optimizers.values() for g in o.param_groups for p in g['params']]      # Adam keeps two numbers for each
-    need = sum(t.numel()*t.element_size() for n in nets for t in _trained(n).values()) + 2*sum(p.numel()*p.element_size() for p in moved)
-    if need > (free := shutil.disk_usage(folder).free):
-        raise UserError(f'a checkpoint takes about {need/1e6:.0f} MB, and the disk of {folder} has {free/1e6:.0f}; make room or choose another folder')
+    moved = [p for o in task.optimizers.values() for g in o.param_groups for p in g['params']]
+    kept = [*(t for n in nets for t in _trained(n).values()), *moved, *moved]      # Adam keeps two numbers for each
+    need, free = sum(t.numel()*t.element_size() for t in kept), shutil.disk_usage(folder).free
+    if need > free:
+        what = f'a checkpoint takes about {need/1e6:.0f} MB, and the disk of {folder} has {free/1e6:.0f}'
+        raise UserError(f'{what}; make room or choose another folder')
 
-def _begin(task: Task, loader: Any, images: int, run: Run | None, seed: int, accumulate: int, acc: Any) -> tuple[dict, int, int, list[dict]]:
-    "What a run is known by, the steps it takes, the one it goes on from, and its log so far; everything that can be wrong is said here."
-    if getattr(loader, 'world', 1) != acc.num_processes:
-        raise UserError(f'the loader splits batches over {loader.world} processes, but {acc.num_processes} run; give it world={acc.num_processes}')
+def _begin(task: Task, loader: Any, images: int, run: Run | None, seed: int, accumulate: int, acc: Any
+          ) -> tuple[dict, int, int, list[dict]]:
+    "What a run is known by, the steps it takes, the one it goes on from, and its log so far; what can be wrong is said here."
+    n = acc.num_processes
+    if getattr(loader, 'world', 1) != n:
+        raise UserError(f'the loader splits batches over {loader.world} processes, but {n} run; give it world={n}')
     per_step = loader.batch_size*accumulate
-    whole(images, 'images', per_step)
     for n in task.nets.values(): n.to(acc.device)
     if task.ema: task.ema.net.to(acc.device)
     _same_start(task, acc)
     loop = dict(_identity(task, loader, acc, accumulate=accumulate) if run else {}, batch=per_step, seed=seed)
     steps, first = images//per_step, run.load(task, loop) if run else 0
     if everywhere((first-everywhere(first, acc.device))**2, acc.device) > 0:
-        raise UserError(f'the processes find different checkpoints; put the run on a disk that all of them share (here: step {first})')
+        raise UserError(f'the processes find different checkpoints; put the run on a disk that they share (here: step {first})')
     if run and first > steps:
-        raise UserError(f'{run.dir} has seen {first*per_step} images already, more than {images}; ask for at least as many, or choose another run name')
+        what = f'{run.dir} has seen {first*per_step} images already, more than {images}'
+        raise UserError(f'{what}; ask for at least as many, or choose another run name')
     if not run or not acc.is_main_process: return loop, steps, first, []          # all processes resume, one writes
-    write_json(run.dir/'config.json', dict(task=task.config(), images=images, batch=per_step, seed=seed, made=provenance()))
+    settings = dict(task=task.config(), images=images, batch=per_step, seed=seed, made=provenance())
+    write_json(run.dir/'config.json', settings)
     if first < steps: _room(run.dir, task)
     return loop, steps, first, run.history(before=first)
 
 def _micro(loader: Any, first: int, accumulate: int) -> Generator[list[dict]]:
-    """The micro-batches of each step from `first` on. A step sees the same images however it is split, also where an epoch ends: they are those of a
-    loader of the whole batch."""
+    """The micro-batches of each step from `first` on. A step sees the same images however it is split, also where an epoch
+    ends: they are those of a loader of the whole batch."""
     if accumulate > 1 and isinstance(loader, Loader):
-        loader = Loader(loader.ds, loader.batch_size*accumulate, loader.seed, loader.rank, loader.world, loader.workers)
-        if not len(loader): raise UserError(f'a batch of {loader.batch_size} is larger than the set ({len(loader.ds)} images); give at most {len(loader.ds)}')
-        with closing(loader.steps(first)) as batches:
+        large = data_loader(loader.ds, loader.batch_size*accumulate, loader.seed, loader.rank, loader.world, loader.workers)
+        with closing(large.steps(first)) as batches:  # type: ignore[type-var]
             for b in batches:
                 n = [len(next(iter(b.values())))*i//accumulate for i in range(accumulate+1)]
                 yield [{k: v[i:j] for k, v in b.items()} for i, j in itertools.pairwise(n)]
         return
     start = first*accumulate
-    with closing(loader.steps(start) if hasattr(loader, 'steps') else (loader.batch_at(i) for i in itertools.count(start))) as batches:
+    plain = (loader.batch_at(i) for i in itertools.count(start))
+    with closing(loader.steps(start) if hasattr(loader, 'steps') else plain) as batches:
         while micro := list(itertools.islice(batches, accumulate)): yield micro
     raise UserError('the loader ended before the training; give one whose steps go on')
 
-# %% ../nbs/10_train.ipynb #7912bb9f
+# %% ../nbs/10_train.ipynb #fc72788e
 def fit(task: Task,               # nets, optimizers, one step
-        loader: Any,              # `.batch_at(i)`, or `.steps(i)` that reads ahead; `.batch_size` of a micro-batch (of all processes together)
+        loader: Any,              # `.batch_at(i)`, or `.steps(i)` that reads ahead; `.batch_size` of a micro-batch, of all processes
         images: int,              # how far to train, counted in images from the start of the run
         run: Run | None = None,   # where to log and save; None: nothing is kept on disk
         lr: Callable[[int], float] | float | None = None, # schedule by step, or a number; None: what the optimizers were built with
@@ -525,18 +547,21 @@ def fit(task: Task,               # nets, optimizers, one step
         accelerator: Any = None   # an accelerate.Accelerator; None: a default one
        ) -> list[dict]:
     """Trains until `images` images were seen, resuming from `run` if it has a checkpoint; returns the log rows.
-    The same on one CPU and under `accelerate launch` on many machines. UserError before the first step on a number out of range, another run, a full
-    disk; after `patience` skipped steps in a row."""
-    for name, value in dict(accumulate=accumulate, log_every=log_every, save_every=save_every, patience=patience).items(): whole(value, name, 1)
-    seed, rate = whole(seed, 'seed', -2**63, 2**63-1), constant(real(lr, 'lr', above=0, high=1e3)) if lr is not None and not callable(lr) else lr
+    The same on one CPU and under `accelerate launch` on many machines. UserError before the first step on a number out of
+    range, another run, a full disk; after `patience` skipped steps in a row."""
+    counts = dict(accumulate=accumulate, log_every=log_every, save_every=save_every, patience=patience)
+    accumulate, log_every, save_every, patience = (whole(v, k, 1) for k, v in counts.items())
+    seed, images = whole(seed, 'seed', -2**63, 2**63-1), whole(images, 'images', loader.batch_size*accumulate)
+    rate = lr if lr is None or callable(lr) else constant(real(lr, 'lr', above=0, high=1e3))
     acc, show = accelerator or processes(), show or Live(look=look)
     loop, steps, first, history = _begin(task, loader, images, run, seed, accumulate, acc)
     kept, per_step, window, in_a_row = run if acc.is_main_process else None, loop['batch'], _Window(), 0
-    with closing(progress(total=max(0, steps-first), desc='train')) as bar, closing(_micro(loader, first, accumulate)) as batches:
+    bar, batches = progress(total=steps-first, desc='train'), _micro(loader, first, accumulate)
+    with closing(bar), closing(batches):
         for step in range(first, steps):
             seed_all((seed*1_000_003 + step*acc.num_processes + acc.process_index) % 2**63)
-            if rate:
-                for g in [g for o in task.optimizers.values() for g in o.param_groups]: g['lr'] = rate(step)*g.get('lr_scale', 1.)
+            for o in task.optimizers.values() if rate else ():
+                for g in o.param_groups: g['lr'] = rate(step)*g.get('lr_scale', 1.)  # type: ignore[misc]
             micro, seen = [_to(b, acc.device) for b in next(batches)], (step+1)*per_step
             try:
                 window.add(task.step(micro, acc.backward, partial(synchronise, task, acc), seen))
@@ -550,7 +575,8 @@ def fit(task: Task,               # nets, optimizers, one step
                 history.append(row)
                 if kept: kept.log(row)
                 if acc.is_main_process: show(history)
-                bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f} {row['images_per_s']:.0f} img/s {row['memory_gb']:.1f} GB", refresh=False)
+                speed = f"{row['images_per_s']:.0f} img/s {row['memory_gb']:.1f} GB"
+                bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f} {speed}", refresh=False)
                 window = _Window()
             if save and kept:
                 kept.save(task, step+1, seen, loop)
