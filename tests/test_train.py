@@ -809,6 +809,20 @@ def test_the_average_leaves_the_frozen_vfm_alone_and_is_the_published_one(monkey
     assert {*moved} == {len(model.trainable())}
 
 
+def test_frozen_weights_that_share_memory_share_it_where_they_move():
+    from vfmvae.train import _move
+    vfm = VFM('tiny')
+    t = TokenizerTask(VFMVAE(TINY, vfm), Stage('s', dict(l1=1., gan=.1)), critics=dict(gan=ProjectedDiscriminator(vfm)))
+    own = {k: v.double() for k, v in t.model.state_dict().items()}
+    _move([*t.nets.values(), t.ema.net], torch.float64)
+    frozen = [{p.data_ptr() for p in n.vfm.parameters()} for n in (t.model, t.critics['gan'], t.ema.net)]
+    assert frozen[0] == frozen[1] == frozen[2] and len(frozen[0]) == len(list(vfm.parameters()))
+    assert all(v.dtype == torch.float64 and torch.equal(v, own[k]) for k, v in t.model.state_dict().items())
+    moving = {p.data_ptr() for p in t.params}
+    assert len(moving) == len(t.params) and not moving & {p.data_ptr() for p in t.ema.net.parameters()}
+    assert {p.dtype for p in vfm.parameters()} == {torch.float32}
+
+
 DAMAGE = {'an optimizer with NaN': lambda t, m: t['task.optimizers.net.state.0.exp_avg'].fill_(float('nan')),
           'an optimizer of another shape': lambda t, m: t.update({'task.optimizers.net.state.0.exp_avg': torch.zeros(2)}),
           'no state of the optimizer': lambda t, m: m['task']['optimizers']['net'].pop('state'),

@@ -1211,6 +1211,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vfmvae.train._load_optimizer': ('train.html#_load_optimizer', 'vfmvae/train.py'),
                               'vfmvae.train._load_trained': ('train.html#_load_trained', 'vfmvae/train.py'),
                               'vfmvae.train._micro': ('train.html#_micro', 'vfmvae/train.py'),
+                              'vfmvae.train._move': ('train.html#_move', 'vfmvae/train.py'),
                               'vfmvae.train._parts': ('train.html#_parts', 'vfmvae/train.py'),
                               'vfmvae.train._report': ('train.html#_report', 'vfmvae/train.py'),
                               'vfmvae.train._restore': ('train.html#_restore', 'vfmvae/train.py'),

@@ -492,6 +492,13 @@ def _room(folder: Path, task: Task) -> None:
         what = f'a checkpoint takes about {need/1e6:.0f} MB, and the disk of {folder} has {free/1e6:.0f}'
         raise UserError(f'{what}; make room or choose another folder')
 
+def _move(nets: list[nn.Module], to: Any) -> None:
+    "Moves nets; frozen weights that share memory, such as a VFM's in a tokenizer and its discriminator, share it there, too."
+    held = [(p, (p.data_ptr(), p.shape, p.stride())) for n in nets for p in n.parameters() if not p.requires_grad and p.numel()]
+    for n in nets: n.to(to)
+    first: dict[Any, Tensor] = {}
+    for p, place in held: p.data = first.setdefault(place, p.data)
+
 def _begin(task: Task, loader: Any, images: int, run: Run | None, seed: int, accumulate: int, acc: Any
           ) -> tuple[dict, int, int, list[dict]]:
     "What a run is known by, the steps it takes, the one it goes on from, and its log so far; what can be wrong is said here."
@@ -499,8 +506,7 @@ def _begin(task: Task, loader: Any, images: int, run: Run | None, seed: int, acc
     if getattr(loader, 'world', 1) != n:
         raise UserError(f'the loader splits batches over {loader.world} processes, but {n} run; give it world={n}')
     per_step = loader.batch_size*accumulate
-    for n in task.nets.values(): n.to(acc.device)
-    if task.ema: task.ema.net.to(acc.device)
+    _move([*task.nets.values(), *([task.ema.net] if task.ema else [])], acc.device)
     _same_start(task, acc)
     loop = dict(_identity(task, loader, acc, accumulate=accumulate) if run else {}, batch=per_step, seed=seed)
     steps, first = images//per_step, run.load(task, loop) if run else 0
