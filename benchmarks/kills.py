@@ -16,7 +16,7 @@ VOLATILE = {'made', 'date', 'images_per_s', 'memory_gb', 'pair'}    # true of on
 def tokenizer(folder: Path) -> None:
     from vfmvae.recipes import train_tokenizer
     out = folder/'net.safetensors'
-    train_tokenizer('conv-f8d16', 'world', images=12, batch=4, run=folder/'run', out=out, log_every=1, save_every=1)
+    train_tokenizer('conv-f8d16', 'world', images=8, batch=4, run=folder/'run', out=out, log_every=1, save_every=1)
 
 
 def flow(folder: Path) -> None:
