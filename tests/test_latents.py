@@ -120,10 +120,10 @@ def test_a_full_disk_is_said_and_what_is_there_is_kept(tmp_path, monkeypatch):
     tok, data = Toy(), World(40, seed=1)
     import safetensors.torch
     plain, count = safetensors.torch.save_file, [0]
-    def full(tensors, path):
+    def full(tensors, path, metadata=None):
         count[0] += 1
         if count[0] == 2: raise OSError(28, 'No space left on device')
-        return plain(tensors, path)
+        return plain(tensors, path, metadata)
     monkeypatch.setattr(safetensors.torch, 'save_file', full)
     with pytest.raises(UserError, match='no space left for .*shard-00001.*free some and call again') as e: cache_latents(tok, data, tmp_path/'c', shard=20)
     assert '\n' not in str(e.value) and sorted(p.name for p in (tmp_path/'c').iterdir()) == ['manifest.json', 'shard-00000.safetensors']
