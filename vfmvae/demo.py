@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/18c_demo.ipynb #47b3e5cd
-from .core import check_out, seed_all, whole, write_atomic, write_json
+from .core import Notice, check_out, seed_all, whole, write_atomic, write_json
 from .data import CLASSES, World, loader, take, to_pil
 from .generate import generate
 from .plots import show_images, to_png
@@ -82,7 +82,7 @@ def demo(images: Any = None,                 # one's own pictures: a folder, sha
     if caveat: say(caveat)
     if mine is not None:
         with warnings.catch_warnings():
-            if caveat: warnings.simplefilter('ignore', UserWarning)         # the page and the line above say it
+            if caveat: warnings.simplefilter('ignore', Notice)         # the page and the line above say it
             rows[f'bundled decoder, {Path(str(images)).name if isinstance(images, str | Path) else "your pictures"}'] = evaluate_tokenizer(tiny, mine, 128)
     page = f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>vfmvae demo</title><style>{_STYLE}</style>

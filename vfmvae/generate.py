@@ -65,7 +65,7 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     tok = open_tokenizer(p.tokenizer if tokenizer is None else tokenizer)
     ds = training_data(data, p.latent[1]*tok.stride, n)
     if not isinstance(cache, LatentCache):
-        tok, some = tok.to(acc.device), take(ds, n)
+        tok, some = tok.to(acc.device) if hasattr(tok, 'to') else tok, take(ds, n)
         made = cache_latents(tok, ds, cache_name(tok, some, data, p.flips) if cache is None else cache, n, p.flips)
         if made is None: raise UserError('other processes are still caching; wait for them and call again')
         cache = made

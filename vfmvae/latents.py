@@ -7,7 +7,7 @@ __all__ = ['LAYOUTS', 'described', 'latent_digest', 'cache_name', 'LatentCache',
            'import_latents', 'export_latents']
 
 # %% ../nbs/15b_latents.ipynb #f91d4cb6
-import copy, errno, math, os, re, shutil, warnings
+import copy, errno, hashlib, math, os, re, shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/15b_latents.ipynb #5809d2d7
-from .core import Gaussian, UserError, check_out, home, inside, progress, read_json, sweep, whole, write_atomic, write_json
-from .data import World, fingerprint, take, uniforms
+from .core import (Gaussian, UserError, check_out, home, inside, notice, progress, read_json, sweep, to_json, whole, write_atomic,
+                         write_json)
+from .data import World, as_dataset, fingerprint, take, taken, uniforms
 from .tokenizer import LatentStats, net_digest
 from .train import provenance, world
 
 # %% ../nbs/15b_latents.ipynb #6cf5a337
 def described(data: Any) -> str:
     "A data set in a few words for a record; `data.fingerprint` says which one it is."
-    return f'{type(data).__name__}, seed {data.seed}' if hasattr(data, 'seed') and not hasattr(data, 'keys') else repr(data)
+    if isinstance(data, World): return f'World, seed {data.seed}'
+    return type(data).__name__ if ' object at 0x' in repr(data) else repr(data)
 
 def latent_digest(tokenizer: Any,     # a Tokenizer
                   scale: bool = False # with its `stats`, which say what is unit scale: of latents that are kept on it
@@ -194,6 +196,10 @@ class LatentCache:
     def scale(self) -> LatentStats:
         "What brings raw latents to unit scale: `.mean`, `.std`, (c,) each."
         return _scale_of(self.manifest['scale'], f'scale of {self.dir}', self.shape[0])
+    def fingerprint(self) -> str:
+        "16 hex digits of whose latents these are and of what was measured over all of them; for `data.fingerprint`."
+        kept = {k: v for k, v in self.manifest.items() if k not in ('data', 'taken', 'made')}
+        return hashlib.blake2b(to_json(kept).encode(), digest_size=8).hexdigest()
     def check(self, tokenizer: Any) -> 'LatentCache':
         """Itself, if this tokenizer made it. UserError: another name, other weights or another scale (trained anew under the same name). One without a
         scale gets the cache's. A cache of an older version that does not know the weights is taken with a warning."""
@@ -214,6 +220,7 @@ class LatentCache:
         if self.augment: raise UserError('a cache with flips does not say which way round its images are; cache without flips to use them')
         if len(images) < len(self): raise UserError(f'{len(images)} images for {len(self)} latents; give the data set that was encoded')
         have = self.manifest.get('fingerprint')
+        images = as_dataset(images)
         same = take(images, len(self)) if have else images           # earlier versions took the first ones
         if not have: _unknown(self.dir, 'of which images', 'their number')
         elif (now := fingerprint(same)) != have:
@@ -294,17 +301,14 @@ def _manifest(folder: Path, want: dict) -> dict:
 
 _WORDS = dict(fingerprint='of which images', digest='of which weights')
 def _unknown(folder: Path, what: str, compared: str) -> None:
-    warnings.warn(f'the cache in {folder} does not say {what} its latents are; only {compared} could be compared', stacklevel=4)
-
-def _taken(data: Any, n: int, total: int) -> str:
-    return f'all {n}' if n == total else f"{n} of {total}, {'the first' if isinstance(data, World) else 'spread'}"
+    notice(f'the cache in {folder} does not say {what} its latents are; only {compared} could be compared', 4)
 
 def _begin(file: Path, want: dict) -> dict:
     write_json(file, want := dict(want, dtype=want['dtype'] or 'float32'))
     return want
 
 def cache_latents(tokenizer: Any,                # a Tokenizer
-                  data: Any,                     # a data set: `len`, `.batch(indices)`, `.classes`
+                  data: Any,                     # a data set, or see `data.as_dataset`
                   path: str | Path,              # a name under `home()/latents`, or a folder
                   n: int | None = None,          # images, spread over the set (`data.take`); None: all
                   flips: bool = False,           # the latents of mirrored images, too
@@ -320,14 +324,13 @@ def cache_latents(tokenizer: Any,                # a Tokenizer
     rank = (torch.distributed.get_rank() if group > 1 else 0) if rank is None else whole(rank, 'rank', 0, processes-1)
     shard, batch_size = whole(shard, 'shard', 1), whole(batch_size, 'batch_size', 1)
     if dtype is not None and not dtype.is_floating_point: raise UserError(f'latents cannot be kept as {dtype}; use torch.float32 or torch.float16')
-    folder, total = _folder(path), len(data)
-    if not total: raise UserError('no images to encode; give a data set that holds some')
-    data = take(data, None if n is None else whole(n, 'n', 1))
+    folder, data = _folder(path), take(as_dataset(data, getattr(getattr(tokenizer, 'config', None), 'img_size', None)), n)
     n = len(data)
+    if not n: raise UserError('no images to encode; give a data set that holds some')
     g, s = _encoded(tokenizer, _rows(data, [0])['image']), tokenizer.stats
     want = dict(tokenizer=tokenizer.name, n=n, shape=list(g.mean.shape[1:]), deterministic=g.logvar is None, flips=bool(flips),
                 dtype=None if dtype is None else str(dtype).split('.')[-1], classes=[str(c) for c in getattr(data, 'classes', ('0',))],
-                data=described(data), taken=_taken(data, n, total), fingerprint=fingerprint(data), digest=latent_digest(tokenizer),
+                data=described(data), taken=taken(data), fingerprint=fingerprint(data), digest=latent_digest(tokenizer),
                 shards=[[f'shard-{k:05d}.safetensors', min(shard, n-k*shard)] for k in range(-(-n//shard))],
                 scale=dict(mean=s.mean.tolist(), std=s.std.tolist()) if s.fitted else None, stats=None)
     manifest = _manifest(check_out(folder), want)

@@ -8,7 +8,7 @@ __all__ = ['WARPS', 'PRESETS', 'open_data', 'training_data', 'open_tokenizer', '
            'encode_images', 'decode_latents']
 
 # %% ../nbs/18_recipes.ipynb #eea65592
-import copy, math, time, warnings
+import copy, math, time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +24,8 @@ from torch import Tensor
 # %% ../nbs/18_recipes.ipynb #fe90f76b
 from .adversarial import PatchGAN, ProjectedDiscriminator
 from .baselines import ConvVAEConfig, RAEConfig
-from .core import (UserError, check_out, check_weights, inside, load_weights, nearest, progress, read_json, real, save_weights, seed_all, sidecar, whole,
-                         write_atomic)
+from .core import (UserError, check_out, check_weights, inside, load_weights, nearest, notice, progress, read_json,
+                         real, save_weights, seed_all, sidecar, whole, write_atomic)
 from .data import SUFFIXES, World, as_dataset, fingerprint, folder, loader, shards, take, to_pil
 from .flow_presets import FLOW_PRESETS
 from .latents import described, latent_digest
@@ -41,23 +41,25 @@ from .vfm import VFM
 
 # %% ../nbs/18_recipes.ipynb #8afd1170
 def open_data(spec: Any,             # 'world', a folder of images, WebDataset shards ('train-{0000..0099}.tar') or a list of them; or see `data.as_dataset`
-              size: int | None = 64, # pixels per side; None: as `data.as_dataset` and `folder` have it
+              size: int | None = 64, # pixels per side; None: the short side of the first picture (of the world: 64)
               augment: bool = False, # random crops and flips (not for the world)
               n: int = 1_000_000,    # images of the world
               seed: int = 0          # of the world; train and held-out worlds differ in it
              ) -> Any:
     """A data set by name, or of what a user has at hand: paths, pictures, a torchvision data set, a split of `datasets`. One of ours is itself.
     UserError if there is nothing under that name."""
-    if hasattr(spec, 'batch') and hasattr(spec, '__len__'): return spec
     sized: dict[str, Any] = {} if size is None else dict(size=whole(size, 'size', 1, 16_384))
-    if isinstance(spec, str) and not spec.strip(): raise UserError("no data named ''; give 'world', a folder of images or shards (*.tar)")
-    if isinstance(spec, str) and spec == 'world': return World(whole(n, 'n', 1), seed=whole(seed, 'seed'), **sized)
-    several = list(spec) if isinstance(spec, list | tuple) else [spec]
-    if several and all(isinstance(p, str | Path) for p in several):
-        if all(str(p).endswith('.tar') for p in several): return shards(several, augment=augment, **sized)
-        if several is not spec and len(several) == 1 and not (Path(several[0]).suffix.lower() in SUFFIXES and Path(several[0]).is_file()):
-            return folder(several[0], augment=augment, **sized)
-    return as_dataset(several if isinstance(spec, str | Path) else spec, augment=augment, **sized)
+    named, several = isinstance(spec, str | Path), list(spec) if isinstance(spec, list | tuple) else [spec]
+    if named and not str(spec).strip(): raise UserError("no data named ''; give 'world', a folder of images or shards (*.tar)")
+    if named and str(spec) == 'world': return World(n, seed, **sized)
+    paths = bool(several) and all(isinstance(p, str | Path) for p in several)
+    if paths and len({str(p).endswith('.tar') for p in several}) > 1: raise UserError('a list of shards (*.tar) and other files; give one kind')
+    if paths and str(several[0]).endswith('.tar'): ds = shards(several, augment=augment, **sized)
+    elif named and Path(spec).suffix.lower() in SUFFIXES and Path(spec).is_file(): ds = as_dataset([spec], size, augment)
+    elif named: ds = folder(spec, augment=augment, **sized)
+    else: return as_dataset(spec, size, augment)
+    if size is None: ds.size = min(ds.read(0).size)
+    return ds
 
 def training_data(spec: Any,          # see `open_data`
                   size: int,          # pixels per side
@@ -113,9 +115,9 @@ def _measured(tokenizer: Any, data: Any, n: int | None, batch_size: int) -> tupl
     if not len(some): raise UserError('no images to measure; give a data set that holds some')
     return tok, some, len(every), range(0, len(some), whole(batch_size, 'batch_size', 1))
 
-def _familiar(tokenizer: Any, images: Any, stacklevel: int = 3) -> None:
+def _familiar(tokenizer: Any, images: Any, level: int = 5) -> None:
     "Warns, once a call, if these images (a data set) are of a kind that the tokenizer was not trained on."
-    if said := unfamiliar(tokenizer, take(images, 16).batch(range(min(16, len(images))))['image']): warnings.warn(said, stacklevel=stacklevel)
+    if said := unfamiliar(tokenizer, take(images, 16).batch(range(min(16, len(images))))['image']): notice(said, level)
 
 def _check_finite(x: Tensor, tokenizer: Any, what: str) -> None:
     if not x.isfinite().all(): raise UserError(f'{what} by {tokenizer.name} is NaN or infinite; its weights, scale or precision are broken, or the images are')
@@ -131,6 +133,7 @@ def evaluate_tokenizer(tokenizer: Any,       # or its name
     `size` (pixels), `enlarged` (how many of them had to be, if any). UserError: no images, numbers that are not finite."""
     tok, ds, of, starts = _measured(tokenizer, data, n, batch_size)
     _familiar(tok, ds)
+    before = getattr(ds, 'enlarged', 0)
     rows: dict[str, list[Tensor]] = dict(psnr=[], ssim=[], l1=[], **({'perceptual': []} if perceptual else {}))
     for i in starts:
         x = ds.batch(range(i, min(i+batch_size, len(ds))))['image'].to(tok.stats.mean.device)
@@ -140,8 +143,8 @@ def evaluate_tokenizer(tokenizer: Any,       # or its name
         for k, v in dict(psnr=psnr(y, x), ssim=ssim(y, x), l1=(x-y).abs().mean((1, 2, 3))).items(): rows[k].append(v.double().cpu())
         if perceptual: rows['perceptual'].append(perceptual(y, x).double().cpu().expand(len(x)))
     means = {k: torch.cat(v).mean().item() for k, v in rows.items()}
-    if bad := [k for k, v in means.items() if not math.isfinite(v)]: warnings.warn(f"{', '.join(bad)} is not finite: {means[bad[0]]}", stacklevel=2)
-    enlarged = getattr(ds, 'enlarged', 0)
+    if bad := [k for k, v in means.items() if not math.isfinite(v)]: notice(f"{', '.join(bad)} is not finite: {means[bad[0]]}", 4)
+    enlarged = getattr(ds, 'enlarged', 0)-before
     return {**means, 'n': len(ds), 'of': of, 'size': x.shape[-1], **({'enlarged': enlarged} if enlarged else {})}
 
 # %% ../nbs/18_recipes.ipynb #63ee8df1
