@@ -69,30 +69,17 @@ def training_data(spec: Any,          # see `open_data`
     return open_data(spec, size, n=50_000 if n is None else whole(n, 'n', 1), seed=100)
 
 # %% ../nbs/18_recipes.ipynb #07cf7f79
-def _read_yaml(path: Path, what: str) -> dict:
-    "A mapping from a YAML or JSON file. UserError: missing, not UTF-8, not YAML, no mapping, or one that unfolds to more than a training needs."
-    import yaml
-    if not path.is_file(): raise UserError(f'no file {path}; {what}')
-    if path.stat().st_size > 2**20: raise UserError(f'{path} has {path.stat().st_size:,} bytes; {what}')
-    try: d = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as e:
-        raise UserError(f'{path} is not YAML ({(str(e).splitlines() or [type(e).__name__])[0][:80]}); {what}') from None
-    todo, seen = [d], 0
-    while todo and seen < 100_000:          # aliases of aliases: a few lines may stand for billions of items
-        part, seen = todo.pop(), seen+1
-        todo += [*part.keys(), *part.values()] if isinstance(part, dict) else part if isinstance(part, list) else []
-    if todo: raise UserError(f'{path} unfolds to more than 100,000 items; {what}')
-    if not isinstance(d, dict) or not all(isinstance(k, str) for k in d): raise UserError(f'{path} holds no mapping of names; {what}')
-    return d
-
-def _g_kwargs(path: str | Path | None) -> dict | None:
-    "The `G_kwargs` mapping of a published YAML or JSON file."
-    if path is None: return None
-    d = _read_yaml(Path(path), 'g_kwargs is the YAML that the checkpoint was trained with')
-    return next((d[k] for k in ('G_kwargs', 'g_kwargs') if isinstance(d.get(k), dict)), d)
+def _ours(path: Path) -> bool:
+    "Was this written by `save_weights`? What it holds is said by who opens it."
+    from safetensors import SafetensorError, safe_open
+    if path.suffix != '.safetensors' or not path.is_file(): return False
+    if (side := sidecar(path)).is_file(): return bool({'family', 'pair'} & {*read_json(side)})
+    try:
+        with safe_open(path, 'pt') as f: return 'pair' in (f.metadata() or {})
+    except (SafetensorError, OSError): return False
 
 def open_tokenizer(name: Any,                        # a registered name, a file of `save_tokenizer`, or a published checkpoint (.pth, .pt, .ckpt, a folder)
-                   g_kwargs: str | Path | None = None, # published checkpoints of VFM-VAE: the YAML they were trained with
+                   g_kwargs: Any = None,             # published checkpoints of VFM-VAE: the YAML they were trained with, or its settings
                    vfm: Any = None                   # a VFM to use instead of the one the file names
                   ) -> Any:
     "A tokenizer, in eval mode; one that is open already is itself. UserError: unknown name (with the nearest), missing file, or a file that does not fit."
@@ -101,9 +88,8 @@ def open_tokenizer(name: Any,                        # a registered name, a file
     if str(name) in tokenizers: return tokenizers[str(name)]
     path = Path(name)
     if path.suffix in ('.pth', '.pt', '.ckpt', '.safetensors') or path.is_dir():
-        own = path.suffix == '.safetensors' and not g_kwargs and 'family' in (read_json(side) if (side := sidecar(path)).is_file() else {})
         if not path.exists(): raise UserError(f'no weights at {path}; check the path')
-        return load_tokenizer(path, vfm=vfm) if own else open_published(path, _g_kwargs(g_kwargs), vfm=vfm).eval()
+        return load_tokenizer(path, vfm=vfm) if not g_kwargs and _ours(path) else open_published(path, g_kwargs, vfm)
     raise UserError(f"no tokenizer named {str(name)!r}{nearest(str(name), tokenizers)} (known: {', '.join(tokenizers)}; or a .safetensors or .pth file)")
 
 # %% ../nbs/18_recipes.ipynb #77732023
