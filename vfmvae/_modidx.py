@@ -1094,7 +1094,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vfmvae.recipes._check_plan': ('recipes.html#_check_plan', 'vfmvae/recipes.py'),
                                 'vfmvae.recipes._distinct': ('recipes.html#_distinct', 'vfmvae/recipes.py'),
                                 'vfmvae.recipes._exact_convolutions': ('recipes.html#_exact_convolutions', 'vfmvae/recipes.py'),
-                                'vfmvae.recipes._familiar': ('recipes.html#_familiar', 'vfmvae/recipes.py'),
                                 'vfmvae.recipes._look': ('recipes.html#_look', 'vfmvae/recipes.py'),
                                 'vfmvae.recipes._measured': ('recipes.html#_measured', 'vfmvae/recipes.py'),
                                 'vfmvae.recipes._ours': ('recipes.html#_ours', 'vfmvae/recipes.py'),

@@ -92,7 +92,8 @@ def bench_flow(preset: str = 'dit-vfmvae-tiny-f8d16', # a LightningDiT with QK-n
                compile: bool = False # also the compiled step, as `compiled`
               ) -> dict:
     "Images/s of a training step, plain and ours, the ratio of each round (median, range), and the share of the machine's matrix product that ours reaches."
-    if preset not in FLOW_PRESETS: raise UserError(f"no preset {preset!r}{nearest(preset, FLOW_PRESETS)} (known: {', '.join(FLOW_PRESETS)})")
+    if preset not in FLOW_PRESETS:
+        raise UserError(f"no preset {preset!r}{nearest(preset, FLOW_PRESETS)} (known: {', '.join(FLOW_PRESETS)})")
     batch, rounds = whole(batch, 'batch', 1), whole(rounds, 'rounds', 1)
     device, p = 'cuda' if torch.cuda.is_available() else 'cpu', FLOW_PRESETS[preset]
     runs = {'ours': _ours(p, batch, device), 'plain': _plain(p, batch, device), **({'compiled': _ours(p, batch, device, True)} if compile else {})}

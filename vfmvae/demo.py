@@ -78,7 +78,7 @@ def demo(images: Any = None,                 # one's own pictures: a folder, sha
     for i, (name, im) in enumerate(zip(names, drawn.images, strict=True)):
         write_atomic(out/'samples'/f'{i:02d}-{name.replace(" ", "-")}.png', partial(to_pil(im).save, format='PNG'))
     say(f'{len(drawn)} samples, one for each class: {(out/"samples").resolve()}')
-    caveat = '' if mine is None else unfamiliar(tiny, show)
+    caveat = '' if mine is None else unfamiliar(tiny, mine)
     if caveat: say(caveat)
     if mine is not None:
         with warnings.catch_warnings():

@@ -58,7 +58,8 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     images, seed = p.images if images is None else whole(images, 'images', 1), whole(seed, 'seed', -2**40, 2**40)
     lr, workers, n = None if lr is None else real(lr, 'lr', above=0), whole(workers, 'workers', 0), None if n is None else whole(n, 'n', 1)
     steps = images//batch
-    if steps < 1: raise UserError(f'{images} images are less than one batch of {batch}; train on more or use a smaller batch')
+    if steps < 1:
+        raise UserError(f'{images} images are less than one batch of {batch}; train on more or use a smaller batch')
     if batch % (acc.num_processes*accumulate):
         raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes and {accumulate} micro-batches; give a multiple')
     out = None if out is None else check_out(out, '.safetensors')
@@ -110,14 +111,16 @@ def tokenizer_of(net: DiT, tokenizer: Any = None # or its name; None: by the nam
                 ) -> Any:
     "The tokenizer whose latents the net learned. UserError: the net does not say, another one, or the right one with other weights or another scale."
     name, scale, digest = (net.meta.get(k) for k in ('tokenizer', 'scale', 'digest'))
-    if tokenizer is None and name is None: raise UserError('this net does not say whose latents it learned; pass the tokenizer')
+    if tokenizer is None and name is None:
+        raise UserError('this net does not say whose latents it learned; pass the tokenizer')
     tokenizer = open_tokenizer(name if tokenizer is None else tokenizer)
     if name is not None and tokenizer.name != name: raise UserError(f'this net learned the latents of {name}, not of {tokenizer.name}; decode with that one')
     if tokenizer.channels != net.config.in_channels:
         raise UserError(f'{tokenizer.name} has {tokenizer.channels} channels, this net {net.config.in_channels}; choose its own tokenizer')
     if scale:
         try: off = tokenizer.stats.agree(torch.tensor(scale['mean']), torch.tensor(scale['std']))
-        except (TypeError, KeyError, RuntimeError): raise UserError('the scale in the file of this net is no mean and std; train it again') from None
+        except (TypeError, KeyError, RuntimeError):
+            raise UserError('the scale in the file of this net is no mean and std; train it again') from None
         if off > 1e-5: raise UserError(f'{name} has another scale than when the net learned its latents (by {off:.3g}), it was trained anew; train the net too')
     if digest and (now := latent_digest(tokenizer)) and now != digest:
         raise UserError(f'{name} has other weights than when the net learned its latents ({digest} then, {now} now), it was trained anew; train the net too')
@@ -161,7 +164,8 @@ def _labels(labels: Any, classes: int, policy: str, seed: int) -> Tensor:
         return sample_labels(whole(labels.item() if isinstance(labels, Tensor) else labels, 'samples', 1), classes, policy, seed)
     try: y = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     except (TypeError, ValueError): y = np.empty(0, object)
-    if y.ndim != 1 or not len(y): raise UserError('labels are one class number a sample, (n,) with n >= 1; or a number of samples')
+    if y.ndim != 1 or not len(y):
+        raise UserError('labels are one class number a sample, (n,) with n >= 1; or a number of samples')
     if y.dtype.kind not in 'iu' or y.min() < 0 or y.max() >= classes:
         shown = ', '.join(str(k)[:20] for k in y[:4].tolist())
         raise UserError(f'labels {shown}{" ..." if len(y) > 4 else ""}: this net knows 0 to {classes-1}')

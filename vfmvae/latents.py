@@ -38,7 +38,8 @@ def latent_digest(tokenizer: Any,     # a Tokenizer
     if getattr(getattr(tokenizer, 'config', None), 'vfm', None) and getattr(tokenizer, 'vfm', None) is None: return ''
     if scale: return net_digest(tokenizer)
     bare = copy.copy(tokenizer)
-    if isinstance(bare, nn.Module): bare._modules = {**bare._modules}      # the copy's own, so that the tokenizer keeps its scale
+    if isinstance(bare, nn.Module):
+        bare._modules = {**bare._modules}      # the copy's own, so that the tokenizer keeps its scale
     bare.stats = LatentStats(len(tokenizer.stats.mean))
     return net_digest(bare)
 
@@ -106,7 +107,8 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], whose: str = '') -> Non
     if shutil.disk_usage(path.parent).free < needs: raise _full(path, needs)
     try: write_atomic(path, lambda p: save_file({k: t.contiguous() for k, t in tensors.items()}, p, dict(whose=whose)))
     except (UserError, SafetensorError) as e:
-        if getattr(e.__cause__, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(e): raise _full(path, needs) from None
+        if getattr(e.__cause__, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(e):
+            raise _full(path, needs) from None
         raise UserError(f'{path} cannot be written ({_first(e)}); free the place or choose another') from None
 
 def _wanted(m: dict, rows: int) -> dict[str, tuple]:
@@ -121,9 +123,12 @@ def _open_shard(folder: Path, m: dict, k: int, values: bool = False) -> dict[str
     path, rows, again = inside(folder, m['shards'][k][0]), m['shards'][k][1], 'delete it and cache again: only what is missing is made'
     if not path.is_file(): raise UserError(f'no shard {path}; cache again: only what is missing is made')
     try:
-        with safe_open(path, 'pt') as f: tensors, whose = {n: f.get_tensor(n) for n in f.keys()}, (f.metadata() or {}).get('whose')  # noqa: SIM118
-    except (SafetensorError, OSError) as e: raise UserError(f'{path} is cut off or damaged ({_first(e)}); {again}') from None
-    if whose and whose != _whose(m, k): raise UserError(f'{path} belongs to another cache (other images, other weights, or another number); {again}')
+        with safe_open(path, 'pt') as f:
+            tensors, whose = {n: f.get_tensor(n) for n in f.keys()}, (f.metadata() or {}).get('whose')  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise UserError(f'{path} is cut off or damaged ({_first(e)}); {again}') from None
+    if whose and whose != _whose(m, k):
+        raise UserError(f'{path} belongs to another cache (other images, other weights, or another number); {again}')
     have, want = {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()}, _wanted(m, rows)
     if bad := sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k)):
         raise UserError(f"{path} does not hold {rows} latents as the manifest has them ({', '.join(bad)[:80]}: missing, or of another shape or dtype); {again}")
@@ -146,7 +151,8 @@ _KEPT = dict(tokenizer=str, n=int, shape=list, deterministic=bool, flips=bool, d
 def _read_manifest(folder: Path) -> dict:
     "The manifest of a cache. UserError where it is missing, damaged, or does not describe latents."
     file = folder/'manifest.json'
-    if not file.is_file(): raise UserError(f'no latent cache in {folder}; write one with cache_latents(tokenizer, data, path)')
+    if not file.is_file():
+        raise UserError(f'no latent cache in {folder}; write one with cache_latents(tokenizer, data, path)')
     m = read_json(file, _AGAIN)
     def count(v: Any, low: int = 1) -> bool: return isinstance(v, int) and not isinstance(v, bool) and low <= v < 2**40
     bad = [k for k, kind in _KEPT.items() if type(m.get(k)) is not kind]
@@ -323,7 +329,8 @@ def cache_latents(tokenizer: Any,                # a Tokenizer
     processes = group if processes is None else whole(processes, 'processes', 1)
     rank = (torch.distributed.get_rank() if group > 1 else 0) if rank is None else whole(rank, 'rank', 0, processes-1)
     shard, batch_size = whole(shard, 'shard', 1), whole(batch_size, 'batch_size', 1)
-    if dtype is not None and not dtype.is_floating_point: raise UserError(f'latents cannot be kept as {dtype}; use torch.float32 or torch.float16')
+    if dtype is not None and not dtype.is_floating_point:
+        raise UserError(f'latents cannot be kept as {dtype}; use torch.float32 or torch.float16')
     folder, data = _folder(path), take(as_dataset(data, getattr(getattr(tokenizer, 'config', None), 'img_size', None)), n)
     n = len(data)
     if not n: raise UserError('no images to encode; give a data set that holds some')
@@ -395,11 +402,13 @@ def _check_part(where: Path, t: dict[str, Tensor], shape: Sequence[int], classes
     "UserError unless these are (n,*shape) finite latents with a class number each."
     n = len(t['label']) if t['label'].ndim == 1 else -1
     bad = [k for k, v in t.items() if k != 'label' and tuple(v.shape) != (n, *shape)]
-    if n < 1 or bad: raise UserError(f"{where} does not hold latents {tuple(shape)} with a label each ({', '.join(bad) or 'label'}); copy it again")
+    if n < 1 or bad:
+        raise UserError(f"{where} does not hold latents {tuple(shape)} with a label each ({', '.join(bad) or 'label'}); copy it again")
     low, high = int(t['label'].min()), int(t['label'].max())
     if not 0 <= low <= high < (classes or 1_000_000):
         raise UserError(f"{where} has class numbers {low} to {high}; {f'{classes} classes were named' if classes else 'they count from 0'}")
-    if not _finite(t): raise UserError(f'{where} holds numbers that are NaN or infinite (a standard deviation below 0?); copy it again')
+    if not _finite(t):
+        raise UserError(f'{where} holds numbers that are NaN or infinite (a standard deviation below 0?); copy it again')
 
 # %% ../nbs/15b_latents.ipynb #4306609b
 def import_latents(folder: str | Path,      # of published latents

@@ -50,12 +50,15 @@ def open_data(spec: Any,             # 'world', a folder of images, WebDataset s
     UserError if there is nothing under that name."""
     sized: dict[str, Any] = {} if size is None else dict(size=whole(size, 'size', 1, 16_384))
     named, several = isinstance(spec, str | Path), list(spec) if isinstance(spec, list | tuple) else [spec]
-    if named and not str(spec).strip(): raise UserError("no data named ''; give 'world', a folder of images or shards (*.tar)")
+    if named and not str(spec).strip():
+        raise UserError("no data named ''; give 'world', a folder of images or shards (*.tar)")
     if named and str(spec) == 'world': return World(n, seed, **sized)
     paths = bool(several) and all(isinstance(p, str | Path) for p in several)
-    if paths and len({str(p).endswith('.tar') for p in several}) > 1: raise UserError('a list of shards (*.tar) and other files; give one kind')
+    if paths and len({str(p).endswith('.tar') for p in several}) > 1:
+        raise UserError('a list of shards (*.tar) and other files; give one kind')
     if paths and str(several[0]).endswith('.tar'): ds = shards(several, augment=augment, **sized)
-    elif named and Path(spec).suffix.lower() in SUFFIXES and Path(spec).is_file(): ds = as_dataset([spec], size, augment)
+    elif named and Path(spec).suffix.lower() in SUFFIXES and Path(spec).is_file():
+        ds = as_dataset([spec], size, augment)
     elif named: ds = folder(spec, augment=augment, **sized)
     else: return as_dataset(spec, size, augment)
     if size is None: ds.size = min(ds.read(0).size)
@@ -84,7 +87,8 @@ def open_tokenizer(name: Any,                        # a registered name, a file
                   ) -> Any:
     "A tokenizer, in eval mode; one that is open already is itself. UserError: unknown name (with the nearest), missing file, or a file that does not fit."
     if hasattr(name, 'encode') and hasattr(name, 'decode') and not isinstance(name, str): return name
-    if not isinstance(name, str | Path): raise UserError(f'{type(name).__name__} is no tokenizer; give a name, a file or a Tokenizer')
+    if not isinstance(name, str | Path):
+        raise UserError(f'{type(name).__name__} is no tokenizer; give a name, a file or a Tokenizer')
     if str(name) in tokenizers: return tokenizers[str(name)]
     path = Path(name)
     if path.suffix in ('.pth', '.pt', '.ckpt', '.safetensors') or path.is_dir():
@@ -98,15 +102,13 @@ def _measured(tokenizer: Any, data: Any, n: int | None, batch_size: int) -> tupl
     tok = open_tokenizer(tokenizer)
     every = open_data(data, size=getattr(getattr(tok, 'config', None), 'img_size', 64))
     some = take(every, None if n is None else whole(n, 'n', 1))
-    if not len(some): raise UserError('no images to measure; give a data set that holds some')
+    if not len(some): raise UserError('no images to look at; give a data set that holds some')
+    if said := unfamiliar(tok, some): notice(said, 5)
     return tok, some, len(every), range(0, len(some), whole(batch_size, 'batch_size', 1))
 
-def _familiar(tokenizer: Any, images: Any, level: int = 5) -> None:
-    "Warns, once a call, if these images (a data set) are of a kind that the tokenizer was not trained on."
-    if said := unfamiliar(tokenizer, take(images, 16).batch(range(min(16, len(images))))['image']): notice(said, level)
-
 def _check_finite(x: Tensor, tokenizer: Any, what: str) -> None:
-    if not x.isfinite().all(): raise UserError(f'{what} by {tokenizer.name} is NaN or infinite; its weights, scale or precision are broken, or the images are')
+    if not x.isfinite().all():
+        raise UserError(f'{what} by {tokenizer.name} is NaN or infinite; its weights, scale or precision are broken, or the images are')
 
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: Any,       # or its name
@@ -118,7 +120,6 @@ def evaluate_tokenizer(tokenizer: Any,       # or its name
     """Means over `n` images of PSNR (dB, range 2), SSIM and L1 (in [-1,1] units), reconstruction from the mode, clamped; and `n`, `of` (images in the set),
     `size` (pixels), `enlarged` (how many of them had to be, if any). UserError: no images, numbers that are not finite."""
     tok, ds, of, starts = _measured(tokenizer, data, n, batch_size)
-    _familiar(tok, ds)
     before = getattr(ds, 'enlarged', 0)
     rows: dict[str, list[Tensor]] = dict(psnr=[], ssim=[], l1=[], **({'perceptual': []} if perceptual else {}))
     for i in starts:
@@ -129,7 +130,8 @@ def evaluate_tokenizer(tokenizer: Any,       # or its name
         for k, v in dict(psnr=psnr(y, x), ssim=ssim(y, x), l1=(x-y).abs().mean((1, 2, 3))).items(): rows[k].append(v.double().cpu())
         if perceptual: rows['perceptual'].append(perceptual(y, x).double().cpu().expand(len(x)))
     means = {k: torch.cat(v).mean().item() for k, v in rows.items()}
-    if bad := [k for k, v in means.items() if not math.isfinite(v)]: notice(f"{', '.join(bad)} is not finite: {means[bad[0]]}", 4)
+    if bad := [k for k, v in means.items() if not math.isfinite(v)]:
+        notice(f"{', '.join(bad)} is not finite: {means[bad[0]]}", 4)
     enlarged = getattr(ds, 'enlarged', 0)-before
     return {**means, 'n': len(ds), 'of': of, 'size': x.shape[-1], **({'enlarged': enlarged} if enlarged else {})}
 
@@ -454,7 +456,6 @@ def encode_images(tokenizer: Any, data: Any, out: str | Path, batch_size: int = 
     UserError: no images, latents that are not finite, a file that cannot be written."""
     out = check_out(out, '.safetensors')
     tok, ds, _, starts = _measured(tokenizer, data, None, batch_size)
-    _familiar(tok, ds)
     rows: dict[str, list[Tensor]] = dict(mean=[], logvar=[], labels=[])
     names: list[str] = []
     for i in progress(starts, desc='encode'):
@@ -471,7 +472,8 @@ def encode_images(tokenizer: Any, data: Any, out: str | Path, batch_size: int = 
 def _read_latents(path: str | Path, tokenizer: Any) -> tuple[Tensor, list[str]]:
     "Mean (n,c,h,w) and names of an `encode_images` file. UserError: another tokenizer, other weights, damaged."
     tensors, meta = load_weights(path)
-    if 'mean' not in tensors: raise UserError(f'{path} holds no latents (no tensor "mean"); write them with: vfmvae encode')
+    if 'mean' not in tensors:
+        raise UserError(f'{path} holds no latents (no tensor "mean"); write them with: vfmvae encode')
     check_weights(tensors, str(path))
     z, names = tensors['mean'].float(), meta.get('names')
     if meta.get('tokenizer') not in (None, tokenizer.name):
@@ -497,5 +499,6 @@ def decode_latents(tokenizer: Any, latents: str | Path, out: str | Path, batch_s
     for i in progress(range(0, len(z), batch_size), desc='decode'):
         pictures = tok.decode(z[i:i+batch_size].to(tok.stats.mean.device)).cpu()
         _check_finite(pictures, tok, f'a picture of {names[i]} and those after it')
-        for f, x in zip(files[i:i+batch_size], pictures, strict=True): write_atomic(f, partial(to_pil(x).save, format='PNG'))
+        for f, x in zip(files[i:i+batch_size], pictures, strict=True):
+            write_atomic(f, partial(to_pil(x).save, format='PNG'))
     return files
