@@ -22,10 +22,10 @@ def diagnose(error: str # the text of an exception
     if m := re.search(r"No module named '?([\w]+)", error): return f'a package is missing: pip install {_PIP.get(m[1], m[1])}'
     if 'numpy' in error.lower() and ('_ARRAY_API' in error or 'compiled using' in error or 'dtype size changed' in error):
         return 'numpy and what was built on it differ: pip install --upgrade --force-reinstall numpy torch scikit-learn'
+    if (m := re.search(r'(\S+\.so\S*): cannot open shared object', error)) and 'libcuda.so' not in error:
+        return f'the library {m[1]} is missing: pip install --force-reinstall torch torchvision (both from one index)'
     if 'libcuda' in error or 'CUDA' in error:
         return 'the GPU driver and torch disagree: pick the torch build for your driver, or set CUDA_VISIBLE_DEVICES= to use the CPU'
-    if m := re.search(r'(\S+\.so\S*): cannot open shared object', error):
-        return f'the library {m[1].rstrip(":")} is missing: pip install --force-reinstall torch torchvision (both from one index)'
     return ''
 
 def _line(e: BaseException) -> str:
@@ -53,7 +53,8 @@ def _import(name: str) -> Finding:
     import importlib
     import subprocess
     if name == 'torch' and name not in sys.modules:     # a build for another processor ends the process that imports it
-        status = subprocess.run([sys.executable, '-c', 'import torch'], capture_output=True, timeout=300).returncode
+        code = f'import sys; sys.path[:] = {sys.path!r}; import torch'
+        status = subprocess.run([sys.executable, '-c', code], capture_output=True, timeout=300).returncode
         if status < 0: return False, f'importing it ends the process (signal {-status}): pip install --force-reinstall torch torchvision'
     module = importlib.import_module(name)
     if name == 'torch' and not hasattr(module, 'Tensor'):
@@ -67,10 +68,10 @@ def _import(name: str) -> Finding:
 
 def _python() -> Finding:
     has = platform.python_version()
-    at = int(platform.python_version_tuple()[1])
+    at = int(has.split('.')[1])
     return at > 10, has + (': older than 3.11, make an environment with a newer one' if at < 11 else ' (tried are 3.11 to 3.13)'*(at > 13))
 
-# %% ../nbs/20_cli.ipynb #b2b89326
+# %% ../nbs/20_cli.ipynb #3f702755
 def _accelerator() -> Finding:
     import torch
     if torch.cuda.is_available(): return True, f'{torch.cuda.device_count()}x {torch.cuda.get_device_name()}'
@@ -160,9 +161,7 @@ def _train(a) -> int:
     if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #5aea7052
-_WORLD = 50_000      # of the world, which has no end, where all of a set is meant
-
+# %% ../nbs/20_cli.ipynb #4d93a7f1
 def _tokenizer(a) -> Any:
     from vfmvae.core import UserError
     from vfmvae.recipes import open_tokenizer
@@ -170,12 +169,12 @@ def _tokenizer(a) -> Any:
     if a.g_kwargs and a.tokenizer in tokenizers: raise UserError(f'{a.tokenizer} is no published file, --g-kwargs says nothing of it; leave it away')
     return open_tokenizer(a.tokenizer, a.g_kwargs)
 
-def _pictures(a, tok: Any, n: int = 64, seed: int = 8) -> tuple[Any, Callable[[], str]]:
-    "The images of --images, and what to call once they are read: their size in words. n and seed are of the world."
+def _pictures(a, tok: Any, n: Any = 64, training: bool = False) -> tuple[Any, Callable[[], str]]:
+    "The images of --images, and what to call once they are read: their size in words. n is of the world; training: the set that train-flow takes."
     from vfmvae.evaluate import _resized, _watched
-    from vfmvae.recipes import open_data
+    from vfmvae.recipes import open_data, training_data
     size = a.size or tok.config.img_size
-    data, seen = _watched(open_data(a.images, size=size, n=n, seed=seed))
+    data, seen = _watched(training_data(a.images, size, n) if training else open_data(a.images, size=size, n=n, seed=8))
     return data, lambda: ', '.join(filter(None, (f'{size} px', _resized(seen, (size, size)))))
 
 def _reconstruct(a) -> int:
@@ -202,7 +201,7 @@ def _decode(a) -> int:
     print(f'{len(decode_latents(_tokenizer(a), a.latents, out))} pictures in {out.resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #d4fc48dc
+# %% ../nbs/20_cli.ipynb #b801bc0b
 def _evaluate(a) -> int:
     import math
     from vfmvae.core import to_json
@@ -211,19 +210,21 @@ def _evaluate(a) -> int:
     tok = _tokenizer(a)
     data, sized = _pictures(a, tok, a.n)
     found = evaluate_tokenizer(tok, data, a.n)
-    print(to_json(dict(tokenizer=tok.name, data=a.images, of=len(data), **found, size=sized(), made=provenance())))
+    print(to_json(dict(tokenizer=tok.name, data=a.images, **found, pixels=sized(), made=provenance())))
     bad = [k for k, v in found.items() if isinstance(v, float) and not math.isfinite(v)]
     if bad: print(f"vfmvae: {', '.join(bad)} of {tok.name} on {a.images} is not a finite number", file=sys.stderr)
     return 1 if bad else 0
 
 def _cache(a) -> int:
     import torch
+    from vfmvae.data import take
     from vfmvae.latents import cache_latents, cache_name
     tok = _tokenizer(a)
-    n = a.n or (_WORLD if a.images == 'world' else None)
-    data, sized = _pictures(a, tok, 1_000_000, 100)        # of the world: the images that train-flow takes
-    print(f'{min(n or len(data), len(data)):,} of {len(data):,} images', file=sys.stderr)
-    cache = cache_latents(tok, data, a.out or cache_name(tok, data), n, a.flips, dtype=torch.float16 if a.half else torch.float32)
+    data, sized = _pictures(a, tok, a.n, training=True)
+    some = take(data, a.n)
+    print(f'{len(some):,} of {len(data):,} images', file=sys.stderr)
+    name = a.out or cache_name(tok, some, a.images, a.flips)
+    cache = cache_latents(tok, data, name, a.n, a.flips, dtype=torch.float16 if a.half else None)
     print(f'{cache}, of {sized()}, in {cache.dir.resolve()}' if cache else 'the shards of this process are written; others are still at work')
     return 0
 
@@ -238,13 +239,12 @@ def _train_flow(a) -> int:
               f"{c['images_per_s']:,.0f} images/s and {c['hours']:,.1f} hours on one; ImageNet's latents take {c['latents_gb']:.0f} GB of disk")
         return 0
     _outputs(a)
-    n = a.n or (_WORLD if a.data == 'world' else None)
-    train_flow(a.preset, a.data, a.cache, None, n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.precision, a.compile,
+    train_flow(a.preset, a.data, a.cache, None, a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.precision, a.compile,
                workers=a.workers, save_every=a.save_every)
     if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #39013fe5
+# %% ../nbs/20_cli.ipynb #91b329c5
 def _sampling(a) -> dict: return {k: v for k in ('steps', 'guidance', 'method') if (v := getattr(a, k)) is not None}
 
 def _generate(a) -> int:
@@ -303,7 +303,7 @@ def _evaluate_samples(a) -> int:
     if a.out: print(f'written: {write_json(Path(a.out), r.json()).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #61f15916
+# %% ../nbs/20_cli.ipynb #296828a5
 def _align(a) -> int:
     import math
     from vfmvae.align import se_cknna
@@ -367,7 +367,7 @@ def _lab(a) -> int:
     if a.dry_run: return 0
     return subprocess.run([sys.executable, '-m', 'jupyter', 'lab', str(path), *a.jupyter]).returncode
 
-# %% ../nbs/20_cli.ipynb #43a86ce6
+# %% ../nbs/20_cli.ipynb #8dd653bb
 def _named(text: str) -> str:
     "A name for argparse: no empty one, which would be the current folder."
     if text.strip() and '\0' not in text: return text
@@ -389,6 +389,7 @@ _COUNT, _SEED, _SIDE = _number(1, 10**10), _number(0, 2**31-1), _number(8, 8192)
 _AT_ONCE, _STEPS, _THREADS = _number(1, 10**6), _number(1, 10**5), _number(0, 1024)
 _RATE, _RATIO, _FINITE = _number(above=0, high=100, kind=float), _number(1/16, 16, kind=float), _number(kind=float)
 
+_ALL = 'images to encode, spread over the set (default: all; 50,000 of the world, which has no end)'
 _IMAGES = ('--images', _named, ..., "a folder of pictures, shards (*.tar), or 'world'")
 _DATA = ('--data', _named, 'world', "a folder, shards (*.tar), or 'world'")
 _TOKENIZER = (('--tokenizer', _named, 'vfmvae-tiny-f8d16', 'a registered name, a .safetensors file, or a published .pth'),
@@ -404,7 +405,7 @@ _FIT = (('--images', _COUNT, None, "how many to see (default: the preset's)"), (
 _VFM = ('--vfm', _named, 'tiny', 'the reference: tiny or any timm name')
 _WEIGHTS = ('--vfm-weights', _named, None, "a file of the VFM's weights, where there is no hub")
 
-# %% ../nbs/20_cli.ipynb #0b2dd390
+# %% ../nbs/20_cli.ipynb #70343683
 _TRAINING: Mapping[str, tuple] = {
     'demo': (_demo, 'reconstruct pictures, train a decoder for a minute, draw samples, leave a page',
         ('--images', _named, None, "a folder of one's own pictures"), ('--out', _named, 'outputs/demo', 'folder of the page'),
@@ -422,12 +423,12 @@ _TRAINING: Mapping[str, tuple] = {
     'train-flow': (_train_flow, 'train a diffusion net on latents by preset',
         ('--preset', _named, 'dit-vfmvae-tiny-f8d16', 'see vfmvae.flow_presets'), _DATA,
         ('--cache', _named, None, 'folder of latents; made if it is not there'),
-        ('--n', _COUNT, None, f'images to cache, spread over the set (default: all, {_WORLD:,} of the world)'), *_FIT,
+        ('--n', _COUNT, None, _ALL), *_FIT,
         ('--out', _named, None, 'file of the finished net (.safetensors)'),
         ('--precision', _named, None, "fp32 or bf16 (default: the preset's)"),
         ('--compile', bool, False, 'torch.compile the net'), ('--dry-run', bool, False, 'only say what the training will cost'))}
 
-# %% ../nbs/20_cli.ipynb #ad69c3aa
+# %% ../nbs/20_cli.ipynb #68d3f002
 _USING: Mapping[str, tuple] = {
     'reconstruct': (_reconstruct, 'pictures -> latents -> pictures', *_TOKENIZER, _IMAGES, ('--out', _named, 'outputs/reconstruct', 'folder'), _SIZE),
     'encode': (_encode, 'pictures -> a file of latents', *_TOKENIZER, _IMAGES,
@@ -436,7 +437,7 @@ _USING: Mapping[str, tuple] = {
         ('--latents', _named, ..., 'file of vfmvae encode'), ('--out', _named, 'outputs/decode', 'folder')),
     'cache': (_cache, 'the latents of a data set, to train on', *_TOKENIZER, _IMAGES, _SIZE,
         ('--out', _named, None, 'folder (default: in the cache of vfmvae)'),
-        ('--n', _COUNT, None, f'images, spread over the set (default: all, {_WORLD:,} of the world)'),
+        ('--n', _COUNT, None, _ALL),
         ('--flips', bool, False, 'mirrored images, too'), ('--half', bool, False, 'float16 on disk')),
     'generate': (_generate, 'pictures from noise, class by class', _NET, ('--n', _number(1, 10**8), 16, 'how many'),
         ('--label', _number(0, 2**31-1), None, 'one class for all (default: every class in turn)'), *_DRAW,
@@ -517,7 +518,8 @@ _PLAIN = warnings.formatwarning
 def main(argv: Sequence[str] | None = None # without the program's name; None: sys.argv
         ) -> int:
     "The `vfmvae` command; returns the exit status: 2, after one line on the standard error, where something is wrong that is not ours."
-    warnings.formatwarning, ended, status = _note, None, 141     # as a shell calls a program whose reader left
+    warnings.formatwarning = _note  # type: ignore[assignment]
+    ended, status = None, 141       # as a shell calls a program whose reader left
     try: status = _run(sys.argv[1:] if argv is None else argv)
     except SystemExit as e: ended = e
     except BrokenPipeError: pass

@@ -191,7 +191,7 @@ def _facts(n: Any, size: Any, words: Mapping[str, Any], whose: str) -> None:
     for k, v in words.items():
         if not isinstance(v, str | None): raise UserError(f'{k} of {whose} is {str(v)[:40]!r}, not text')
 
-# %% ../nbs/16b_evaluate.ipynb #5a8acf95
+# %% ../nbs/16b_evaluate.ipynb #903627dd
 @dataclass(frozen=True)
 class Statistics:
     "Moments of a set of images through one extractor; what is not known is None. `save` and `open` use ADM's npz names. UserError on what is none."
@@ -233,7 +233,7 @@ class Statistics:
         "Of `save`, or of ADM (`VIRTUAL_imagenet256_labeled.npz`), which says nothing of extractor and count. UserError: missing, damaged, no moments."
         a = _npz(path, _NUMBERS, ('facts',))
         if not {'mu', 'sigma'} <= {*a}: raise UserError(f"{path} has no mu and sigma; make them with reference(...).save")
-        facts = dict(name=Path(path).stem)
+        facts: Any = dict(name=Path(path).stem)
         if 'facts' in a:
             try: facts = json.loads(str(a.pop('facts')))
             except (ValueError, RecursionError): raise UserError(f'the facts in {path} are not JSON; copy it again') from None
@@ -248,7 +248,7 @@ class Statistics:
 _NUMBERS = ('mu', 'sigma', 'mu_s', 'sigma_s', 'features', 'probs')
 _FACTS = ('n', 'extractor', 'preprocessing', 'size', 'name', 'resized')
 
-# %% ../nbs/16b_evaluate.ipynb #4c1e45e8
+# %% ../nbs/16b_evaluate.ipynb #b8bf0222
 _MOST = 2**30      # bytes that a file of statistics may unpack to, unless it is half as large itself
 _WIDEST = 8192     # dimensions of features: no extractor has as many
 
@@ -353,8 +353,10 @@ def reference(images: Any,            # tensor (n,3,H,W) in [-1,1], dataset, `re
 @torch.no_grad()
 def _statistics(mine: Any, extractor: Extractor, batch_size: int, keep: bool, device: Any, name: str | None, seen: Any) -> Statistics:
     "`reference` of images of which every process has its own part."
-    place, sums, kept, sizes = _place(extractor, device), {}, {}, set()
-    trouble: UserError | None = None
+    place, trouble = _place(extractor, device), None
+    sums: dict[str, Moments] = {}
+    kept: dict[str, list[Tensor]] = {}
+    sizes: set[tuple[int, ...]] = set()
     try:
         for batch in batches(mine, whole(batch_size, 'batch_size', 1)):
             x = check_images(batch['image'], extractor.name)
@@ -364,7 +366,7 @@ def _statistics(mine: Any, extractor: Extractor, batch_size: int, keep: bool, de
                 if len(v) != len(x): raise UserError(f'{extractor.name} gives {len(v)} rows of {k} for {len(x)} images')
                 if k != 'probs': sums.setdefault(k, Moments()).add(v)
                 if keep and k != 'spatial': kept.setdefault(k, []).append(v.float().cpu())
-    except UserError as e: trouble = e            # the others must not wait for this one
+    except UserError as error: trouble = error    # the others must not wait for this one
     every = _everyone((sums, {k: torch.cat(v) for k, v in kept.items()}, sizes, seen, trouble))
     if bad := [e[-1] for e in every if e[-1]]: raise bad[0]
     sizes, seen = (set().union(*(e[k] for e in every)) for k in (2, 3))
@@ -535,12 +537,10 @@ def _record(kind: str, a: Statistics, b: Statistics, neighbours: int, pr_n: int,
 def _some(data: Any, n: int | None) -> tuple[Any, str | None]:
     "n of the data and, in words, which; all and None without n. Of a data set or tensor they are spread over it. UserError: fewer than n."
     if n is None: return data, None
-    of = len(data) if isinstance(data, Sized) else None
-    if of is not None and n > of: raise UserError(f'{n-of} images too few for n = {n}; lower n')
-    if isinstance(data, Tensor): return data[spread(n, of)], None if n == of else f'{n} of {of}, spread over the set'
-    if not hasattr(data, 'batch'): return list(itertools.islice(_samples(data), n)), f'the first {n}'
+    if not (isinstance(data, Tensor) or hasattr(data, 'batch')): return list(itertools.islice(_samples(data), n)), f'the first {n}'
+    if n > (of := len(data)): raise UserError(f'{n-of} images too few for n = {n}; lower n')
     how = f'the first {n} of {of}' if isinstance(data, World) else f'{n} of {of}, spread over the set'
-    return take(data, n), None if n == of else how
+    return data[spread(n, of)] if isinstance(data, Tensor) else take(data, n), None if n == of else how
 
 @torch.no_grad()
 def rfid(tokenizer: Any,                 # encode and decode
@@ -615,10 +615,11 @@ def _spoil(x: Tensor, axis: str, s: float, seed: int) -> Tensor:
 def _halves(data: Any, n: int, seed: int) -> tuple[list[int], list[int]]:
     "Two times n indices: of the world, which has no order, its first; of another set 2n spread over it, of which neighbours are dealt out by draw."
     if isinstance(data, World): return list(range(n)), list(range(n, 2*n))
-    pairs = np.random.default_rng(seed % 2**63).permuted(np.array(spread(2*n, len(data))).reshape(n, 2), axis=1)
-    return pairs[:, 0].tolist(), pairs[:, 1].tolist()
+    pairs, swap = np.array(spread(2*n, len(data))).reshape(n, 2), np.random.default_rng(seed % 2**63).permutation(n) % 2
+    return pairs[range(n), swap].tolist(), pairs[range(n), 1-swap].tolist()
 
 def _labels(data: Any) -> list[int]:
+    if isinstance(data, World): return data.factors(range(len(data)))['label'].tolist()
     if (known := getattr(data, 'labels', None)) is not None: return [int(k) for k in known]
     return [k for j in range(0, len(data), 512) for k in data.batch(range(j, min(j+512, len(data))))['label'].tolist()]
 
