@@ -166,8 +166,8 @@ def test_where_nothing_can_be_written_is_said_before_the_work(name, flag, tmp_pa
 # the doctor -----------------------------------------------------------------------------------------------------------------------------------------
 
 TORCHES = {'raise RuntimeError("operator torchvision::nms does not exist")': 'one index', 'x = 1': 'is not torch',
-           'import no_such_part': 'pip install no_such_part', 'raise OSError("libcudart.so.13: cannot open shared object file")': 'libcudart.so.13 is missing', 'import os; os.kill(os.getpid(), 9)': 'signal 9',
-           'raise AttributeError': 'AttributeError', None: 'pip install torch'}
+           'import no_such_part': 'pip install no_such_part', 'raise OSError("libcudart.so.13: cannot open shared object file")': 'libcudart.so.13 is missing',
+           'import os; os.kill(os.getpid(), 9)': 'signal 9', 'raise AttributeError': 'AttributeError', None: 'pip install torch'}
 
 
 @pytest.mark.parametrize('torch', TORCHES, ids=str)

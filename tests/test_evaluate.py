@@ -337,7 +337,8 @@ def plain(d=6, seed=0) -> Statistics:
 
 
 ODD = {'the negative': lambda c: -c, 'lopsided': lambda c: c+torch.tril(c, -1)*.01,
-       'one negative variance': lambda c: c-torch.eye(len(c))*1.1*torch.linalg.eigvalsh(c)[0], 'a negative diagonal': lambda c: c-torch.diag(2*c.diagonal()), 'nothing but off the diagonal': lambda c: c-torch.diag(c.diagonal())}
+       'one negative variance': lambda c: c-torch.eye(len(c))*1.1*torch.linalg.eigvalsh(c)[0],
+       'a negative diagonal': lambda c: c-torch.diag(2*c.diagonal()), 'nothing but off the diagonal': lambda c: c-torch.diag(c.diagonal())}
 
 
 @pytest.mark.parametrize('odd', ODD)
@@ -477,7 +478,7 @@ def test_n_of_a_sorted_set_is_spread_over_it_and_said(sorted_by_class, n):
         r = rfid(Identity(), sorted_by_class, eyes, n)
     k = [round((c[0]+1)*127.5/60)-1 for c in eyes.seen[:r.n]]
     assert r.n == (n or 60) and len(eyes.seen) == 2*r.n and all(abs(k.count(c)-r.n/3) <= 1 for c in range(3))
-    assert r.taken == (None if n in (60, None) else f'{n} of 60, spread over the set')
+    assert r.taken == (None if n in (60, None) else f'{n} of 60, spread')
 
 
 def test_what_cannot_be_spread_keeps_its_first_and_says_so(eyes):
@@ -486,11 +487,26 @@ def test_what_cannot_be_spread_keeps_its_first_and_says_so(eyes):
     with pytest.warns(UserWarning, match='feature dimensions'):
         a, b, c = (rfid(Identity(), data, eyes, 20, pr_n=0) for data in (world, [*x], (x[:8], x[8:50])))
     assert a.taken == 'the first 20 of 90' and b.taken == c.taken == 'the first 20'
-    assert rfid(Identity(), x, eyes, 80, pr_n=0).taken == '80 of 90, spread over the set'
+    assert rfid(Identity(), x, eyes, 80, pr_n=0).taken == '80 of 90, spread'
     for data, n in ((world, 91), ([*x], 91), ((x[:8], x[8:50]), 51)):
         with pytest.raises(UserError, match='1 images too few for n = '): rfid(Identity(), data, eyes, n)
     for n in (0, -1, 1, True, 2.5, '9'):
         with pytest.raises(UserError, match='n: '): rfid(Identity(), world, eyes, n)
+
+
+def test_sets_of_others_are_judged_as_ours(sorted_by_class):
+    at = [5, 25, 45]
+    pictures = [sorted_by_class.read(i) for i in at]
+    class Pairs:                                # as of torchvision
+        def __len__(self): return len(pictures)
+        def __getitem__(self, i):
+            if i >= len(pictures): raise IndexError
+            return pictures[i], i
+    want = reference(torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1)/127.5-1 for p in pictures])[..., 4:28], Colours())
+    for data in (pictures, Pairs()):
+        got = reference(data, Colours())
+        assert (got.size, got.resized) == ((24, 24), 'from 24x32 px') and (got.mu-want.mu).abs().max() < 1e-6
+        with pytest.warns(UserWarning, match='feature dimensions'): assert abs(rfid(Identity(), data, Colours()).value) < 1e-9
 
 
 def test_the_size_judged_and_what_was_resized_are_in_the_record(sorted_by_class, tmp_path):

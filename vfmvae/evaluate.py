@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/16b_evaluate.ipynb #6772c87c
 from .core import Table, UserError, data_dir, load_weights, nearest, to_json, whole, write_atomic
-from .data import ImageSet, World, check_images, spread, take, to_uint8, transform
+from .data import ImageSet, World, as_dataset, check_images, spread, take, taken, to_uint8, transform
 from .features import _place, _samples, batches
 from .metrics import frechet, inception_score, precision_recall
 from .tokenizer import image_seed
@@ -191,7 +191,7 @@ def _facts(n: Any, size: Any, words: Mapping[str, Any], whose: str) -> None:
     for k, v in words.items():
         if not isinstance(v, str | None): raise UserError(f'{k} of {whose} is {str(v)[:40]!r}, not text')
 
-# %% ../nbs/16b_evaluate.ipynb #903627dd
+# %% ../nbs/16b_evaluate.ipynb #990c02c6
 @dataclass(frozen=True)
 class Statistics:
     "Moments of a set of images through one extractor; what is not known is None. `save` and `open` use ADM's npz names. UserError on what is none."
@@ -248,7 +248,7 @@ class Statistics:
 _NUMBERS = ('mu', 'sigma', 'mu_s', 'sigma_s', 'features', 'probs')
 _FACTS = ('n', 'extractor', 'preprocessing', 'size', 'name', 'resized')
 
-# %% ../nbs/16b_evaluate.ipynb #b8bf0222
+# %% ../nbs/16b_evaluate.ipynb #e5b584a7
 _MOST = 2**30      # bytes that a file of statistics may unpack to, unless it is half as large itself
 _WIDEST = 8192     # dimensions of features: no extractor has as many
 
@@ -320,8 +320,12 @@ def _braid(parts: list[Tensor]) -> Tensor:
     return out
 
 def _watched(data: Any) -> tuple[Any, set[tuple[int, int]]]:
-    "The data, and the sizes (H,W) that its pictures are found to have in their files as they are read; none where there are no files."
+    """The data as a set of ours (see `as_dataset`; tensors, and what gives one after the other, stay), and the sizes (H,W) that its pictures are found to
+    have in their files as they are read; none where there are no files."""
     seen: set[tuple[int, int]] = set()
+    if not isinstance(data, Tensor) and not hasattr(data, 'batch') and hasattr(data, '__getitem__') and len(data):
+        first = data[0]['image'] if isinstance(data[0], Mapping) and 'image' in data[0] else data[0]
+        if not isinstance(first, Tensor): data = as_dataset(data)
     if not isinstance(data, ImageSet): return data, seen
     def read(i):
         im = data.read(i)
@@ -539,8 +543,8 @@ def _some(data: Any, n: int | None) -> tuple[Any, str | None]:
     if n is None: return data, None
     if not (isinstance(data, Tensor) or hasattr(data, 'batch')): return list(itertools.islice(_samples(data), n)), f'the first {n}'
     if n > (of := len(data)): raise UserError(f'{n-of} images too few for n = {n}; lower n')
-    how = f'the first {n} of {of}' if isinstance(data, World) else f'{n} of {of}, spread over the set'
-    return data[spread(n, of)] if isinstance(data, Tensor) else take(data, n), None if n == of else how
+    some = take(data, n)
+    return some, None if n == of else f'{n} of {of}, spread' if isinstance(data, Tensor) else taken(some)
 
 @torch.no_grad()
 def rfid(tokenizer: Any,                 # encode and decode
@@ -624,7 +628,7 @@ def _labels(data: Any) -> list[int]:
     return [k for j in range(0, len(data), 512) for k in data.batch(range(j, min(j+512, len(data))))['label'].tolist()]
 
 def validate(extractor: Extractor,
-             data: Any,         # a dataset with labels (`.batch`, `.classes`), at least 2n images; for `missing` so many of the classes that stay
+             data: Any,         # a dataset with labels, at least 2n images; for `missing` so many of the classes that stay
              n: int = 1000,     # images in each half; both halves are spread over the set
              axes: Mapping[str, Sequence[float]] = DEGRADATIONS, # of `transform`; `cast`: red up and blue down by so much; `missing`: absent classes
              batch_size: int = 64, seed: int = 0, device: Any = None
@@ -637,6 +641,8 @@ def validate(extractor: Extractor,
                 x = data.batch(indices[i:i+batch_size])['image']
                 yield x if change is None else change(x, seed+indices[i])
         return reference(run(), extractor, batch_size, False, device)
+    data, _ = _watched(data)
+    if not hasattr(data, 'batch'): raise UserError('validate needs a data set with labels; see data.as_dataset')
     if len(data) < 2*whole(n, 'n', 2): raise UserError(f'two halves of {n} need {2*n} images, not {len(data)}; lower n')
     first, second = _halves(data, n, seed)
     ref, others = stats(first), sorted({*range(len(data))}-{*first})
