@@ -207,6 +207,7 @@ def test_the_doctor_tells_an_old_package_and_an_unknown_python(monkeypatch):
 # labs -----------------------------------------------------------------------------------------------------------------------------------------------
 
 def test_a_lab_overwrites_no_notebook_and_opens_the_same_state_again(tmp_path, capsys, monkeypatch):
+    for name in ('jupyterlab', 'ipywidgets'): pytest.importorskip(name, reason='the [notebooks] or [widgets] extra is not installed')
     monkeypatch.setenv('VFMVAE_HOME', str(tmp_path))
     def lab(*words):
         assert main(['lab', *words, '--dry-run']) == 0
@@ -225,7 +226,7 @@ def test_a_lab_overwrites_no_notebook_and_opens_the_same_state_again(tmp_path, c
 
 
 def test_words_after_two_dashes_are_jupyters(tmp_path, capsys, monkeypatch):
-    pytest.importorskip('jupyterlab', reason='the [notebooks] extra is not installed')
+    for name in ('jupyterlab', 'ipywidgets'): pytest.importorskip(name, reason='the [notebooks] or [widgets] extra is not installed')
     monkeypatch.setenv('VFMVAE_HOME', str(tmp_path))
     called = []
     monkeypatch.setattr(subprocess, 'run', lambda words, **k: called.append(words) or subprocess.CompletedProcess(words, 3))

@@ -71,7 +71,7 @@ def _python() -> Finding:
     at = int(has.split('.')[1])
     return at > 10, has + (': older than 3.11, make an environment with a newer one' if at < 11 else ' (tried are 3.11 to 3.13)'*(at > 13))
 
-# %% ../nbs/20_cli.ipynb #886cd377
+# %% ../nbs/20_cli.ipynb #d30c5f02
 def _accelerator() -> Finding:
     import torch
     if torch.cuda.is_available(): return True, f'{torch.cuda.device_count()}x {torch.cuda.get_device_name()}'
@@ -161,7 +161,7 @@ def _train(a) -> int:
     if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #d7b178a7
+# %% ../nbs/20_cli.ipynb #87789435
 def _tokenizer(a) -> Any:
     from vfmvae.core import UserError
     from vfmvae.recipes import open_tokenizer
@@ -201,7 +201,7 @@ def _decode(a) -> int:
     print(f'{len(decode_latents(_tokenizer(a), a.latents, out))} pictures in {out.resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #2b04b001
+# %% ../nbs/20_cli.ipynb #46b5b06a
 def _evaluate(a) -> int:
     import math
     from vfmvae.core import to_json
@@ -244,7 +244,7 @@ def _train_flow(a) -> int:
     if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #954c5265
+# %% ../nbs/20_cli.ipynb #eaf06e50
 def _sampling(a) -> dict: return {k: v for k in ('steps', 'guidance', 'method') if (v := getattr(a, k)) is not None}
 
 def _generate(a) -> int:
@@ -303,7 +303,7 @@ def _evaluate_samples(a) -> int:
     if a.out: print(f'written: {write_json(Path(a.out), r.json()).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #00dc95b4
+# %% ../nbs/20_cli.ipynb #2677332e
 def _align(a) -> int:
     import math
     from vfmvae.align import se_cknna
@@ -367,7 +367,7 @@ def _lab(a) -> int:
     if a.dry_run: return 0
     return subprocess.run([sys.executable, '-m', 'jupyter', 'lab', str(path), *a.jupyter]).returncode
 
-# %% ../nbs/20_cli.ipynb #804a13d6
+# %% ../nbs/20_cli.ipynb #1532071f
 def _named(text: str) -> str:
     "A name for argparse: no empty one, which would be the current folder."
     if text.strip() and '\0' not in text: return text
@@ -405,7 +405,7 @@ _FIT = (('--images', _COUNT, None, "how many to see (default: the preset's)"), (
 _VFM = ('--vfm', _named, 'tiny', 'the reference: tiny or any timm name')
 _WEIGHTS = ('--vfm-weights', _named, None, "a file of the VFM's weights, where there is no hub")
 
-# %% ../nbs/20_cli.ipynb #ed93199a
+# %% ../nbs/20_cli.ipynb #4923c394
 _TRAINING: Mapping[str, tuple] = {
     'demo': (_demo, 'reconstruct pictures, train a decoder for a minute, draw samples, leave a page',
         ('--images', _named, None, "a folder of one's own pictures"), ('--out', _named, 'outputs/demo', 'folder of the page'),
@@ -428,7 +428,7 @@ _TRAINING: Mapping[str, tuple] = {
         ('--precision', _named, None, "fp32 or bf16 (default: the preset's)"),
         ('--compile', bool, False, 'torch.compile the net'), ('--dry-run', bool, False, 'only say what the training will cost'))}
 
-# %% ../nbs/20_cli.ipynb #7ba729c3
+# %% ../nbs/20_cli.ipynb #8c286673
 _USING: Mapping[str, tuple] = {
     'reconstruct': (_reconstruct, 'pictures -> latents -> pictures', *_TOKENIZER, _IMAGES, ('--out', _named, 'outputs/reconstruct', 'folder'), _SIZE),
     'encode': (_encode, 'pictures -> a file of latents', *_TOKENIZER, _IMAGES,
@@ -489,7 +489,7 @@ def _told(e: BaseException) -> str | None:
         return 'not enough memory; take a smaller --size, --batch or --n'
     if isinstance(e, RecursionError): return 'a file is nested too deeply; look at what was given'
     if isinstance(e, UnicodeError): return f'text that is not UTF-8 ({line}); look at what was given'
-    if isinstance(e, ImportError): return f'{line} (vfmvae doctor says more)'
+    if isinstance(e, ImportError) and "from 'vfmvae" not in str(e): return f'{line} (vfmvae doctor says more)'
     if isinstance(e, OSError): return ': '.join(filter(None, (str(e.filename or ''), e.strerror or line)))
     return line if type(e).__name__ == 'SafetensorError' or isinstance(e, RuntimeError) and diagnose(str(e)) else None
 
