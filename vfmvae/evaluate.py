@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 # %% ../nbs/16b_evaluate.ipynb #6772c87c
 from .core import Table, UserError, data_dir, load_weights, nearest, to_json, whole, write_atomic
-from .data import ImageSet, World, as_dataset, check_images, spread, take, taken, to_uint8, transform
-from .features import _place, _samples, batches
+from .data import ImageSet, World, check_images, spread, take, taken, to_uint8, transform
+from .features import _place, _samples, as_images, batches
 from .metrics import frechet, inception_score, precision_recall
 from .tokenizer import image_seed
 from .train import provenance, world
@@ -191,7 +191,7 @@ def _facts(n: Any, size: Any, words: Mapping[str, Any], whose: str) -> None:
     for k, v in words.items():
         if not isinstance(v, str | None): raise UserError(f'{k} of {whose} is {str(v)[:40]!r}, not text')
 
-# %% ../nbs/16b_evaluate.ipynb #990c02c6
+# %% ../nbs/16b_evaluate.ipynb #62c70043
 @dataclass(frozen=True)
 class Statistics:
     "Moments of a set of images through one extractor; what is not known is None. `save` and `open` use ADM's npz names. UserError on what is none."
@@ -248,7 +248,7 @@ class Statistics:
 _NUMBERS = ('mu', 'sigma', 'mu_s', 'sigma_s', 'features', 'probs')
 _FACTS = ('n', 'extractor', 'preprocessing', 'size', 'name', 'resized')
 
-# %% ../nbs/16b_evaluate.ipynb #e5b584a7
+# %% ../nbs/16b_evaluate.ipynb #789707f4
 _MOST = 2**30      # bytes that a file of statistics may unpack to, unless it is half as large itself
 _WIDEST = 8192     # dimensions of features: no extractor has as many
 
@@ -320,12 +320,9 @@ def _braid(parts: list[Tensor]) -> Tensor:
     return out
 
 def _watched(data: Any) -> tuple[Any, set[tuple[int, int]]]:
-    """The data as a set of ours (see `as_dataset`; tensors, and what gives one after the other, stay), and the sizes (H,W) that its pictures are found to
-    have in their files as they are read; none where there are no files."""
+    "The data (see `as_images`), and the sizes (H,W) that its pictures are found to have in their files as they are read; none where there are none."
     seen: set[tuple[int, int]] = set()
-    if not isinstance(data, Tensor) and not hasattr(data, 'batch') and hasattr(data, '__getitem__') and len(data):
-        first = data[0]['image'] if isinstance(data[0], Mapping) and 'image' in data[0] else data[0]
-        if not isinstance(first, Tensor): data = as_dataset(data)
+    data = iter(data) if isinstance(data, SampleFile) else as_images(data)
     if not isinstance(data, ImageSet): return data, seen
     def read(i):
         im = data.read(i)
@@ -363,7 +360,7 @@ def _statistics(mine: Any, extractor: Extractor, batch_size: int, keep: bool, de
     sizes: set[tuple[int, ...]] = set()
     try:
         for batch in batches(mine, whole(batch_size, 'batch_size', 1)):
-            x = check_images(batch['image'], extractor.name)
+            x = batch['image']
             sizes.add(tuple(x.shape[2:]))
             if len(sizes) > 1: break              # said below, when every process has come that far
             for k, v in extractor(x.to(place)).items():
@@ -600,12 +597,12 @@ def gfid(samples: Any,                 # tensor (n,3,H,W) in [-1,1], dataset-lik
         samples = read_samples(samples)
         how.setdefault('subject', samples.path.name)
     if isinstance(samples, SampleFile):
-        images, way = _part(samples, _rank(), world()), conversion or samples.conversion or 'a conversion that is not stated'
+        images, way = _part(iter(samples), _rank(), world()), conversion or samples.conversion or 'a conversion that is not stated'
     else:
         to8, way = _conversion(conversion or 'round'), conversion or 'round'
         samples, seen = _watched(samples)
         mine = batches(_part(samples, _rank(), world()), whole(batch_size, 'batch_size', 1))
-        images = (to8(check_images(b['image'].cpu(), 'samples')).float()/127.5 - 1 for b in mine)
+        images = (to8(check_images(b['image'].cpu(), 'samples')).float()/127.5 - 1 for b in mine)     # a GPU's NaN would be black
     got = _statistics(images, extractor, batch_size, True, device, None, seen)
     return _record('gFID', got, ref, neighbours, pr_n, preprocessing=f'{extractor.preprocessing}; samples to 8 bits by {way}', **how)
 
