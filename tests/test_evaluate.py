@@ -576,7 +576,7 @@ def test_bad_input_is_named(tmp_path, eyes, ref):
              'where 9 were asked for': lambda: write_samples(tmp_path/'x.npz', torch.zeros(5, 3, 8, 8), n=9),
              'no conversion': lambda: write_samples(tmp_path/'x.npz', world, conversion='ceil'),
              'how many images': lambda: write_samples(tmp_path/'x.npz', iter([])),
-             'samples contain NaN': lambda: write_samples(tmp_path/'x.npz', torch.full((5, 3, 8, 8), math.nan)),
+             'hold NaN': lambda: write_samples(tmp_path/'x.npz', torch.full((5, 3, 8, 8), math.nan)),
              'give each a file': lambda: write_samples(tmp_path/'x.npz', [torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)]),
              'two halves': lambda: validate(eyes, World(100), 80)}
     for text, call in cases.items():
