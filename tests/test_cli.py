@@ -141,8 +141,7 @@ def test_a_reader_who_leaves_is_no_fault_and_a_full_disk_is_a_line():
         assert (done.returncode, done.stderr) == (2, 'vfmvae: No space left on device\n')
 
 
-@pytest.mark.parametrize('flag', ['--out', '--run'])
-@pytest.mark.parametrize('name', [n for n in COMMANDS if any(o[0] == '--out' for o in COMMANDS[n][2:])])
+@pytest.mark.parametrize(('name', 'flag'), [(n, f) for n, f in NAMES if f in ('--out', '--run')], ids=str)
 def test_where_nothing_can_be_written_is_said_before_the_work(name, flag, tmp_path, capsys, monkeypatch):
     import vfmvae.align
     import vfmvae.demo
@@ -152,7 +151,6 @@ def test_where_nothing_can_be_written_is_said_before_the_work(name, flag, tmp_pa
     for module, names in ((vfmvae.recipes, 'train_tokenizer encode_images decode_latents evaluate_tokenizer'), (vfmvae.generate, 'train_flow generate'),
                           (vfmvae.align, 'se_cknna'), (vfmvae.demo, 'fresh_decoder')):
         for f in names.split(): monkeypatch.setattr(module, f, work)
-    if flag not in [o[0] for o in COMMANDS[name][2:]]: pytest.skip(f'{name} has no {flag}')
     (tmp_path/'file').touch()
     kind = dict(align='.json', evaluate='.json', encode='.safetensors', train='.safetensors')
     ending = '' if flag == '--run' else kind.get(name.split('-')[0], '')
