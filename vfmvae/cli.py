@@ -71,7 +71,7 @@ def _python() -> Finding:
     at = int(has.split('.')[1])
     return at > 10, has + (': older than 3.11, make an environment with a newer one' if at < 11 else ' (tried are 3.11 to 3.13)'*(at > 13))
 
-# %% ../nbs/20_cli.ipynb #d30c5f02
+# %% ../nbs/20_cli.ipynb #952a99c9
 def _accelerator() -> Finding:
     import torch
     if torch.cuda.is_available(): return True, f'{torch.cuda.device_count()}x {torch.cuda.get_device_name()}'
@@ -161,7 +161,7 @@ def _train(a) -> int:
     if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #87789435
+# %% ../nbs/20_cli.ipynb #5d99e543
 def _tokenizer(a) -> Any:
     from vfmvae.core import UserError
     from vfmvae.recipes import open_tokenizer
@@ -201,7 +201,7 @@ def _decode(a) -> int:
     print(f'{len(decode_latents(_tokenizer(a), a.latents, out))} pictures in {out.resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #46b5b06a
+# %% ../nbs/20_cli.ipynb #5de73588
 def _evaluate(a) -> int:
     import math
     from vfmvae.core import to_json
@@ -244,7 +244,7 @@ def _train_flow(a) -> int:
     if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #eaf06e50
+# %% ../nbs/20_cli.ipynb #f4d7ba31
 def _sampling(a) -> dict: return {k: v for k in ('steps', 'guidance', 'method') if (v := getattr(a, k)) is not None}
 
 def _generate(a) -> int:
@@ -285,6 +285,7 @@ def _evaluate_samples(a) -> int:
     if a.out: check_out(a.out, '.json')
     look, known = _extractor(a.extractor), a.reference.endswith('.npz')
     def opened(spec: str) -> Any: return open_data(spec, size=a.size) if a.size else _own_size(spec)
+    if a.samples == 'world': raise UserError('the world is a reference, not a set of samples; give an .npz, a folder or shards')
     against: Any = Statistics.open(a.reference) if known else None if a.reference == 'world' else opened(a.reference)
     drawn, file = a.samples is None, (a.samples or '').endswith('.npz')
     samples: Any = (generate(a.net, a.n, a.seed, policy=a.policy, **_sampling(a)) if drawn
@@ -303,7 +304,7 @@ def _evaluate_samples(a) -> int:
     if a.out: print(f'written: {write_json(Path(a.out), r.json()).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #2677332e
+# %% ../nbs/20_cli.ipynb #e44fff1a
 def _align(a) -> int:
     import math
     from vfmvae.align import se_cknna
@@ -322,7 +323,7 @@ def _align(a) -> int:
     print(f'clean {t.clean:.4f}, mean over {t.views} views {t.mean:.4f}, change {change}; n {t.n} of {len(data)}, {sized()}, k {t.k}, '
           f'{t.pooling} pooling, reference {t.reference_state}')
     facts = {k: v for k, v in t.facts.items() if k != 'draws'}
-    record = dict(rows=list(t), **facts, tokenizer=tok.name, vfm=vfm.name, data=a.images, of=len(data), size=sized(), made=provenance())
+    record = facts | dict(rows=list(t), tokenizer=tok.name, vfm=vfm.name, images=a.images, of=len(data), pixels=sized(), made=provenance())
     if a.out: print(f'written: {write_json(Path(a.out), record).resolve()}')
     bad = [k for k in ('clean', 'mean') if not math.isfinite(getattr(t, k))]
     if bad: print(f"vfmvae: the {' and '.join(bad)} score is not a finite number; features that never vary have no neighbours", file=sys.stderr)
@@ -367,7 +368,7 @@ def _lab(a) -> int:
     if a.dry_run: return 0
     return subprocess.run([sys.executable, '-m', 'jupyter', 'lab', str(path), *a.jupyter]).returncode
 
-# %% ../nbs/20_cli.ipynb #1532071f
+# %% ../nbs/20_cli.ipynb #e48c0650
 def _named(text: str) -> str:
     "A name for argparse: no empty one, which would be the current folder."
     if text.strip() and '\0' not in text: return text
@@ -405,7 +406,7 @@ _FIT = (('--images', _COUNT, None, "how many to see (default: the preset's)"), (
 _VFM = ('--vfm', _named, 'tiny', 'the reference: tiny or any timm name')
 _WEIGHTS = ('--vfm-weights', _named, None, "a file of the VFM's weights, where there is no hub")
 
-# %% ../nbs/20_cli.ipynb #4923c394
+# %% ../nbs/20_cli.ipynb #e9df9ee3
 _TRAINING: Mapping[str, tuple] = {
     'demo': (_demo, 'reconstruct pictures, train a decoder for a minute, draw samples, leave a page',
         ('--images', _named, None, "a folder of one's own pictures"), ('--out', _named, 'outputs/demo', 'folder of the page'),
@@ -428,7 +429,7 @@ _TRAINING: Mapping[str, tuple] = {
         ('--precision', _named, None, "fp32 or bf16 (default: the preset's)"),
         ('--compile', bool, False, 'torch.compile the net'), ('--dry-run', bool, False, 'only say what the training will cost'))}
 
-# %% ../nbs/20_cli.ipynb #8c286673
+# %% ../nbs/20_cli.ipynb #f94e1a0f
 _USING: Mapping[str, tuple] = {
     'reconstruct': (_reconstruct, 'pictures -> latents -> pictures', *_TOKENIZER, _IMAGES, ('--out', _named, 'outputs/reconstruct', 'folder'), _SIZE),
     'encode': (_encode, 'pictures -> a file of latents', *_TOKENIZER, _IMAGES,
