@@ -94,10 +94,10 @@ def test_ranks_share_the_batch_of_one_process(n, batch, world):
 def test_an_epoch_shows_each_image_at_most_once(n, batch):
     dl = loader(Numbers(n), batch, seed=1)
     assert len(dl) == n//batch
-    epochs = [torch.cat([b['image'] for b in dl.__iter__(e*len(dl))]).tolist() for e in range(4)]
+    epochs = [torch.cat([b['image'] for b in dl.epoch(e)]).tolist() for e in range(4)]
     assert all(len(e) == len(set(e)) == len(dl)*batch for e in epochs)
     assert len({tuple(e) for e in epochs}) == 4                                       # another order in every epoch
-    assert epochs[0] != torch.cat([b['image'] for b in loader(Numbers(n), batch, seed=2)]).tolist()
+    assert epochs[0] != torch.cat([b['image'] for b in loader(Numbers(n), batch, seed=2).epoch(0)]).tolist()
 
 
 @pytest.mark.parametrize('workers', [0, 1, 3])
@@ -115,7 +115,7 @@ def test_endless_steps_can_be_left(tmp_path):
 def test_reading_ahead_passes_errors_on(tmp_path):
     for i in range(4): Image.new('RGB', (20, 20)).save(tmp_path/f'{i}.png')
     (tmp_path/'2.png').write_bytes((tmp_path/'2.png').read_bytes()[:40])
-    with pytest.raises(UserError, match='2.png'): list(loader(folder(tmp_path, size=16), 4, workers=2))
+    with pytest.raises(UserError, match='2.png'): list(loader(folder(tmp_path, size=16), 4, workers=2).epoch(0))
 
 
 @pytest.mark.parametrize('name', list(TRANSFORMS))
