@@ -22,7 +22,7 @@ from torch import Tensor, nn
 # %% ../nbs/19b_explorer.ipynb #778cb259
 from .align import Graph, cknna, cknna_null, knn_graph, mutual_knn, prepare
 from .core import UserError, digest, home, load_weights, nearest, save_weights, sidecar, whole
-from .data import CROPS, TRANSFORMS, World, open_image, take, to_tensor, to_uint8
+from .data import CROPS, TRANSFORMS, Subset, open_image, take, taken, to_tensor, to_uint8
 from .features import pool
 from .measures import METRICS, compare
 from .metrics import psnr
@@ -31,7 +31,7 @@ from .recipes import open_tokenizer
 from .tokenizer import net_digest, tokenizers, unfamiliar
 from .vfm import _ALIASES, VFM, _known as _known_vfm
 from .views import Fitted, as_source, extract_views, label, see
-from .widgets import ColourFit, Control, Job, Lab, Sheet, _files, _fits, _images, _reach, _read, _settle, _times, middle, steps, transform_controls
+from .widgets import ColourFit, Control, Job, Lab, Sheet, _about, _files, _fits, _images, _reach, _read, _settle, _times, middle, steps, transform_controls
 
 # %% ../nbs/19b_explorer.ipynb #154e6103
 class Shelf:
@@ -45,14 +45,13 @@ class Shelf:
         for i in range(0, len(some), 32):
             parts.append(_read(some, range(i, min(i+32, len(some)))))
             tick(len(parts[-1]['image']))
-        self.images = images
         self.pixels = torch.cat([to_uint8(p['image']) for p in parts])
         self.labels = torch.cat([p['label'] for p in parts])
         self.names = [k for p in parts for k in p['key']]
         self.classes = tuple(getattr(images, 'classes', ()))
         self.digest = digest({'pixels': self.pixels})
-        few, many, self.spread = len(some), len(images), len(some) < len(images) and not isinstance(images, World)
-        self.taken = f'all {few} images' if few == many else f'{few} of {many} images, spread over the set' if self.spread else f'the first {few} of {many} images'
+        self.taken, self.spread = taken(some), isinstance(some, Subset)
+        self.words = f'{len(some)} images ({self.taken})'
         self._place = {k: i for i, k in enumerate(self.names)}
     def __len__(self) -> int: return len(self.pixels)
     def place(self, key: str) -> int | None:
@@ -256,7 +255,7 @@ def _bundled(name: str) -> Any: return VFM('tiny') if name == 'tiny' else tokeni
 def _by_name(own: Any) -> dict[str, Any]:
     "Name -> net. UserError: no net, no name, or two different nets of one name."
     found: dict[str, Any] = {}
-    for o in [own] if isinstance(own, str | Path) or hasattr(own, 'name') else own:
+    for o in own if isinstance(own, list | tuple) else [own]:
         name, net = (str(o), open_tokenizer(o) if _is_tokenizer(o) else VFM(str(o))) if isinstance(o, str | Path) else (getattr(as_source(o), 'name', None), o)
         if not isinstance(name, str): raise UserError(f'a {type(o).__name__} has no name; give it one (.name = ...)')
         _one(name, net, found[name] if name in found else _bundled(name))
@@ -298,7 +297,7 @@ class _Seen:
             if (held := self.files.get(key)) is None or _times(held[0]) == held[1]: continue
             with self.lock:
                 old = self.made.pop(key, None)
-                gone = [old, self.made.get(('banks', old))]
+                gone = [old, self.banks(key[1])]
                 for k in [k for k in self.made if k == ('source', key[1]) or any(v is g for v in k for g in gone if g is not None)]: del self.made[k]
                 self.files.pop(key, None)
         for n in names:
@@ -321,12 +320,13 @@ class _Seen:
             self.files['data', spec] = (at := _files(made, self.n)), _times(at)
             return made
         return self.once(('data', spec), make)
-    def banks(self, spec: str) -> Banks | None: return self.made.get(('banks', self.made.get(('data', spec))))
+    def _at(self, spec: str) -> tuple: return 'banks', self.made.get(('data', spec)), self.files.get(('data', spec), ((), ()))[1]
+    def banks(self, spec: str) -> Banks | None: return self.made.get(self._at(spec))
     def fill(self, spec: str) -> Job:
-        data = self.data(spec)
+        data, at = self.data(spec), self._at(spec)
         def run(free: Callable, tick: Callable) -> None:
             made = Banks(Shelf(data, self.n, tick), who=self.who)
-            self.once(('banks', data), lambda: made)
+            self.once(at, lambda: made)
         return Job('reading', min(self.n, len(data)), run)
     def vfm(self, name: str) -> Any:
         def make() -> Any:
@@ -353,6 +353,9 @@ class _Seen:
         data, banks = self.data(spec), self.banks(spec)
         few: Any = take(banks.shelf if banks else data, 32)
         return self.once(('some', data), lambda: _read(few, range(len(few)))['image'])
+    def note(self, spec: str, sources: Iterable[Any]) -> str:
+        "What to know about a set: pictures enlarged or left out, of a kind that one of the tokenizers behind these sources does not know."
+        return ' '.join(filter(None, (self.unfamiliar(sources, self.some(spec)), _about(self.data(spec)))))
     def unfamiliar(self, sources: Iterable[Any], x: Tensor) -> str:
         "What `tokenizer.unfamiliar` says of the tokenizers behind these sources and of images x (b,3,H,W)."
         toks = [t for s in sources if (t := getattr(s, 'tokenizer', None)) is not None]
@@ -400,7 +403,7 @@ class Explorer(Lab):
         "Shows an uploaded image: any mode, first frame, largest square. UserError if it is none or smaller than 8 pixels."
         im = open_image(io.BytesIO(data), name=name)
         self.uploads[name] = to_tensor(CROPS['square'](im, self.seen.size))
-        self.small[name] = f'enlarged from {im.width} x {im.height} px' if min(im.size) < self.seen.size else ''
+        self.small[name] = f'{name} has {im.width} x {im.height} px and was enlarged.' if min(im.size) < self.seen.size else ''
         self.set(uploaded=name)
     def panel(self, state: ExplorerState) -> dict[str, Control]:
         "Images first, then nets, then the transform, then the measure."
@@ -475,10 +478,10 @@ class Explorer(Lab):
         colour = self.seen.colours(banks, eye, state.layer, x)
         sides = [self._side(banks, state, t, x, changed, place) for t in state.tokenizers]
         own = self._strip(banks, eye, state.layer, torch.cat([pool(v) for v in h]), state.k, place)
-        seen_by = map(self.seen.source, state.tokenizers)
-        strange = self.seen.unfamiliar(seen_by, x if state.uploaded else self.seen.some(state.images)) if state.uploaded or banks else ''
+        nets = [*map(self.seen.source, state.tokenizers)]
+        note = [self.seen.unfamiliar(nets, x), self.small.get(state.uploaded)] if state.uploaded else [self.seen.note(state.images, nets)] if banks else []
         return Explored(state, name, x[0], changed[0], (colour(h[0])[0], colour(h[1])[0]), own, tuple(sides), banks.shelf if banks else None,
-                        len(self._todo(state)), self._chance(banks, state), ' '.join(filter(None, (self.small.get(state.uploaded), strange))))
+                        len(self._todo(state)), self._chance(banks, state), ' '.join(filter(None, note)))
     def _side(self, banks: Banks | None, state: ExplorerState, name: str, x: Tensor, changed: Tensor, place: int | None) -> Side:
         tok, source = self.seen.tokenizer(name), self.seen.source(name)
         who = self.seen.who(source)
@@ -566,7 +569,7 @@ def _explored_words(r: Explored) -> str:
     s = r.state
     def near(x: Strip | None) -> str: return f'{sum(x.kept)} of {len(x.near)} neighbours stay' if x else 'neighbours are being computed'
     words = [f'{r.name}: image {s.uploaded or s.image} of {s.images}, {s.transform} {s.strength:g} ({TRANSFORMS[s.transform].unit}), seed {s.seed}. '
-             f'VFM {s.vfm}, {layer_name(s.layer)}: {near(r.strip)}{f" among {r.shelf.taken}" if r.shelf else ""}.']
+             f'VFM {s.vfm}, {layer_name(s.layer)}: {near(r.strip)}{f" among {r.shelf.words}" if r.shelf else ""}.']
     for t in r.sides:
         at = dict(t.curve)
         now, start = at.get(float(s.strength)), at.get(TRANSFORMS[s.transform].identity)

@@ -77,7 +77,7 @@ class Reconstructed:
     scales: tuple[Tensor, ...]           # every scale of the edited latent, small first
     psnr: tuple[float, ...]              # dB of each scale with the image shrunk to it
     quality: tuple[float, float]         # dB with the image: without and with the edit
-    note: str = ''                       # where the images are of a kind that the tokenizer does not know
+    note: str = ''                       # what to know about the images
 
 def _grown(x: Tensor, size: Any) -> Tensor: return F.interpolate(x[None], tuple(size), mode='bilinear', antialias=True)[0]
 
@@ -116,7 +116,7 @@ class ReconstructionLab(Lab):
         each = tuple(psnr(s[None], _grown(x[0], s.shape[1:])[None].clamp(-1, 1)).item() for s in scales)
         quality = (psnr(plain, x[:1]).item(), psnr(scales[-1][None], x[:1]).item())
         return Reconstructed(state, x[0], x[1], tuple(c[0] for c in pca_colours([z[:1], z[1:], new])), plain[0], scales[-1], tuple(scales), each, quality,
-                             self.seen.unfamiliar([self.seen.source(state.tokenizer)], self.seen.some(self.spec)))
+                             self.seen.note(self.spec, [self.seen.source(state.tokenizer)]))
     def sheet(self, result: Reconstructed, width: float) -> Sheet:
         "The images, their latents, and a row of scales: what each shows and what it adds to the one before."
         r, s = result, result.state
@@ -172,7 +172,7 @@ class Neighbours:
     adds: tuple[float, ...] = ()         # what each image adds, products of similarities of shared neighbours
     parts: Mapping[str, float] | None = None # of `align.cknna_parts`
     score: float = math.nan
-    note: str = ''                       # where the images are of a kind that the tokenizer does not know
+    note: str = ''                       # what to know about the images
     @property
     def shared(self) -> set[int]:
         "Neighbours in both."
@@ -197,8 +197,8 @@ class SetLab(Lab):
         "As a look begins: forgets what lies in files that were rewritten."
         self.seen.check(self.images, *(v for f in ('tokenizer', 'vfm', 'first', 'second', 'source') if (v := getattr(state, f, None)) is not None))
     def note(self, sources: Sequence[Any]) -> str:
-        "A sentence, where the set is of a kind that one of the tokenizers does not know."
-        return self.seen.unfamiliar(sources, self.seen.some(self.images))
+        "What to know about the set: see `_Seen.note`."
+        return self.seen.note(self.images, sources)
     def wanted(self, state: Any) -> list[tuple[Any, Any]]:
         "(source, view) of every bank that the picture needs."
         raise NotImplementedError
@@ -282,7 +282,7 @@ class NeighbourLab(SetLab):
         if r.shelf is None or r.parts is None: return 'The features of the set are being computed.'
         p = r.parts
         return (f'Image {r.shelf.called(s.image)}: {len(r.shared)} of {s.k} neighbours are the same in {s.vfm} ({layer_name(s.layer)}) and in {s.tokenizer}; it adds '
-                f'{r.adds[s.image]:.3f} to a sum of {sum(r.adds):.2f} over {r.shelf.taken} and {p["pairs"]:.0f} shared edges. '
+                f'{r.adds[s.image]:.3f} to a sum of {sum(r.adds):.2f} over {r.shelf.words} and {p["pairs"]:.0f} shared edges. '
                 f'Centred: shared {p["kl"]:.3g}, own {p["kk"]:.3g} and {p["ll"]:.3g}; CKNNA = shared/sqrt(own own) = {r.score:.3f}.'+f' {r.note}'*bool(r.note))
     def panel(self, state: NeighbourState) -> dict[str, Control]:
         "image, tokenizer, vfm, layer, k."
@@ -317,7 +317,7 @@ class Layers:
     image: Tensor | None = None          # (3,H,W) in [-1,1]
     colours: tuple[Tensor, Tensor] | None = None
     shelf: Shelf | None = None
-    note: str = ''                       # where the images are of a kind that a tokenizer does not know
+    note: str = ''                       # what to know about the images
 
 def _layer_names(source: Any) -> tuple[str, ...]:
     "The layers of a source in words; a velocity net counts its blocks from 0, a VFM has its embedding there."
@@ -408,7 +408,7 @@ class LayerLab(SetLab):
         r, s = result, result.state
         if r.scores is None or r.shelf is None: return 'The features of the set are being computed.'
         top = divmod(int(r.scores.argmax()), r.scores.shape[1])
-        return (f'CKNNA, k {s.k}, {r.shelf.taken}: {s.first}, {r.names[0][s.row]} and {s.second}, {r.names[1][s.column]}: {r.scores[s.row, s.column]:.3f}. Highest: '
+        return (f'CKNNA, k {s.k}, {r.shelf.words}: {s.first}, {r.names[0][s.row]} and {s.second}, {r.names[1][s.column]}: {r.scores[s.row, s.column]:.3f}. Highest: '
                 f'{r.names[0][top[0]]} and {r.names[1][top[1]]}, {r.scores[top]:.3f}.'
                 + f' Noise level {s.t:g}.'*self._noised(s) + f' {r.note}'*bool(r.note))
     def panel(self, state: LayerState) -> dict[str, Control]:
@@ -449,7 +449,7 @@ class Embedding:
     groups: tuple[int, ...] = ()         # of each point
     names: tuple[str, ...] = ()          # of the groups
     near: tuple[int, ...] = ()           # the images nearest to the chosen one, in the plane
-    note: str = ''                       # where the images are of a kind that the tokenizer does not know
+    note: str = ''                       # what to know about the images
 
 _UMAP = 'UMAP, about 40 s'
 
@@ -547,7 +547,7 @@ class EmbeddingLab(SetLab):
         if r.places is None or r.shelf is None: return 'The features of the set are being computed.'
         if s.method == 'umap' and self._key(s) not in self.seen.made: return 'UMAP is being computed; the picture shows PCA until then.'
         same = sum(r.groups[i] == r.groups[s.image] for i in r.near)
-        return (f'{len(r.places)} points of {s.source} by {s.method.upper()} ({r.shelf.taken}), coloured by {s.colour} ({len({*r.groups})} groups). Image {r.shelf.called(s.image)} is of '
+        return (f'{len(r.places)} points of {s.source} by {s.method.upper()}, {r.shelf.words}, coloured by {s.colour} ({len({*r.groups})} groups). Image {r.shelf.called(s.image)} is of '
                 f'{r.names[r.groups[s.image]]}; nearest in the plane: {", ".join(map(str, r.near))}, {same} of {len(r.near)} of the same group.'
                 + f' {r.note}'*bool(r.note))
     def panel(self, state: EmbeddingState) -> dict[str, Control]:
@@ -689,9 +689,10 @@ class SamplerLab(Lab):
         gone = [*way.gone]
         step = min(state.step, len(gone)-1)
         (t, z), end = gone[step], gone[-1][1]
-        if not (end.isfinite().all() and z.isfinite().all()): raise UserError(f'the way left all numbers at guidance {state.guidance:g}; choose a smaller one')
         guess = z - t*self._velocity(state)(z, t) if t > 0 else z          # on the linear path, z_t - t v
-        now, then, final = self.tokenizer.decode(torch.cat([z, guess, end])).clamp(-1, 1)
+        now, then, final = shown = self.tokenizer.decode(torch.cat([z, guess, end])).clamp(-1, 1)
+        if not (shown.isfinite().all() and end.isfinite().all()):
+            raise UserError(f'at guidance {state.guidance:g} the way leaves the numbers that there are; choose a smaller one')
         colours = pca_colours([end, guess, z])
         far = tuple((v-end).square().mean().sqrt().item() for _, v in gone)
         return Sampled(state, t, tuple(v for v, _ in gone), now, then, final, (colours[2][0], colours[1][0], colours[0][0]), far, step)

@@ -8,7 +8,7 @@ __all__ = ['ColourFit', 'pca_colours', 'Sheet', 'Control', 'Job', 'Lab', 'KeepsS
 
 # %% ../nbs/19_widgets.ipynb #29490251
 import asyncio, base64, html, io, itertools, json, math, os, time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/19_widgets.ipynb #b32cb644
 from .core import UserError, nearest, progress, real, to_grid, to_tokens, whole, write_atomic
-from .data import TRANSFORMS, World, as_dataset, check_images, take, transform
+from .data import TRANSFORMS, Subset, World, as_dataset, check_images, spread, take, transform
 from .features import pool
 from .metrics import psnr
 from .plots import WIDTHS, _style, blank, save_figure
@@ -604,14 +604,26 @@ def _times(paths: Iterable) -> tuple:
         return s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
     return tuple(map(one, paths))
 
-def _files(images: Any, n: int) -> list[Path]:
-    "Of a set of files: its folders and the files of `take(images, n)`, or its shards."
-    return []
+@lru_cache(16)
+def _files(images: Any, n: int) -> tuple[Path, ...]:
+    "Behind a set: its folders, and the files of `take(images, n)` or its shards; nothing, where no files are known."
+    base, at = (images.ds, images.at) if isinstance(images, Subset) else (images, range(len(images)))
+    if not (pieces := getattr(base, 'pieces', None)): return ()
+    root, folders = Path(str(getattr(base, 'name', ''))), {os.path.dirname(p) for p, _, _ in pieces}
+    above = {a for f in folders for a in Path(f).parents if root in (a, *a.parents)}       # a new class is a new folder in one of them
+    return (*map(Path, sorted(folders)), *sorted(above), *dict.fromkeys(Path(pieces[at[i]][0]) for i in spread(n, len(at))))
 
 def _images(images: Any, size: int = 64) -> Any:
     "The data set that `images` stands for; None: held-out images of the world."
     if images is None: return _world()
-    return open_data(images, size=size, n=10_000, seed=8) if isinstance(images, str | Path) else as_dataset(images, size=size)
+    made = open_data(images, size=size, n=10_000, seed=8) if isinstance(images, str | Path) else as_dataset(images, size=size)
+    return made if isinstance(made, Hashable) else Subset(made, range(len(made)))
+
+def _about(images: Any) -> str:
+    "What to know about a set: pictures that were enlarged, files that were left out."
+    left = ', '.join(f'{n} {why}' for why, n in (getattr(images, 'skipped', None) or {}).items())
+    return ' '.join([*([f'Pictures smaller than {images.size} px were enlarged to that.'] if getattr(images, 'enlarged', 0) else []),
+                     *([f'Left out of the set: {left}.'] if left else [])])
 
 def _read(images: Any, at: Sequence[int]) -> dict:
     "A batch of images that were checked, with `key` and `label`."
@@ -642,7 +654,7 @@ class Kept:
     cosine: Mapping[str, float]          # 'latent', 'VFM': `clean` and `changed`
     strangers: Mapping[str, float]       # the same of `clean` and 32 other images, mean
     enlarged: tuple[int, int] | None     # (H,W) that the transform gave, where it did not fit the grid
-    unfamiliar: str = ''                 # a sentence, where the set is of a kind that the tokenizer does not know
+    note: str = ''                       # what to know about the set: pictures enlarged or left out, of a kind that the tokenizer does not know
     @property
     def error(self) -> Tensor:
         "(H,W), mean absolute difference of the colours, which lie in [0,1]."
@@ -674,7 +686,8 @@ def keeps(state: KeepsState,
     colours = pca_colours(zs)
     return Kept(state, classes[label] if 0 <= label < len(classes) else '', clean[0], changed[0], back[1][0], (colours[0][0], colours[1][0]),
                 tuple(zs[1].shape[1:]), quality[1], quality[0], _cosines(near, far), _cosines(near, (z_others[rest], h_others[rest])),
-                None if raw.shape == changed.shape else (raw.shape[2], raw.shape[3]), strange)
+                None if raw.shape == changed.shape else (raw.shape[2], raw.shape[3]),
+                ' '.join(filter(None, (_about(images), strange))))
 
 # %% ../nbs/19_widgets.ipynb #4b82ac7d
 _WORST = .3 # of the colour range: where the error map is brightest
@@ -696,7 +709,7 @@ def _keeps_sheet(k: Kept, width: float) -> Sheet:
     else: sheet.text(.08, sheet.height-.3, '\n'.join(words), 6.5)
     sheet.data = [dict(image=k.state.image, transform=k.state.transform, strength=k.state.strength, psnr=k.psnr, psnr_clean=k.psnr_clean,
                        **{f'cosine {n}': v for n, v in cos.items()}, **{f'cosine {n} of others': v for n, v in far.items()},
-                       **(dict(unfamiliar=k.unfamiliar) if k.unfamiliar else {}))]
+                       **(dict(note=k.note) if k.note else {}))]
     return sheet
 
 def keeps_figure(state: KeepsState,
@@ -714,7 +727,7 @@ def _say(k: Kept) -> str:
     return (f"Image {s.image}{f' ({k.name})' if k.name else ''}, {_title(s)} ({TRANSFORMS[s.transform].unit}), seed {s.seed}. "
             f'{s.tokenizer} makes of {size} a latent of {c}x{h}x{w} numbers, and from it an image with {k.psnr:.1f} dB '
             f'({k.psnr_clean:.1f} dB without the transform). Cosine similarity of the image and the transformed image, pooled: {cosine}.{was or ""}'
-            f'{" "*bool(k.unfamiliar)}{k.unfamiliar}')
+            f'{" "*bool(k.note)}{k.note}')
 
 def keeps_text(state: KeepsState,
                images: Any = None # as in `keeps`
