@@ -9,7 +9,7 @@ from torch import nn
 from vfmvae.core import UserError, data_dir
 from vfmvae.data import World, as_dataset, folder, to_pil, to_uint8
 from vfmvae.dit import DiT, DiTConfig
-from vfmvae.explorer import Banks, Explorer, ExplorerState, Shelf, mark, same
+from vfmvae.explorer import Banks, Explorer, ExplorerState, Shelf, _mark, _same
 from vfmvae.generate import open_flow
 from vfmvae.labs import EmbeddingLab, EmbeddingState, LayerLab, NeighbourLab, ReconstructionLab, SamplerLab, SamplerState
 from vfmvae.plots import STYLE, curves, to_png
@@ -92,14 +92,14 @@ def test_a_velocity_net_has_a_name_of_its_own_too(tiny):
 def test_a_mark_tells_weights_settings_and_code_apart(conv, tiny):
     class Own(nn.Module):
         name, layers = 'own', ('a',)
-    assert mark(conv) == mark(copy.deepcopy(conv)) and same(tiny, VFM('tiny'))
-    assert len({mark(s) for s in (conv, changed(conv), tiny, changed(tiny), LatentFeatures(conv), LatentFeatures(conv, sample_seed=1),
+    assert _mark(conv) == _mark(copy.deepcopy(conv)) and _same(tiny, VFM('tiny'))
+    assert len({_mark(s) for s in (conv, changed(conv), tiny, changed(tiny), LatentFeatures(conv), LatentFeatures(conv, sample_seed=1),
                                   LatentFeatures(conv, sample_seed=2))}) == 7
-    assert mark(Own()) == '' and not same(Own(), Own())                # code of one's own: none can tell
+    assert _mark(Own()) == '' and not _same(Own(), Own())                # code of one's own: none can tell
     twin = copy.deepcopy(conv)
-    before = mark(twin)
+    before = _mark(twin)
     with torch.no_grad(): twin.decoder.conv_out.weight.mul_(2)
-    assert mark(twin) != before
+    assert _mark(twin) != before
 
 
 # what changes under an open lab -------------------------------------------------------------------------------------------------------------------
@@ -174,12 +174,12 @@ def test_a_folder_that_changes_under_an_open_lab_is_read_anew(change, tmp_path):
 @pytest.mark.parametrize('Which, how', [(Explorer, dict(k=3, tokenizers='conv-f8d16', transform='hflip', strength=1.)), (EmbeddingLab, dict(colour='cluster')),
                                         (LayerLab, dict(k=3, second='conv-f8d16'))])
 def test_every_lab_reads_an_edited_picture_anew(Which, how, tmp_path):
+    def make(): return Which(images=str(tmp_path), n=14, **how)
     for name in ('00.png', '07.png'):
-        root = str(pictures(tmp_path/'set'))
-        def make(): return Which(images=root, n=14, **how)
+        pictures(tmp_path)
         one = make()
         before = rows(one)
-        invert(tmp_path/'set'/name, times=True)
+        invert(tmp_path/name, times=True)
         assert rows(one) == rows(make()) != before
 
 

@@ -30,7 +30,8 @@ from .neighbours import _shared, _sorted
 from .plots import MARKERS, PALETTE, curves, heat
 from .recipes import open_tokenizer
 from .tokenizer import tokenizers
-from .widgets import Control, Job, Lab, Sheet, _fits, _reach, _read, _settle, middle, pca_colours, transform_controls
+from .widgets import (Control, Job, Lab, Sheet, _fits, _join, _noted, _reach, _read, _settle, middle, pca_colours,
+                            transform_controls)
 
 # %% ../nbs/19c_labs.ipynb #f89b5da7
 EDITS = dict(none='the latent as it is', swap='its right part comes from the other image', interpolate='part of the way to the other image',
@@ -115,7 +116,8 @@ class ReconstructionLab(Lab):
         plain = tok.decode(z[:1]).clamp(-1, 1)
         each = tuple(psnr(s[None], _grown(x[0], s.shape[1:])[None].clamp(-1, 1)).item() for s in scales)
         quality = (psnr(plain, x[:1]).item(), psnr(scales[-1][None], x[:1]).item())
-        return Reconstructed(state, x[0], x[1], tuple(c[0] for c in pca_colours([z[:1], z[1:], new])), plain[0], scales[-1], tuple(scales), each, quality,
+        colours = tuple(c[0] for c in pca_colours([z[:1], z[1:], new]))
+        return Reconstructed(state, x[0], x[1], colours, plain[0], scales[-1], tuple(scales), each, quality,
                              self.seen.note(self.spec, [self.seen.source(state.tokenizer)]))
     def sheet(self, result: Reconstructed, width: float) -> Sheet:
         "The images, their latents, and a row of scales: what each shows and what it adds to the one before."
@@ -133,14 +135,15 @@ class ReconstructionLab(Lab):
         for j, line in enumerate(lines):
             for i, (im, title) in enumerate(line): sheet.image(.08+i*(side+.08), .28+j*(side+.27), side, im, title)
         sheet.data = [dict(tokenizer=s.tokenizer, image=s.image, edit=s.edit, amount=s.amount, seed=s.seed, scale=im.shape[1], psnr=q,
-                           psnr_plain=r.quality[0], **(dict(note=r.note) if r.note else {})) for im, q in zip(r.scales, r.psnr, strict=True)]
+                           psnr_plain=r.quality[0], **_noted(r.note)) for im, q in zip(r.scales, r.psnr, strict=True)]
         return sheet
     def say(self, result: Reconstructed) -> str:
         "Quality with and without the edit, and of every scale."
         r, s = result, result.state
         what = 'the latent as it is' if s.edit == 'none' else f'{s.edit} {s.amount:g}: {EDITS[s.edit]} ({s.other} is the other image)'
         scales = ', '.join(f'{im.shape[1]} px {q:.1f} dB' for im, q in zip(r.scales, r.psnr, strict=True))
-        return f'Image {s.image} by {s.tokenizer}, {r.quality[0]:.1f} dB. Edit: {what}; then {r.quality[1]:.1f} dB. Scales of the decoder: {scales}.'+f' {r.note}'*bool(r.note)
+        return _join(f'Image {s.image} by {s.tokenizer}, {r.quality[0]:.1f} dB. Edit: {what}; then {r.quality[1]:.1f} dB.',
+                     f'Scales of the decoder: {scales}.', r.note)
     def panel(self, state: ReconstructionState) -> dict[str, Control]:
         "image, other, tokenizer, edit, amount, seed."
         last = len(self.images)-1
@@ -179,8 +182,9 @@ class Neighbours:
         return {*self.near[0]} & {*self.near[1]}
 
 class SetLab(Lab):
-    """A lab about a whole set: `n` images of it (`data.take`), counted from 0 among themselves, their features computed once. `images`: 'world', a folder,
-    shards, or whatever `data.as_dataset` takes; `own` VFMs and tokenizers, as objects, names or files, are known by their name."""
+    """A lab about a whole set: `n` images of it (`data.take`), counted from 0 among themselves, their features computed once.
+    `images`: 'world', a folder, shards, or whatever `data.as_dataset` takes; `own` VFMs and tokenizers, as objects, names or files,
+    are known by their name."""
     def __init__(self, state: Any = None, images: Any = 'world', size: int = 64, n: int = 128, own: Any = (), **changes: Any):
         super().__init__(state)
         self.seen = _Seen(own, size, n)
@@ -192,10 +196,12 @@ class SetLab(Lab):
     def source(self, name: str, t: float = .5) -> Any:
         "The FeatureSource of that name: a VFM or a tokenizer. UserError if there is none."
         known = self.seen.own.get(name)
-        return self.seen.source(name) if hasattr(known, 'encode') or (known is None and _is_tokenizer(name)) else self.seen.vfm(name)
+        tokenizer = _is_tokenizer(name) if known is None else hasattr(known, 'encode')
+        return self.seen.source(name) if tokenizer else self.seen.vfm(name)
     def check(self, state: Any) -> None:
         "As a look begins: forgets what lies in files that were rewritten."
-        self.seen.check(self.images, *(v for f in ('tokenizer', 'vfm', 'first', 'second', 'source') if (v := getattr(state, f, None)) is not None))
+        names = (getattr(state, f, None) for f in ('tokenizer', 'vfm', 'first', 'second', 'source'))
+        self.seen.check(self.images, *filter(None, names))
     def note(self, sources: Sequence[Any]) -> str:
         "What to know about the set: see `_Seen.note`."
         return self.seen.note(self.images, sources)
@@ -273,17 +279,19 @@ class NeighbourLab(SetLab):
         shares = (grown/total).tolist()
         def draw(ax: Any) -> None: curves({'sum': shares}, 'images added', 'share of the sum', ax=ax)
         sheet.chart(.6, sheet.height-1.45, width-.75, 1.05, (tuple(shares), width), draw, [(s.image, shares[s.image], PALETTE[3])])
-        about = dict(k=s.k, tokenizer=s.tokenizer, vfm=s.vfm, layer=s.layer, cknna=r.score, taken=r.shelf.taken, **(dict(note=r.note) if r.note else {}))
-        sheet.data = [dict(image=i, key=r.shelf.names[i], adds=a, share=b, **about) for i, (a, b) in enumerate(zip(r.adds, shares, strict=True))]
+        about = dict(k=s.k, tokenizer=s.tokenizer, vfm=s.vfm, layer=s.layer, cknna=r.score, taken=r.shelf.taken, **_noted(r.note))
+        sheet.data = [dict(image=i, key=r.shelf.names[i], adds=a, share=b, **about)
+                      for i, (a, b) in enumerate(zip(r.adds, shares, strict=True))]
         return sheet
     def say(self, result: Neighbours) -> str:
         "Neighbours in common, what the image adds, and the three sums of the score."
         r, s = result, result.state
         if r.shelf is None or r.parts is None: return 'The features of the set are being computed.'
         p = r.parts
-        return (f'Image {r.shelf.called(s.image)}: {len(r.shared)} of {s.k} neighbours are the same in {s.vfm} ({layer_name(s.layer)}) and in {s.tokenizer}; it adds '
-                f'{r.adds[s.image]:.3f} to a sum of {sum(r.adds):.2f} over {r.shelf.words} and {p["pairs"]:.0f} shared edges. '
-                f'Centred: shared {p["kl"]:.3g}, own {p["kk"]:.3g} and {p["ll"]:.3g}; CKNNA = shared/sqrt(own own) = {r.score:.3f}.'+f' {r.note}'*bool(r.note))
+        return _join(f'Image {r.shelf.called(s.image)}: {len(r.shared)} of {s.k} neighbours are the same in {s.vfm} ({layer_name(s.layer)}) '
+                     f'and in {s.tokenizer}; it adds {r.adds[s.image]:.3f} to a sum of {sum(r.adds):.2f} over {r.shelf.words} '
+                     f'and {p["pairs"]:.0f} shared edges.', f'Centred: shared {p["kl"]:.3g}, own {p["kk"]:.3g} and {p["ll"]:.3g}; '
+                     f'CKNNA = shared/sqrt(own own) = {r.score:.3f}.', r.note)
     def panel(self, state: NeighbourState) -> dict[str, Control]:
         "image, tokenizer, vfm, layer, k."
         toks, vfms = _nets(self)
@@ -331,14 +339,16 @@ def _net_and_tokenizer(x: Any) -> tuple[DiT, Any]:
     return net, open_tokenizer(tok) if isinstance(tok, str | Path) else tok if tok is not None else tokenizer_of(net)
 
 class LayerLab(SetLab):
-    "CKNNA between all layers of two sources; see `SetLab` and `LayerState`. `nets`: name -> net or (net, its tokenizer), objects, names or files, beside the bundled ones."
+    """CKNNA between all layers of two sources; see `SetLab` and `LayerState`. `nets`: name -> net or (net, its tokenizer), as objects,
+    names or files, beside the bundled ones."""
     State, title, scrub = LayerState, 'Layer lab', ('t',)
     def __init__(self, state: LayerState | None = None, nets: Mapping[str, Any] | None = None, **more: Any):
         self.nets = {str(n): _net_and_tokenizer(v) for n, v in dict(nets or {}).items()}
         super().__init__(state, **more)
         for name, (net, _) in self.nets.items():
             if name in bundled: _one(name, net, open_flow(name))
-            if name in self.seen.own or name == 'tiny' or name in tokenizers: raise UserError(f'{name!r} is the name of a VFM or a tokenizer; name the net otherwise')
+            if name in self.seen.own or name == 'tiny' or name in tokenizers:
+                raise UserError(f'{name!r} is the name of a VFM or a tokenizer; name the net otherwise')
     def source(self, name: str, t: float = .5) -> Any:
         "A VFM, a tokenizer, or a net at noise level t."
         if name not in self.velocity: return super().source(name)
@@ -399,7 +409,7 @@ class LayerLab(SetLab):
         for i, (im, title) in enumerate(shown):
             x, y = (.62*width+.15, .25+i*(side+.25)) if wide else (.1+i*(side+.1), tall+.85+.2)
             sheet.image(x, y, side, im, title)
-        about = dict(k=s.k, t=s.t, taken=r.shelf.taken, **(dict(note=r.note) if r.note else {}))
+        about = dict(k=s.k, t=s.t, taken=r.shelf.taken, **_noted(r.note))
         sheet.data = [dict(first=s.first, row=a, second=s.second, column=b, cknna=table[i, j].item(), **about)
                       for i, a in enumerate(names[0]) for j, b in enumerate(names[1])]
         return sheet
@@ -408,9 +418,9 @@ class LayerLab(SetLab):
         r, s = result, result.state
         if r.scores is None or r.shelf is None: return 'The features of the set are being computed.'
         top = divmod(int(r.scores.argmax()), r.scores.shape[1])
-        return (f'CKNNA, k {s.k}, {r.shelf.words}: {s.first}, {r.names[0][s.row]} and {s.second}, {r.names[1][s.column]}: {r.scores[s.row, s.column]:.3f}. Highest: '
-                f'{r.names[0][top[0]]} and {r.names[1][top[1]]}, {r.scores[top]:.3f}.'
-                + f' Noise level {s.t:g}.'*self._noised(s) + f' {r.note}'*bool(r.note))
+        return _join(f'CKNNA, k {s.k}, {r.shelf.words}: {s.first}, {r.names[0][s.row]} and {s.second}, {r.names[1][s.column]}: '
+                     f'{r.scores[s.row, s.column]:.3f}.', f'Highest: {r.names[0][top[0]]} and {r.names[1][top[1]]}, {r.scores[top]:.3f}.',
+                     f'Noise level {s.t:g}.'*self._noised(s), r.note)
     def panel(self, state: LayerState) -> dict[str, Control]:
         "first, second, row, column, t (if one of them is a velocity net), k, image."
         toks, vfms = _nets(self)
@@ -510,7 +520,8 @@ class EmbeddingLab(SetLab):
             names = tuple(f'cluster {i+1}' for i in range(8))
         far = (places[:len(shelf)]-places[state.image]).square().sum(1)
         near = far.argsort(stable=True)[1:9].tolist()
-        return Embedding(state, shelf, places, tuple(groups), tuple(names), tuple(near), self.note([self.source(state.source)]))
+        note = self.note([self.source(state.source)])
+        return Embedding(state, shelf, places, tuple(groups), tuple(names), tuple(near), note)
     def sheet(self, result: Embedding, width: float) -> Sheet:
         "The plane; the chosen image and its nearest points as images."
         r, s = result, result.state
@@ -531,13 +542,14 @@ class EmbeddingLab(SetLab):
             if len(names) > 1: ax.legend(fontsize=5.5, handletextpad=.2, frameon=False, **aside)
         margin = 1.0 if len(names) > 8 else .15
         x, y = places[s.image].tolist()
-        sheet.chart(.6, .3, plane-.7-margin, plane*.8-.3, (r.places, r.groups, names, s.source, s.method, s.colour, width), draw, [(x, y, 'black')])
+        key = (r.places, r.groups, names, s.source, s.method, s.colour, width)
+        sheet.chart(.6, .3, plane-.7-margin, plane*.8-.3, key, draw, [(x, y, 'black')])
         cols, left, top = (3, plane+.05, .3) if wide else (9, .1, plane*.8+.75)
         side = ((width-left-.08)-.06*(cols-1))/cols
         for i, at in enumerate((s.image, *r.near)):
             sheet.image(left+(side+.06)*(i % cols), top+(side+.2)*(i//cols), side, r.shelf.pixels[at].float()/255, f'{at}' if i else f'image {at}')
         n = len(r.shelf)
-        about = dict(source=s.source, method=s.method, taken=r.shelf.taken, **(dict(note=r.note) if r.note else {}))
+        about = dict(source=s.source, method=s.method, taken=r.shelf.taken, **_noted(r.note))
         sheet.data = [dict(point=i, image=i % n, key=r.shelf.names[i % n], group=names[g], x=p[0], y=p[1], **about)
                       for i, (p, g) in enumerate(zip(places.tolist(), r.groups, strict=True))]
         return sheet
@@ -547,9 +559,9 @@ class EmbeddingLab(SetLab):
         if r.places is None or r.shelf is None: return 'The features of the set are being computed.'
         if s.method == 'umap' and self._key(s) not in self.seen.made: return 'UMAP is being computed; the picture shows PCA until then.'
         same = sum(r.groups[i] == r.groups[s.image] for i in r.near)
-        return (f'{len(r.places)} points of {s.source} by {s.method.upper()}, {r.shelf.words}, coloured by {s.colour} ({len({*r.groups})} groups). Image {r.shelf.called(s.image)} is of '
-                f'{r.names[r.groups[s.image]]}; nearest in the plane: {", ".join(map(str, r.near))}, {same} of {len(r.near)} of the same group.'
-                + f' {r.note}'*bool(r.note))
+        return _join(f'{len(r.places)} points of {s.source} by {s.method.upper()}, {r.shelf.words}, coloured by {s.colour} '
+                     f'({len({*r.groups})} groups).', f'Image {r.shelf.called(s.image)} is of {r.names[r.groups[s.image]]}; '
+                     f'nearest in the plane: {", ".join(map(str, r.near))}, {same} of {len(r.near)} of the same group.', r.note)
     def panel(self, state: EmbeddingState) -> dict[str, Control]:
         "source, image, colour, transform, strength, seed, and the button of the other method."
         toks, vfms = _nets(self)
@@ -599,8 +611,8 @@ class Sampled:
 class _Way:
     "A sampler's way as far as it has been gone: (noise level, latent (1,c,h,w)) of its points."
     def __init__(self, start: Callable[[], Iterator[tuple[float, Tensor]]], points: int):
-        self.start, self.points, self.gone, self.lock = start, points, [], threading.Lock()     # type: ignore[var-annotated]
-        self.ahead = start()
+        self.start, self.points, self.ahead, self.lock = start, points, start(), threading.Lock()
+        self.gone: list[tuple[float, Tensor]] = []
     @property
     def whole(self) -> bool: return len(self.gone) == self.points
     def go(self) -> None:
@@ -616,7 +628,7 @@ class SamplerLab(Lab):
     "Sampling with a velocity net over a tokenizer's latents; see `Lab` and `SamplerState`. A way that takes long is shown as far as it is."
     State, title, scrub = SamplerState, 'Sampler lab', ('step',)
     patience = .12                                           # seconds that a picture waits for its way
-    def __init__(self, nets: Any = None,                  # one, or stage -> net, early first, as objects, names or files; None: those bundled
+    def __init__(self, nets: Any = None,                  # one, or stage -> net, early first; objects, names or files; None: the bundled
                  tokenizer: Any = 'vfmvae-tiny-f8d16',    # a name, a file or a Tokenizer
                  state: SamplerState | None = None, side: int = 8,  # latent pixels per side
                  **changes: Any):                         # fields of the state
@@ -692,7 +704,7 @@ class SamplerLab(Lab):
         guess = z - t*self._velocity(state)(z, t) if t > 0 else z          # on the linear path, z_t - t v
         now, then, final = shown = self.tokenizer.decode(torch.cat([z, guess, end])).clamp(-1, 1)
         if not (shown.isfinite().all() and end.isfinite().all()):
-            raise UserError(f'at guidance {state.guidance:g} the way leaves the numbers that there are; choose a smaller one')
+            raise UserError(f'guidance {state.guidance:g} leads to infinite numbers; choose a smaller one')
         colours = pca_colours([end, guess, z])
         far = tuple((v-end).square().mean().sqrt().item() for _, v in gone)
         return Sampled(state, t, tuple(v for v, _ in gone), now, then, final, (colours[2][0], colours[1][0], colours[0][0]), far, step)

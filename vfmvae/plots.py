@@ -34,11 +34,11 @@ STYLE: Any = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.l
          'legend.frameon': False, 'figure.dpi': 120, 'figure.facecolor': 'white', 'savefig.facecolor': 'white', 'image.interpolation': 'nearest'}
 
 # %% ../nbs/01_plots.ipynb #1a052160
-_STYLED = threading.RLock()      # Matplotlib's settings are global, and labs draw beside the event loop: one figure at a time
+_STYLED = threading.RLock()      # Matplotlib's settings are global, and labs draw in threads: one figure at a time
 
 @contextmanager
 def _style() -> Iterator[None]:
-    "Matplotlib's settings are STYLE's inside, and afterwards what they were, or what somebody else has meanwhile made of them."
+    "Matplotlib's settings are STYLE's inside, and afterwards what they were, or what somebody else made of them."
     import matplotlib
     now = matplotlib.rcParams
     with _STYLED:

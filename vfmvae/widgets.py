@@ -371,7 +371,9 @@ class _Screen:
         self._say_now('computing ...')
         self._latest.ask(self.state)
     def _say_now(self, words: str) -> None: self.readout.value = f'<p role="status" aria-live="polite">{html.escape(words)}</p>'
-    def _complain(self, e: Exception) -> None: self._say_now(' '.join((str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}').split())[:400])
+    def _complain(self, e: Exception) -> None:
+        words = str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}'
+        self._say_now(' '.join(words.split())[:400])
     def _show(self, answer: Any) -> None:
         "Puts the picture and its words in place, or the reason why there is none."
         self._lacks = not isinstance(answer, Exception) and answer.lacks
@@ -533,13 +535,14 @@ class Lab(_Screen):
 _SEEDS = 2**31-1     # every generator behind a lab takes it, with the number of an image added
 
 def _value(f: Any, v: Any, low: int | None = None) -> Any:
-    "A value for field `f`, of the kind of its default: words, an integer (from `low`), a finite number. UserError: something else."
+    "A value for field `f`, of the kind of its default: words, an integer (from `low`), a finite number. UserError: another."
     kind = type(f.default)
     if kind is str:
         if isinstance(v, str | Path): return str(v)
         raise UserError(f'{f.name} is a name, not {str(v)[:40]!r}')
-    if kind is int: return v if f.name == 'layer' and isinstance(v, str) else whole(v, f.name, low, _SEEDS if f.name == 'seed' else None)
-    return real(v, f.name) if kind is float else v
+    if kind is float: return real(v, f.name)
+    if kind is not int or (f.name == 'layer' and isinstance(v, str)): return v
+    return whole(v, f.name, low, _SEEDS if f.name == 'seed' else None)
 
 def _settle(state: Any) -> None:
     "Makes every field of a state a value of its kind; integers count from 0, where their default does."
@@ -550,7 +553,8 @@ def _settle(state: Any) -> None:
 def _reach(name: str, strength: float) -> None:
     "UserError: no such transform, or a strength that it takes for no image."
     t = TRANSFORMS.get(name)
-    if t is None or name == 'hflip' or not t.low <= strength <= t.high: transform(torch.zeros(1, 3, 8, 8), name, strength)
+    if t is None or name == 'hflip' or not t.low <= strength <= t.high:
+        transform(torch.zeros(1, 3, 8, 8), name, strength)
 
 @lru_cache(256)
 def _fits(name: str, strength: float, side: int) -> None:
@@ -609,21 +613,26 @@ def _files(images: Any, n: int) -> tuple[Path, ...]:
     "Behind a set: its folders, and the files of `take(images, n)` or its shards; nothing, where no files are known."
     base, at = (images.ds, images.at) if isinstance(images, Subset) else (images, range(len(images)))
     if not (pieces := getattr(base, 'pieces', None)): return ()
-    root, folders = Path(str(getattr(base, 'name', ''))), {os.path.dirname(p) for p, _, _ in pieces}
-    above = {a for f in folders for a in Path(f).parents if root in (a, *a.parents)}       # a new class is a new folder in one of them
-    return (*map(Path, sorted(folders)), *sorted(above), *dict.fromkeys(Path(pieces[at[i]][0]) for i in spread(n, len(at))))
+    root, folders = Path(str(getattr(base, 'name', ''))), {Path(os.path.dirname(p)) for p, _, _ in pieces}
+    folders |= {a for f in folders for a in f.parents if root in (a, *a.parents)}     # a new class is a folder in one of these
+    return (*sorted(folders), *dict.fromkeys(Path(pieces[at[i]][0]) for i in spread(n, len(at))))
 
 def _images(images: Any, size: int = 64) -> Any:
     "The data set that `images` stands for; None: held-out images of the world."
     if images is None: return _world()
-    made = open_data(images, size=size, n=10_000, seed=8) if isinstance(images, str | Path) else as_dataset(images, size=size)
+    if isinstance(images, str | Path): return open_data(images, size=size, n=10_000, seed=8)
+    made = as_dataset(images, size=size)
     return made if isinstance(made, Hashable) else Subset(made, range(len(made)))
 
 def _about(images: Any) -> str:
     "What to know about a set: pictures that were enlarged, files that were left out."
     left = ', '.join(f'{n} {why}' for why, n in (getattr(images, 'skipped', None) or {}).items())
-    return ' '.join([*([f'Pictures smaller than {images.size} px were enlarged to that.'] if getattr(images, 'enlarged', 0) else []),
-                     *([f'Left out of the set: {left}.'] if left else [])])
+    grown = f'Pictures smaller than {images.size} px were enlarged to that.' if getattr(images, 'enlarged', 0) else ''
+    return _join(grown, left and f'Left out of the set: {left}.')
+
+def _join(*sentences: str) -> str: return ' '.join(dict.fromkeys(filter(None, sentences)))
+
+def _noted(note: str) -> dict: return dict(note=note) if note else {}      # for the rows of a figure
 
 def _read(images: Any, at: Sequence[int]) -> dict:
     "A batch of images that were checked, with `key` and `label`."
@@ -633,10 +642,11 @@ def _read(images: Any, at: Sequence[int]) -> dict:
 
 @lru_cache(8)
 def _others(name: str, images: Any, times: tuple) -> tuple[Tensor, Tensor, list[str], str]:
-    "Of 33 images that are spread over the set: the pooled half of `_look`, their keys, and whether they are of a kind that the tokenizer does not know."
+    "Of 33 images spread over the set: the pooled half of `_look`, their keys, and a sentence if the tokenizer does not know such."
     some, tokenizer = take(images, 33), _tokenizer(name)
     batch = _read(some, range(len(some)))
-    return *_look(tokenizer, _fit(batch['image'], 2*tokenizer.stride))[1], batch['key'], unfamiliar(tokenizer, batch['image'])
+    pooled = _look(tokenizer, _fit(batch['image'], 2*tokenizer.stride))[1]
+    return *pooled, batch['key'], unfamiliar(tokenizer, batch['image'])
 
 # %% ../nbs/19_widgets.ipynb #3e821f01
 @dataclass(frozen=True, eq=False)
@@ -654,7 +664,7 @@ class Kept:
     cosine: Mapping[str, float]          # 'latent', 'VFM': `clean` and `changed`
     strangers: Mapping[str, float]       # the same of `clean` and 32 other images, mean
     enlarged: tuple[int, int] | None     # (H,W) that the transform gave, where it did not fit the grid
-    note: str = ''                       # what to know about the set: pictures enlarged or left out, of a kind that the tokenizer does not know
+    note: str = ''                       # what to know about the set: see `_about`, `tokenizer.unfamiliar`
     @property
     def error(self) -> Tensor:
         "(H,W), mean absolute difference of the colours, which lie in [0,1]."
@@ -666,7 +676,7 @@ def _cosines(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> dict[st
 
 @torch.no_grad()
 def keeps(state: KeepsState,
-          images: Any = None # whatever `data.as_dataset` takes, or a name as for `open_data`; None: held-out images of the world
+          images: Any = None # whatever `data.as_dataset` takes, or as for `open_data`; None: held-out images of the world
          ) -> Kept:
     "Transforms one image, sends both through the tokenizer and measures. A pure function. UserError: an image that is not there."
     images, tokenizer = _images(images), _tokenizer(state.tokenizer)
@@ -684,10 +694,11 @@ def keeps(state: KeepsState,
     classes = getattr(images, 'classes', ())
     label = int(batch['label'][0])
     colours = pca_colours(zs)
-    return Kept(state, classes[label] if 0 <= label < len(classes) else '', clean[0], changed[0], back[1][0], (colours[0][0], colours[1][0]),
+    name = classes[label] if 0 <= label < len(classes) else ''
+    return Kept(state, name, clean[0], changed[0], back[1][0], (colours[0][0], colours[1][0]),
                 tuple(zs[1].shape[1:]), quality[1], quality[0], _cosines(near, far), _cosines(near, (z_others[rest], h_others[rest])),
                 None if raw.shape == changed.shape else (raw.shape[2], raw.shape[3]),
-                ' '.join(filter(None, (_about(images), strange))))
+                _join(strange, _about(images)))
 
 # %% ../nbs/19_widgets.ipynb #4b82ac7d
 _WORST = .3 # of the colour range: where the error map is brightest
@@ -708,8 +719,8 @@ def _keeps_sheet(k: Kept, width: float) -> Sheet:
     if cols == 6: sheet.text(width/2, sheet.height-.2, ';   '.join(words), centre=True)
     else: sheet.text(.08, sheet.height-.3, '\n'.join(words), 6.5)
     sheet.data = [dict(image=k.state.image, transform=k.state.transform, strength=k.state.strength, psnr=k.psnr, psnr_clean=k.psnr_clean,
-                       **{f'cosine {n}': v for n, v in cos.items()}, **{f'cosine {n} of others': v for n, v in far.items()},
-                       **(dict(note=k.note) if k.note else {}))]
+                       **{f'cosine {n}': v for n, v in cos.items()},
+                       **{f'cosine {n} of others': v for n, v in far.items()}, **_noted(k.note))]
     return sheet
 
 def keeps_figure(state: KeepsState,
@@ -724,10 +735,11 @@ def _say(k: Kept) -> str:
     s, (c, h, w), size = k.state, k.latent, f'{k.changed.shape[1]}x{k.changed.shape[2]} px'
     was = k.enlarged and f' The transform left {k.enlarged[0]}x{k.enlarged[1]} px, enlarged to {size}, the next size with an even number of latent rows.'
     cosine = '; '.join(f'{n} {v:.3f} (32 other images: {k.strangers[n]:.3f})' for n, v in k.cosine.items())
-    return (f"Image {s.image}{f' ({k.name})' if k.name else ''}, {_title(s)} ({TRANSFORMS[s.transform].unit}), seed {s.seed}. "
-            f'{s.tokenizer} makes of {size} a latent of {c}x{h}x{w} numbers, and from it an image with {k.psnr:.1f} dB '
-            f'({k.psnr_clean:.1f} dB without the transform). Cosine similarity of the image and the transformed image, pooled: {cosine}.{was or ""}'
-            f'{" "*bool(k.note)}{k.note}')
+    words = (f"Image {s.image}{f' ({k.name})' if k.name else ''}, {_title(s)} ({TRANSFORMS[s.transform].unit}), seed {s.seed}. "
+             f'{s.tokenizer} makes of {size} a latent of {c}x{h}x{w} numbers, and from it an image with {k.psnr:.1f} dB '
+             f'({k.psnr_clean:.1f} dB without the transform). '
+             f'Cosine similarity of the image and the transformed image, pooled: {cosine}.{was or ""}')
+    return _join(words, k.note)
 
 def keeps_text(state: KeepsState,
                images: Any = None # as in `keeps`
@@ -780,7 +792,7 @@ class KeepsLab(Lab):
         return middle(changes, self.state.transform)
     def allow(self, state: KeepsState) -> None:
         "UserError: an image that is not there, or one too small for the transform."
-        if state.image >= len(self.images): raise UserError(f'no image {state.image}; there are {len(self.images)}, counted from 0')
+        if state.image >= (n := len(self.images)): raise UserError(f'no image {state.image}; there are {n}, counted from 0')
         if side := getattr(self.images, 'size', None): _fits(state.transform, state.strength, side)
     def panel(self, state: KeepsState) -> dict[str, Control]:
         "image, transform, strength, tokenizer, seed."
