@@ -269,3 +269,22 @@ def test_grey_of_any_depth(tmp_path, mode, value, grey):
         x = to_uint8(folder(tmp_path, size=16).batch([0])['image'])
         assert x.unique().tolist() == [grey]
         (tmp_path/f'g.{form}').unlink()
+
+
+# what the bundled nets know --------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['vfmvae-tiny-f8d16', 'conv-f8d16'])
+def test_photographs_are_outside_of_what_a_bundled_net_knows_and_its_world_is_not(name, photos, shared):
+    from vfmvae.data import transform
+    from vfmvae.tokenizer import LatentFeatures, tokenizers, unfamiliar
+    tok, world = tokenizers[name], World(48, seed=77)
+    x = world.batch(range(48))['image']
+    for inside in (world, x, x[:1], transform(x, 'noise', .1), transform(x, 'rotation', 30), World(32, seed=5, size=128).batch(range(32))['image']):
+        assert unfamiliar(tok, inside) == ''
+    for outside in (folder(photos, size=64), shards(str(shared/'data/cifar10/cifar10-test-000000.tar'), size=32), list(Image.open(p) for p in sorted(photos.iterdir())[:9]),
+                    torch.rand(4, 3, 64, 64)*2-1):
+        said = unfamiliar(tok, outside)
+        assert said.startswith(f'{name} has only ever seen the procedural world') and 'distance of features' in said and '\n' not in said
+        assert unfamiliar(LatentFeatures(tok), outside) == said
+    tok.meta = {k: v for k, v in tok.meta.items() if k != 'known'}
+    assert unfamiliar(tok, folder(photos, size=64)) == ''                           # a net of one's own says nothing about itself

@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['tokenizers', 'families', 'LatentStats', 'Tokenizer', 'reconstruct', 'fit_stats', 'image_seed', 'LatentFeatures',
-           'net_digest', 'check_config', 'save_tokenizer', 'load_tokenizer', 'register_bundled']
+           'net_digest', 'check_config', 'save_tokenizer', 'load_tokenizer', 'register_bundled', 'unfamiliar']
 
 # %% ../nbs/06_tokenizer.ipynb #5b79a50a
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints, runtime_checkable
 
 # %% ../nbs/06_tokenizer.ipynb #38b42f4e
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/06_tokenizer.ipynb #b53f4562
 from .core import Gaussian, Registry, UserError, _fits, build_config, data_dir, digest, load_weights, save_weights, sidecar, to_tokens
-from .data import to_uint8
+from .data import World, as_dataset, check_images, take, to_uint8
 from .features import batches
 
 # %% ../nbs/06_tokenizer.ipynb #9926ee3f
@@ -207,3 +207,31 @@ def register_bundled(name: str) -> None:
     if name not in tokenizers: tokenizers.register(name, partial(_bundled, name))
 
 def _bundled(name: str) -> Any: return load_tokenizer(data_dir()/'weights'/f'{name}.safetensors', name=name)
+
+# %% ../nbs/06_tokenizer.ipynb #e1891728
+@cache
+def _known(file: str) -> Callable[[Tensor], Tensor]:
+    "Images (b,3,H,W) -> distance (b,) to what a bundled net has seen, in units of one standard deviation a dimension."
+    from vfmvae.vfm import VFM
+    vfm, (t, _) = VFM('tiny'), load_weights(data_dir()/'weights'/f'{Path(file).name}.safetensors')
+    def distance(x: Tensor) -> Tensor:
+        x = check_images(x).detach().cpu().float().clamp(-1, 1)
+        if x.shape[2:] != (64, 64): x = F.interpolate(x, (64, 64), mode='bilinear', antialias=True)
+        h = vfm.features(x, [-1])[-1].mean(1).to(t['mean'])
+        return ((h-t['mean'])@t['root'].T).square().mean(1).sqrt()
+    return distance
+
+def unfamiliar(net: Any,   # a tokenizer, a VFM, or an adapter of one
+               images: Any # images (b,3,H,W) in [-1,1], or a data set, of which 64 are looked at
+              ) -> str:
+    "'' where the images are of the kind that a bundled net has learned, or its card says nothing; else one sentence that names the measure."
+    own = next((n for k in ('tokenizer', 'vfm') if not isinstance(net, nn.Module) and (n := getattr(net, k, None)) is not None), net)
+    card = (getattr(own, 'meta', None) or getattr(own, 'spec', None) or {}).get('known')
+    if not isinstance(card, Mapping) or isinstance(images, World) or not (isinstance(images, Tensor) or hasattr(images, '__len__')): return ''
+    if not isinstance(images, Tensor):
+        part = take(as_dataset(images), 64)
+        images = part.batch(range(len(part)))['image']
+    far = _known(card['file'])(images).median().item()
+    if far <= card['limit']: return ''
+    return (f"{own.name} has only ever seen {card['data']}, and these pictures lie outside it ({card['measure']}: {far:.2f}, of its own images 99 in 100 "
+            f"below {card['limit']}): what it makes of them says little")
