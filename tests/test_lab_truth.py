@@ -300,7 +300,7 @@ def test_options_of_another_kind_are_told_in_one_line(Which, how):
     with pytest.raises(UserError, match=ONE_LINE): Which(**how)
 
 
-def test_a_small_upload_is_said_to_be_enlarged():
+def test_a_small_upload_is_said_to_be_enlarged_and_a_strange_one_to_be_strange():
     lab = Explorer(n=16, k=4, transform='hflip', strength=1.)
     def give(name, side):
         Image.new('RGB', (side, side), 'green').save(f := io.BytesIO(), 'PNG')
@@ -308,15 +308,16 @@ def test_a_small_upload_is_said_to_be_enlarged():
     give('small.png', 10)
     assert 'small.png has 10 x 10 px and was enlarged' in lab.text() and 'enlarged' in rows(lab)[0]['note']
     give('large.png', 90)
-    assert 'enlarged' not in lab.text() and 'note' not in rows(lab)[0]
+    assert 'enlarged' not in lab.text()
+    assert 'vfmvae-tiny-f8d16 has only ever seen' in lab.text() and 'note' not in rows(lab.set(uploaded=''))[0]     # plain green
 
 
 def test_a_set_that_its_net_does_not_know_is_said_to_be_so(monkeypatch, tmp_path):
     asked = []
     def says(tok, images):
         asked.append((tok.name, tuple(images.shape)))
-        return f'{tok.name} never saw such images.' if tok.name == 'conv-f8d16' else ''
-    for module in ('widgets', 'explorer'): monkeypatch.setattr(f'vfmvae.{module}.unfamiliar', says)
+        return f'{tok.name} never saw such images' if tok.name == 'conv-f8d16' else ''
+    monkeypatch.setattr('vfmvae.widgets.unfamiliar', says)
     root = str(pictures(tmp_path))
     labs = [Explorer(images=root, n=14, k=3, tokenizers=('conv-f8d16', 'vfmvae-tiny-f8d16'), transform='hflip', strength=1.),
             ReconstructionLab(images=root, tokenizer='conv-f8d16'), NeighbourLab(images=root, n=14, k=3, tokenizer='conv-f8d16'),

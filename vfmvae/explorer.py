@@ -22,17 +22,17 @@ from torch import Tensor, nn
 # %% ../nbs/19b_explorer.ipynb #778cb259
 from .align import Graph, cknna, cknna_null, knn_graph, mutual_knn, prepare
 from .core import UserError, digest, home, load_weights, nearest, save_weights, sidecar, whole
-from .data import CROPS, TRANSFORMS, Subset, open_image, take, taken, to_tensor, to_uint8
+from .data import CROPS, TRANSFORMS, Subset, World, open_image, take, taken, to_tensor, to_uint8
 from .features import pool
 from .measures import METRICS, compare
 from .metrics import psnr
 from .plots import PALETTE, curves
 from .recipes import open_tokenizer
-from .tokenizer import net_digest, tokenizers, unfamiliar
+from .tokenizer import net_digest, tokenizers
 from .vfm import _ALIASES, VFM, _known as _known_vfm
 from .views import Fitted, as_source, extract_views, label, see
 from .widgets import (ColourFit, Control, Job, Lab, Sheet, _about, _files, _fits, _images, _join, _noted, _reach, _read,
-                            _settle, _times, middle, steps, transform_controls)
+                            _settle, _strange, _times, middle, steps, transform_controls)
 
 # %% ../nbs/19b_explorer.ipynb #154e6103
 class Shelf:
@@ -370,13 +370,12 @@ class _Seen:
         data, banks = self.data(spec), self.banks(spec)
         few: Any = take(banks.shelf if banks else data, 32)
         return self.once(('some', data), lambda: _read(few, range(len(few)))['image'])
-    def note(self, spec: str, sources: Iterable[Any]) -> str:
-        "What to know about a set: pictures enlarged or left out, or unlike those that these sources' tokenizers know."
-        return _join(self.unfamiliar(sources, self.some(spec)), _about(self.data(spec)))
-    def unfamiliar(self, sources: Iterable[Any], x: Tensor) -> str:
-        "What `tokenizer.unfamiliar` says of the tokenizers behind these sources and of images x (b,3,H,W)."
-        toks = [t for s in sources if (t := getattr(s, 'tokenizer', None)) is not None]
-        return _join(*(self.of(('unfamiliar', self.who(t)), x, partial(unfamiliar, t)) for t in toks))
+    def note(self, spec: str, sources: Sequence[Any]) -> str:
+        "What to know about a set: pictures enlarged or left out, or unlike those that a bundled net behind these sources knows."
+        data = self.data(spec)
+        images = data if isinstance(data, World) else self.some(spec)
+        strange = self.once(('strange', data, *map(self.who, sources)), lambda: _strange(sources, images))
+        return _join(strange, _about(data))
     def side(self, spec: str) -> int:
         "Pixels of its images."
         return getattr(self.data(spec), 'size', None) or self.size
@@ -496,9 +495,9 @@ class Explorer(Lab):
         colour = self.seen.colours(banks, eye, state.layer, x)
         sides = [self._side(banks, state, t, x, changed, place) for t in state.tokenizers]
         own = self._strip(banks, eye, state.layer, torch.cat([pool(v) for v in h]), state.k, place)
-        nets = [*map(self.seen.source, state.tokenizers)]
+        nets = [*map(self.seen.source, state.tokenizers), eye]
         note = self.seen.note(state.images, nets) if banks and not state.uploaded else ''
-        if state.uploaded: note = _join(self.seen.unfamiliar(nets, x), self.small.get(state.uploaded, ''))
+        if state.uploaded: note = _join(self.seen.of(('strange', *map(self.seen.who, nets)), x, partial(_strange, nets)), self.small.get(state.uploaded, ''))
         return Explored(state, name, x[0], changed[0], (colour(h[0])[0], colour(h[1])[0]), own, tuple(sides),
                         banks.shelf if banks else None, len(self._todo(state)), self._chance(banks, state), note)
     def _side(self, banks: Banks | None, state: ExplorerState, name: str, x: Tensor, changed: Tensor, own: int | None) -> Side:

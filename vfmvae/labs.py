@@ -255,7 +255,7 @@ class NeighbourLab(SetLab):
         adds = torch.zeros(a.n, dtype=torch.float64).index_add_(0, i, left*right)
         near = tuple(a.idx[state.image].tolist()), tuple(b.idx[state.image].tolist())
         return Neighbours(state, banks.shelf, near, tuple(adds.tolist()), cknna_parts(a, b, state.k), cknna(a, b, state.k),
-                          self.note([tok]))
+                          self.note([tok, eye]))
     def sheet(self, result: Neighbours, width: float) -> Sheet:
         "The image, its neighbours in both spaces with those in common marked, and the sum over all images up to this one."
         r, s = result, result.state

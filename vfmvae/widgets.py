@@ -630,6 +630,10 @@ def _about(images: Any) -> str:
     grown = f'Pictures smaller than {images.size} px were enlarged to that.' if getattr(images, 'enlarged', 0) else ''
     return _join(grown, left and f'Left out of the set: {left}.')
 
+def _strange(nets: Iterable, images: Any) -> str:
+    "The sentence of `tokenizer.unfamiliar` for the first of these nets that does not know such images."
+    return next((f'{said}.' for net in nets if (said := unfamiliar(net, images))), '')
+
 def _join(*sentences: str) -> str: return ' '.join(dict.fromkeys(filter(None, sentences)))
 
 def _noted(note: str) -> dict: return dict(note=note) if note else {}      # for the rows of a figure
@@ -646,7 +650,7 @@ def _others(name: str, images: Any, times: tuple) -> tuple[Tensor, Tensor, list[
     some, tokenizer = take(images, 33), _tokenizer(name)
     batch = _read(some, range(len(some)))
     pooled = _look(tokenizer, _fit(batch['image'], 2*tokenizer.stride))[1]
-    return *pooled, batch['key'], unfamiliar(tokenizer, batch['image'])
+    return *pooled, batch['key'], _strange([tokenizer], images if isinstance(images, World) else batch['image'])
 
 # %% ../nbs/19_widgets.ipynb #3e821f01
 @dataclass(frozen=True, eq=False)
