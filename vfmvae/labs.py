@@ -418,9 +418,9 @@ class LayerLab(SetLab):
         r, s = result, result.state
         if r.scores is None or r.shelf is None: return 'The features of the set are being computed.'
         top = divmod(int(r.scores.argmax()), r.scores.shape[1])
-        return _join(f'CKNNA, k {s.k}, {r.shelf.words}: {s.first}, {r.names[0][s.row]} and {s.second}, {r.names[1][s.column]}: '
+        return _join(f'CKNNA, k {s.k}: {s.first}, {r.names[0][s.row]} and {s.second}, {r.names[1][s.column]}: '
                      f'{r.scores[s.row, s.column]:.3f}.', f'Highest: {r.names[0][top[0]]} and {r.names[1][top[1]]}, {r.scores[top]:.3f}.',
-                     f'Noise level {s.t:g}.'*self._noised(s), r.note)
+                     f'Noise level {s.t:g}.'*self._noised(s), f'Among {r.shelf.words}.', r.note)
     def panel(self, state: LayerState) -> dict[str, Control]:
         "first, second, row, column, t (if one of them is a velocity net), k, image."
         toks, vfms = _nets(self)
