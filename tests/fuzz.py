@@ -11,7 +11,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 SECONDS, SECONDS_ALONE, BYTES = 10, 30, 2*1024**3       # a case may take so long (if it takes longer: once more, alone), and so much memory
 SEED, COUNT = int(os.environ.get('VFMVAE_FUZZ_SEED') or 15), int(os.environ.get('VFMVAE_FUZZ_COUNT') or 1560)
-SHARES = dict(images=12, shards=12, configs=20, settings=6, tensors=10, pickles=9, published=10, banks=6, caches=10, statistics=6, cli=11)
+SHARES = dict(images=12, shards=12, configs=20, settings=6, tensors=10, pickles=9, published=10, banks=6, caches=10,
+              statistics=6, cli=11)
 GOOD = ('line', 'right')
 PATH = os.environ.get('PATH', '')
 
@@ -28,7 +29,9 @@ def listing(box: Path, but: tuple = ()) -> dict[str, tuple]:
     skip = {str(b) for b in but}
     def walk(d: str) -> None:
         for e in os.scandir(d):
-            if e.path in skip or any(e.path.startswith(s+os.sep) or s.endswith('*') and e.path.startswith(s[:-1]) for s in skip): continue
+            if e.path in skip or any(e.path.startswith(s+os.sep) or s.endswith('*') and e.path.startswith(s[:-1])
+                                     for s in skip):
+                continue
             s = e.stat(follow_symlinks=False)
             folder = e.is_dir(follow_symlinks=False)
             found[e.path] = (s.st_mode, 0 if folder else s.st_size, 0 if folder else s.st_mtime_ns, s.st_ino)
@@ -39,7 +42,9 @@ def listing(box: Path, but: tuple = ()) -> dict[str, tuple]:
 
 def peak() -> int:
     "Bytes of memory at the highest since `reset_peak`."
-    try: return next(int(line.split()[1])*1024 for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM'))
+    try:
+        return next(int(line.split()[1])*1024 for line in Path('/proc/self/status').read_text().splitlines()
+                    if line.startswith('VmHWM'))
     except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
 
 
@@ -53,7 +58,8 @@ def _audit(event: str, args: tuple) -> None:
     "Programs that were started; git says the commit of a checkout, and some cases run the command as a process."
     if event in ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'pty.spawn'):
         words = [*args[1]] if event == 'subprocess.Popen' else []
-        if not (words[:1] == ['git'] or words[:3] == [sys.executable, '-m', 'vfmvae.cli']): EXECUTED.append(f'{event} {str(args[0])[:80]}')
+        if not (words[:1] == ['git'] or words[:3] == [sys.executable, '-m', 'vfmvae.cli']):
+            EXECUTED.append(f'{event} {str(args[0])[:80]}')
 
 
 # one case -----------------------------------------------------------------------------------------------------------------------------------------
@@ -116,7 +122,8 @@ def one(kind: str, seed: int, index: int, root: Path, alarm: float = SECONDS) ->
     began = time.time()
     try: case = maker(rng, box/'in')
     except BaseException as e:
-        return dict(said, verdict='broken', text=f'the case could not be made: {type(e).__name__}: {e}'[:300], trace=traceback.format_exc(), seconds=0, bytes=0)
+        return dict(said, verdict='broken', text=f'the case could not be made: {type(e).__name__}: {e}'[:300],
+                    trace=traceback.format_exc(), seconds=0, bytes=0)
     said |= dict(what=f'{maker.__name__}: {case.what}', detail=case.detail)
     out = (box/'home', box/'tmp', *case.out)
     before = listing(box, out)
@@ -129,12 +136,14 @@ def one(kind: str, seed: int, index: int, root: Path, alarm: float = SECONDS) ->
     used = peak()
     after = listing(box, out)
     changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
-    if EXECUTED or (box/'EXECUTED').exists(): verdict, text = 'executed', f"{'; '.join(EXECUTED)} {'gs or the canary' if (box/'EXECUTED').exists() else ''}; {text}"
+    if EXECUTED or (box/'EXECUTED').exists():
+        verdict, text = 'executed', f"{'; '.join(EXECUTED)} {'gs or the canary' if (box/'EXECUTED').exists() else ''}; {text}"
     elif changed: verdict, text = 'outside', f"{', '.join(os.path.relpath(p, box) for p in changed[:4])}; {text}"
     elif used > BYTES: verdict, text = 'memory', f'{used/1e9:.1f} GB; {verdict}; {text}'
     os.chdir('/')
     shutil.rmtree(box, ignore_errors=True)
-    return dict(said, verdict=verdict, text=text.replace(str(box)+'/', ''), trace=trace, seconds=round(time.time()-began, 3), bytes=used)
+    return dict(said, verdict=verdict, text=text.replace(str(box)+'/', ''), trace=trace,
+                seconds=round(time.time()-began, 3), bytes=used)
 
 
 # many cases in children ---------------------------------------------------------------------------------------------------------------------------
@@ -148,7 +157,8 @@ def _child(todo: list, seed: int, root: Path, pipe: int, alarm: float) -> None:
         sys.addaudithook(_audit)
         def late(*_: Any) -> None: raise TooSlow
         signal.signal(signal.SIGALRM, late)
-        now = int(next(line.split()[1] for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmSize')))*1024
+        now = int(next(line.split()[1] for line in Path('/proc/self/status').read_text().splitlines()
+                       if line.startswith('VmSize')))*1024
         resource.setrlimit(resource.RLIMIT_AS, (now+3*1024**3, now+3*1024**3))
         with os.fdopen(pipe, 'w', encoding='utf-8') as f:
             null = os.open(os.devnull, os.O_RDWR)
@@ -196,7 +206,8 @@ class Worker:
         if self.begun is None: return None
         kind, index = self.begun
         if verdict == 'crash': text = f'the process ended with status {os.waitstatus_to_exitcode(status)}'
-        return dict(kind=kind, seed=self.seed, index=index, what='', detail='', verdict=verdict, text=text, trace='', seconds=time.time()-self.since, bytes=0)
+        return dict(kind=kind, seed=self.seed, index=index, what='', detail='', verdict=verdict, text=text, trace='',
+                    seconds=time.time()-self.since, bytes=0)
 
 
 def run(todo: list, seed: int, jobs: int = 2, batch: int = 40, each: Any = None) -> list[dict]:
@@ -253,7 +264,8 @@ def table(rows: list[dict]) -> str:
     verdicts = [*GOOD, *sorted({r['verdict'] for r in rows} - {*GOOD})]
     count = collections.Counter((r['kind'], r['verdict']) for r in rows)
     lines = [['kind', 'cases', *verdicts]]
-    for k in [*dict.fromkeys(r['kind'] for r in rows)]: lines.append([k, str(sum(r['kind'] == k for r in rows)), *(str(count[k, v]) for v in verdicts)])
+    for k in [*dict.fromkeys(r['kind'] for r in rows)]:
+        lines.append([k, str(sum(r['kind'] == k for r in rows)), *(str(count[k, v]) for v in verdicts)])
     lines.append(['all', str(len(rows)), *(str(sum(r['verdict'] == v for r in rows)) for v in verdicts)])
     wide = [max(map(len, c)) for c in zip(*lines, strict=True)]
     return '\n'.join('  '.join(c.rjust(w) for c, w in zip(line, wide, strict=True)) for line in lines)
@@ -274,12 +286,15 @@ def main() -> int:
     def each(r: dict) -> None:
         if a.json:
             with open(a.json, 'a', encoding='utf-8') as f: f.write(json.dumps(r)+'\n')
-        if a.index is not None: print(r['trace'], json.dumps({k: v for k, v in r.items() if k != 'trace'}, indent=1), sep='\n')
+        if a.index is not None:
+            print(r['trace'], json.dumps({k: v for k, v in r.items() if k != 'trace'}, indent=1), sep='\n')
         elif r['verdict'] not in GOOD and not a.quiet:
-            print(f"{r['verdict']}: {r['kind']} {r['what']} {r.get('detail', '')}: {r['text']}\n    {again(r)}", flush=True)
+            print(f"{r['verdict']}: {r['kind']} {r['what']} {r.get('detail', '')}: {r['text']}\n    {again(r)}",
+                  flush=True)
     rows = run(todo, a.seed, a.jobs, each=each)
     bad = [r for r in rows if r['verdict'] not in GOOD]
-    if a.index is None: print(f'{table(rows)}\n{len(rows)} cases, {len(bad)} faults, seed {a.seed}, {time.time()-began:.0f} s')
+    if a.index is None:
+        print(f'{table(rows)}\n{len(rows)} cases, {len(bad)} faults, seed {a.seed}, {time.time()-began:.0f} s')
     return 1 if bad else 0
 
 

@@ -1,6 +1,6 @@
 """The scripts of $VFMVAE_SHARED/faults (default ../shared/faults), each built after a public bug report: all of them say `fine`.
 
-Each runs in a child forked from one process that has torch and the library loaded already; what is right lies in the scripts, and as laws in the other tests."""
+Each runs in a child of one process that has torch and the library loaded already; what is right is a law in the other tests, too."""
 import json, os, subprocess, sys
 from pathlib import Path
 import pytest
@@ -40,8 +40,10 @@ for script in sys.argv[1:]:
 def verdicts(tmp_path_factory):
     "Script -> (exit status, what it said)."
     cwd = tmp_path_factory.mktemp('faults')
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'VFMVAE_HOME': str(cwd/'home'), 'TMPDIR': str(cwd)}
-    r = subprocess.run([sys.executable, '-c', RUN, *map(str, SCRIPTS)], cwd=cwd, env=env, capture_output=True, text=True)
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'VFMVAE_HOME': str(cwd/'home'),
+           'TMPDIR': str(cwd)}
+    r = subprocess.run([sys.executable, '-c', RUN, *map(str, SCRIPTS)], cwd=cwd, env=env, capture_output=True,
+                       text=True)
     return {Path(s).name: (code, said) for s, code, said in map(json.loads, r.stdout.splitlines())}
 
 
