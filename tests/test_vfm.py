@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vfmvae.core import UserError, save_weights
-from vfmvae.vfm import _ALIASES, VFM, _at_size, _hf_shapes, tiny_vit, vfm_from_hf_siglip, vfms
+from vfmvae.vfm import _ALIASES, _FAMILIES, VFM, _at_size, _family, _hf_shapes, _interpolation, tiny_vit, vfm_from_hf_siglip, vfms
 
 # family -> (name, arguments): class token or not, registers, rotary, relative bias, pre-norm, distillation token, patch 14, hybrid stem
 SMALL = {
@@ -18,14 +18,14 @@ SMALL = {
     'deit3': ('deit3_small_patch16_224', dict(depth=2)),
     'dinov2': ('vit_small_patch14_dinov2', dict(depth=2, img_size=112)),
     'dinov2-registers': ('vit_small_patch14_reg4_dinov2', dict(depth=2, img_size=112)),
-    'dinov3': ('vit_tiny_patch16_dinov3_qkvb', dict(depth=2)),
+    'dinov3': ('vit_small_patch16_dinov3_qkvb', dict(depth=2)),
     'eva02': ('eva02_tiny_patch14_224', dict(depth=2)),
     'pe': ('vit_pe_core_tiny_patch16_384', dict(depth=2, img_size=128)),
     'beit': ('beit_base_patch16_224', dict(depth=2, img_size=96)),
     'mae': ('vit_base_patch16_224.mae', dict(depth=2)),
     'clip': ('vit_xsmall_patch16_clip_224', dict(depth=2)),
     'siglip': ('vit_base_patch16_siglip_224', dict(depth=2)),
-    'relative': ('test_vit_relpos', {}),
+    'relative': ('vit_relpos_small_patch16_224', dict(depth=2)),
     'hybrid': ('vit_tiny_r_s16_p8_224', dict(depth=2)),
 }
 
@@ -69,6 +69,9 @@ def test_other_sizes_errors_and_frozenness(family):
     vfm = make(family)
     p = vfm.patch
     x = image(4*p, 6*p)
+    if not hasattr(vfm.net, 'set_input_size') and not getattr(vfm.net, 'dynamic_img_size', False):      # some families in timm's first versions
+        with pytest.raises(UserError, match='upgrade timm'): vfm.features(x)
+        return
     h = vfm.features(x, [0, -1])
     assert h[0].shape == h[-1].shape == (2, 24, vfm.dim)
     again = vfm.features(image(*vfm.net.patch_embed.img_size), [-1])[-1]
@@ -197,10 +200,49 @@ def test_threads_that_share_a_vfm_do_not_mix_their_features():
         for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('name,mode,antialias', [('tiny', 'bilinear', True), ('vit_tiny_patch16_224.mae', 'bilinear', False), ('eva02-l', 'bilinear', False),
-                                                 ('dinov2-s', 'bicubic', True), ('siglip2-b', 'bilinear', True)])
-def test_images_are_shrunk_before_a_vfm_as_published(name, mode, antialias):
-    vfm, x = VFM('tiny', pretrained=False), torch.rand(1, 3, 64, 64)
-    vfm.name, vfm.interpolation = name, 'bicubic' if name.startswith(('dino', 'eva')) else 'bilinear'
-    wanted = torch.nn.functional.interpolate(x, (48, 48), mode=mode, antialias=antialias)
+PUBLISHED = [('tiny', '', 'bilinear', True), ('vit_base_patch16_224.mae', 'mae', 'bilinear', False), ('eva02_large_patch14_224.mim_m38m', 'eva', 'bicubic', False),
+             ('vit_small_patch14_dinov2.lvd142m', 'dino', 'bicubic', True), ('vit_small_patch16_224.dino', 'dino', 'bicubic', True),
+             ('vit_base_patch16_siglip_512.v2_webli', 'siglip', 'bilinear', True)]
+
+@pytest.mark.parametrize('called', ['as it is', 'maestro', 'eva', 'my-dino.siglip', 'evaluate'])
+@pytest.mark.parametrize('name,family,mode,antialias', PUBLISHED)
+def test_resizing_follows_what_a_vfm_is_and_not_what_it_is_called(name, family, mode, antialias, called):
+    net, x = tiny_vit(), torch.rand(1, 3, 64, 64)
+    arch, _, tag = name.partition('.')
+    if family: net.pretrained_cfg = dict(net.pretrained_cfg, architecture=arch, tag=tag, interpolation='bicubic')
+    vfm = VFM(name if called == 'as it is' else called, net=net)
+    assert (vfm.family, vfm.interpolation) == (family, mode) and vfm.spec['architecture'] == (name if family else 'vfm-tiny')
+    wanted = F.interpolate(x, (48, 48), mode='bilinear' if not antialias else mode, antialias=antialias)
     assert torch.equal(vfm.shrink(x, .75), wanted)
+
+def test_the_published_word_is_found_in_every_name_of_timm():
+    "What the published code finds by a part of the name, in all architectures that a VFM can be; the words of a name tell the same."
+    import timm
+    words = {'siglip': 'bilinear', 'mae': 'bilinear', 'dino': 'bicubic', 'eva': 'bicubic', 'qwen': 'bicubic'}
+    names = [n for m in _FAMILIES for a in timm.list_models(module=m) for n in (a, *timm.list_pretrained(f'{a}.*'))]
+    assert len(names) > 200
+    for n in (*names, *_ALIASES.values()):
+        said = next((w for w in words if w in n), '')
+        assert (_family(n), _interpolation(n, {'interpolation': 'bilinear'})) == (said, words.get(said, 'bilinear')), n
+
+GRIDS = [((14, 14), (7, 28)), ((7, 28), (14, 14)), ((14, 14), (28, 7)), ((14, 14), (14, 14)), ((14, 14), (7, 7)), ((6, 8), (8, 6)), ((6, 8), (9, 5))]
+
+@pytest.mark.parametrize('antialias', [True, False])
+@pytest.mark.parametrize('dynamic', [True, False])
+@pytest.mark.parametrize('cls', ['none', 'in the table', 'outside'])
+@pytest.mark.parametrize('old,new', GRIDS)
+def test_position_tables_of_any_grid_by_hand(old, new, cls, dynamic, antialias):
+    "With every version of timm that settings.ini allows: some tell two grids apart by their number of tokens only."
+    from timm.models import VisionTransformer
+    torch.manual_seed(0)
+    net = VisionTransformer(img_size=[8*n for n in old], patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0, dynamic_img_size=dynamic,
+                            class_token=cls != 'none', no_embed_class=cls == 'outside', global_pool='avg')
+    nn.init.normal_(net.pos_embed)
+    vfm, x, own = VFM('mine', net=net, pos_antialias=antialias), image(*(8*n for n in new)), int(cls == 'in the table')
+    table = net.pos_embed[:, own:].detach().reshape(1, *old, 16).permute(0, 3, 1, 2)
+    if new != old: table = F.interpolate(table, new, mode='bicubic', antialias=antialias)
+    want = net.patch_embed.proj(vfm.normalize(x)).flatten(2).mT + table.flatten(2).mT
+    for _ in range(2):                                                         # made, then kept
+        got = vfm.features(x, [0, -1])
+        torch.testing.assert_close(got[0], want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(vfm.with_class(x)[1], got[-1], atol=1e-5, rtol=1e-5)

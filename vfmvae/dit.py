@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/15_dit.ipynb #605c7b2e
-from .core import UserError, build_config, load_weights, save_weights
+from .core import UserError, build_config, check_weights, load_weights, save_weights, sidecar, whole
 from .dit_layers import (MLPS, NORMS, QK_NORMS, Block, FinalLayer, LabelEmbed, PatchEmbed, TimeEmbed, modulations, projector, rope_table,
                                sincos_table, unpatchify)
-from .tokenizer import image_seed
+from .tokenizer import LatentStats, check_config, image_seed
 from .vae import complain
 
 # %% ../nbs/15_dit.ipynb #b80d9ee5
@@ -54,6 +54,7 @@ class DiTConfig:
     data_time: bool = False        # the weights were trained with t = 1 for data; set by the loaders
 
     def __post_init__(self) -> None:
+        check_config(self)
         object.__setattr__(self, 'z_dims', tuple(self.z_dims))
         for name, ok, why in _rules(self):
             if not ok: raise UserError(f'DiTConfig.{name}: {why}')
@@ -240,19 +241,42 @@ def save_net(path: str | Path, # `*.safetensors`
              **meta            # tokenizer, measured numbers, recipe, licence
             ) -> Path:
     "Writes the weights, and JSON with the configuration, atomically."
-    return save_weights(path, net.state_dict(), dict(family='dit', config=asdict(net.config), **meta))
+    return save_weights(path, net.state_dict(), dict(meta, family='dit', config=asdict(net.config)))
+
+def _check_meta(meta: Mapping, c: DiTConfig, side: Path) -> None:
+    "UserError unless what the JSON of a net says of its latents, classes and samples is of the right kind and fits the net."
+    kinds: dict[str, Any] = dict(tokenizer=str, scale=Mapping, latent=list, classes=list, sampling=Mapping, recipe=Mapping, step=int)
+    if bad := [k for k, kind in kinds.items() if k in meta and not isinstance(meta[k], kind) and meta[k] is not None]:
+        raise UserError(f'{side}: {bad[0]} is {str(meta[bad[0]])[:40]!r}, which is no {kinds[bad[0]].__name__.lower()}; copy it again')
+    if shape := meta.get('latent'):
+        if [c.in_channels, *(whole(n, f'{side}: latent', 1, 2**16) for n in shape[1:])] != shape or len(shape) != 3:
+            raise UserError(f'{side}: a latent {str(shape)[:40]} is not one of this net, ({c.in_channels},h,w); copy it again')
+    if scale := meta.get('scale'):
+        try: numbers = [torch.tensor(scale[k], dtype=torch.float32) for k in ('mean', 'std')]
+        except (KeyError, TypeError, ValueError, RuntimeError): raise UserError(f'{side}: the scale has no mean and std of numbers; copy it again') from None
+        LatentStats(c.in_channels).check(*numbers)
+    names = meta.get('classes') or []
+    if names and (len(names) != c.num_classes or not all(isinstance(n, str) for n in names)):
+        raise UserError(f'{side}: classes are {len(names)}, this net knows {c.num_classes}, each by its name; copy it again')
+    if not isinstance((meta.get('recipe') or {}).get('flow') or {}, Mapping): raise UserError(f'{side}: recipe.flow is no mapping; copy it again')
 
 def open_net(path: str | Path # written by `save_net`
             ) -> DiT:
-    "Builds a saved net, in eval mode; `.meta` is its JSON. UserError if the file is damaged, is no net, or does not fit its own configuration."
-    tensors, meta = load_weights(path)
-    if meta.get('family') != 'dit' or 'config' not in meta:
-        raise UserError(f'{path} has no net configuration beside it ({Path(path).with_suffix(".json").name}); published checkpoints open with load_net')
+    """Builds a saved net, in eval mode; `.meta` is its JSON. UserError if the file is damaged, is no net, does not fit its own configuration, or if a weight
+    is no usable number."""
+    (tensors, meta), side = load_weights(path), sidecar(path)
+    if meta.get('family') != 'dit' or not isinstance(meta.get('config'), Mapping):
+        raise UserError(f'{path} has no net configuration beside it ({side.name}); published checkpoints open with load_net')
     with torch.device('meta'): net = DiT(meta['config'])
-    complain(net.state_dict(), tensors, str(path), 'its own configuration')
-    net.load_state_dict(tensors, assign=True)
+    own = net.state_dict()
+    complain(own, tensors, str(path), 'its own configuration')
+    _check_meta(meta, net.config, side)
+    # copies, in the net's type: the file may be in half precision, and is mapped into memory, where who writes it anew would change an open net
+    made = {k: v.to(own[k].dtype if v.is_floating_point() else v.dtype, copy=True) for k, v in tensors.items()}
+    check_weights(made, path, own)
+    net.load_state_dict(made, assign=True)
     net.meta = meta
-    return net.float().eval()      # a file may be in half precision
+    return net.eval()
 
 # %% ../nbs/15_dit.ipynb #3a3ec179
 class NetFeatures:

@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['tokenizers', 'families', 'LatentStats', 'Tokenizer', 'reconstruct', 'fit_stats', 'image_seed', 'LatentFeatures',
-           'save_tokenizer', 'load_tokenizer', 'register_bundled']
+           'net_digest', 'check_config', 'save_tokenizer', 'load_tokenizer', 'register_bundled', 'unfamiliar']
 
 # %% ../nbs/06_tokenizer.ipynb #5b79a50a
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_type_hints, runtime_checkable
 
 # %% ../nbs/06_tokenizer.ipynb #38b42f4e
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/06_tokenizer.ipynb #b53f4562
-from .core import Gaussian, Registry, UserError, build_config, data_dir, load_weights, save_weights, to_tokens
-from .data import to_uint8
+from .core import Gaussian, Registry, UserError, _fits, build_config, data_dir, digest, load_weights, save_weights, sidecar, to_tokens
+from .data import World, as_dataset, check_images, take, to_uint8
 from .features import batches
 
 # %% ../nbs/06_tokenizer.ipynb #9926ee3f
@@ -37,15 +37,21 @@ class LatentStats(nn.Module):
         "False while the two numbers are still 0 and 1."
         return bool((self.mean != 0).any() or (self.std != 1).any())
     def set(self, mean: Tensor, std: Tensor) -> None: # (c,) each
-        "Writes both. UserError on a wrong length or a std that is not positive and finite."
-        for t in (mean, std):
-            if t.shape != self.mean.shape: raise UserError(f'latent stats need {len(self.mean)} numbers, got shape {tuple(t.shape)}')
-        bad = [i for i, (m, s) in enumerate(zip(mean.tolist(), std.tolist(), strict=True)) if not (0 < s < float('inf') and abs(m) < float('inf'))]
-        if bad: raise UserError(f'latent channels {bad[:8]} have no usable mean and std; a constant channel carries nothing: use more images')
+        "Writes both. UserError as `check`."
+        self.check(mean, std)
         self.mean.copy_(mean)
         self.std.copy_(std)
+    def check(self, mean: Tensor, std: Tensor) -> None: # (c,) each
+        "UserError on a wrong length, or a mean or std that is not finite, a std that is not positive, in the type of these."
+        for t in (mean, std):
+            if not isinstance(t, Tensor) or t.shape != self.mean.shape or t.is_complex():
+                raise UserError(f'latent stats need {len(self.mean)} numbers, got {f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__}')
+        pairs = zip(mean.to(self.mean.dtype).tolist(), std.to(self.std.dtype).tolist(), strict=True)
+        bad = [i for i, (m, s) in enumerate(pairs) if not (0 < s < float('inf') and abs(m) < float('inf'))]
+        if bad: raise UserError(f'latent channels {bad[:8]} have no usable mean and std; a constant channel carries nothing: use more images')
     def agree(self, mean: Tensor, std: Tensor) -> float: # (c,) each
         "The largest difference to another scale; while these numbers are still 0 and 1 they take the other's, and the difference is 0."
+        self.check(mean, std)
         if not self.fitted: self.set(mean, std)
         return max((mine.cpu()-theirs.cpu()).abs().max().item() for mine, theirs in ((self.mean, mean), (self.std, std)))
     def scale(self, raw: Gaussian) -> Gaussian:
@@ -123,10 +129,48 @@ class LatentFeatures:
             z = z + posterior.std*torch.stack([torch.randn(z.shape[1:], generator=g) for g in draws]).to(z)
         return {'latent': to_tokens(z)}
 
+# %% ../nbs/06_tokenizer.ipynb #6d1b8e47
+def _said(x: Any, within: tuple = ()) -> list[str]:
+    "What tells one source from another, as text: class, weights, configuration where it is not the default, settings."
+    if isinstance(x, nn.Module):
+        parts = [type(x).__name__, digest(x.state_dict())]
+        if is_dataclass(c := getattr(x, 'config', None)): parts += [f'{f.name}={v!r}' for f in fields(c) if (v := getattr(c, f.name)) != f.default]
+        return parts + [f'{k}={getattr(m, k)!r}' for m in x.modules() for k in getattr(m, '_besides_weights', ())]
+    if isinstance(x, Tensor): return [digest({'': x})]
+    if x is None or isinstance(x, str | int | float | torch.dtype): return [repr(x)]
+    if any(x is w for w in within): return ['itself']
+    told = partial(_said, within=(*within, x))
+    if isinstance(x, partial): return [s for v in (x.func, x.args, x.keywords) for s in told(v)]
+    if isinstance(x, Mapping): return [s for k in sorted(x, key=str) for s in (str(k), *told(x[k]))]
+    if isinstance(x, Sequence): return [s for v in x for s in told(v)]
+    if hasattr(x, '__qualname__') or not hasattr(x, '__dict__'): return [f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', type(x).__name__)}"]
+    own = {k: v for k, v in vars(x).items() if not k.startswith('_')}
+    if any(isinstance(v, nn.Module) for v in own.values()): own.pop('name', None)        # a net is known by its weights, whatever it is called
+    return [type(x).__name__, *told(own)]
+
+def net_digest(x: Any # a VFM, a tokenizer, a net, an adapter such as `LatentFeatures` or `Fitted`, or any feature source
+              ) -> str:
+    """16 hex digits that tell whose features or latents these are: of all weights, the VFM's included, and of what shapes the numbers besides (configuration,
+    an adapter's settings). The same on every device and under every name; without any weights, of class, name and settings. Reads every weight once."""
+    return hashlib.blake2b('\n'.join(_said(x)).encode(), digest_size=8).hexdigest()
+
 # %% ../nbs/06_tokenizer.ipynb #5fe2f2b0
 _MODULES = ('vfmvae.vae', 'vfmvae.baselines')
 tokenizers = Registry('tokenizer', modules=_MODULES)
 families = Registry('tokenizer family', modules=_MODULES)
+
+# %% ../nbs/06_tokenizer.ipynb #4e7a1c60
+_COUNTS = ('depth', 'blocks', 'layers', 'attention')      # ends of names: how many of something
+
+def check_config(c: Any) -> None: # a dataclass: the shape of a net
+    "UserError, one line, on a field of another type than annotated, more than 1,000 layers, a width above 2^16, or any number above 2^24."
+    hints = get_type_hints(type(c))
+    for f in fields(c):
+        v, name = getattr(c, f.name), f'{type(c).__name__}.{f.name}'
+        if not _fits(v, hints[f.name]): raise UserError(f'{name}: {str(v)[:40]!r} does not fit; its default is {f.default!r}')
+        most = 1000 if f.name.endswith(_COUNTS) else 2**16 if f.name.endswith(('width', 'dim', 'dims', 'channels', 'size', 'heads', 'hidden')) else 2**24
+        if bad := [n for n in (v if isinstance(v, list | tuple) else [v]) if isinstance(n, int | float) and abs(n) > most]:
+            raise UserError(f'{name}: {str(bad[0])[:20]} is more than any net has; at most {most}')
 
 # %% ../nbs/06_tokenizer.ipynb #543101a8
 def save_tokenizer(path: str | Path,  # `*.safetensors`
@@ -134,7 +178,7 @@ def save_tokenizer(path: str | Path,  # `*.safetensors`
                    **meta             # measured numbers, recipe, licence, provenance
                   ) -> Path:
     "Writes `own_state` and JSON with family and configuration, atomically."
-    return save_weights(path, model.own_state(), dict(family=model.config.family, name=model.name, config=asdict(model.config), **meta))
+    return save_weights(path, model.own_state(), dict(meta, family=model.config.family, name=model.name, config=asdict(model.config)))
 
 def load_tokenizer(path: str | Path,       # written by `save_tokenizer`
                    vfm: Any = None,        # a VFM; None: the one it names, which may need a network; False: none, decode only
@@ -142,11 +186,13 @@ def load_tokenizer(path: str | Path,       # written by `save_tokenizer`
                   ) -> Any:
     "Builds a saved tokenizer, in eval mode. UserError if the file is damaged, is not a tokenizer, or does not fit its own configuration."
     tensors, meta = load_weights(path)
-    if not {'family', 'config'} <= {*meta}:
-        raise UserError(f'{path} has no tokenizer configuration beside it ({Path(path).with_suffix(".json").name}); '
-                        'published checkpoints open with load_vfmvae')
+    known = isinstance(meta.get('family'), str) and isinstance(meta.get('config'), Mapping) and isinstance(meta.get('name', ''), str)
+    if not known: raise UserError(f'{path} has no tokenizer configuration beside it ({sidecar(path).name}); published checkpoints open with load_vfmvae')
     shape, cls = families[meta['family']]
-    model = cls(build_config(shape, meta['config']), None)
+    config = build_config(shape, meta['config'])
+    with torch.device('meta'): like = cls(config, None)          # no memory is taken before the file has the tensors for it
+    like.check_own_state(like.own_state(), tensors)
+    model = cls(config, None)
     model.load_own_state(tensors)
     model.name, model.meta = name or meta.get('name') or model.name, meta
     if vfm is None and model.config.vfm:
@@ -161,3 +207,31 @@ def register_bundled(name: str) -> None:
     if name not in tokenizers: tokenizers.register(name, partial(_bundled, name))
 
 def _bundled(name: str) -> Any: return load_tokenizer(data_dir()/'weights'/f'{name}.safetensors', name=name)
+
+# %% ../nbs/06_tokenizer.ipynb #e1891728
+@cache
+def _known(file: str) -> Callable[[Tensor], Tensor]:
+    "Images (b,3,H,W) -> distance (b,) to what a bundled net has seen, in units of one standard deviation a dimension."
+    from vfmvae.vfm import VFM
+    vfm, (t, _) = VFM('tiny'), load_weights(data_dir()/'weights'/f'{Path(file).name}.safetensors')
+    def distance(x: Tensor) -> Tensor:
+        x = check_images(x).detach().cpu().float().clamp(-1, 1)
+        if x.shape[2:] != (64, 64): x = F.interpolate(x, (64, 64), mode='bilinear', antialias=True)
+        h = vfm.features(x, [-1])[-1].mean(1).to(t['mean'])
+        return ((h-t['mean'])@t['root'].T).square().mean(1).sqrt()
+    return distance
+
+def unfamiliar(net: Any,   # a tokenizer, a VFM, or an adapter of one
+               images: Any # images (b,3,H,W) in [-1,1], or a data set, of which 64 are looked at
+              ) -> str:
+    "'' where the images are of the kind that a bundled net has learned, or its card says nothing; else one sentence that names the measure."
+    own = next((n for k in ('tokenizer', 'vfm') if not isinstance(net, nn.Module) and (n := getattr(net, k, None)) is not None), net)
+    card = (getattr(own, 'meta', None) or getattr(own, 'spec', None) or {}).get('known')
+    if not isinstance(card, Mapping) or isinstance(images, World) or not (isinstance(images, Tensor) or hasattr(images, '__len__')): return ''
+    if not isinstance(images, Tensor):
+        part = take(as_dataset(images), 64)
+        images = part.batch(range(len(part)))['image']
+    far = _known(card['file'])(images).median().item()
+    if far <= card['limit']: return ''
+    return (f"{own.name} has only ever seen {card['data']}, and these pictures lie outside it ({card['measure']}: {far:.2f}, of its own images 99 in 100 "
+            f"below {card['limit']}): what it makes of them says little")

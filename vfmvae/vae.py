@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VFMVAEConfig', 'Codes', 'Codebook', 'Quantizer', 'Adapter', 'Mapping', 'fusion_branch', 'Block', 'Synthesis',
-           'Encoded', 'check_images', 'scaled_features', 'VFMVAE', 'complain']
+           'Encoded', 'check_images', 'check_latents', 'scaled_features', 'VFMVAE', 'complain']
 
 # %% ../nbs/07_vae.ipynb #96e2a8ee
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .core import Gaussian, UserError, at_least_float32, to_grid, to_tokens
 from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, EqualLinear, GridAttention, ToRGB, Upsample, dwsep,
                            norm_groups, pointwise, unit_moment)
-from .tokenizer import LatentStats, families, register_bundled
+from .data import check_images as check_meaning
+from .tokenizer import LatentStats, check_config, families, register_bundled
 from .vfm import CarriesVFM
 
 # %% ../nbs/07_vae.ipynb #1feef848
@@ -61,6 +62,7 @@ class VFMVAEConfig:
     align: bool = True                        # carries the linear map of the alignment (VF) loss
 
     def __post_init__(self) -> None:
+        check_config(self)
         for name, ok, why in _rules(self):
             if not ok: raise UserError(f'VFMVAEConfig.{name}: {why}')
     @property
@@ -105,6 +107,8 @@ def _rules(c: VFMVAEConfig) -> Iterator[tuple[str, bool, str]]:
     for k in ('patch', 'scale', 'img_size', 'stride', 'channels', 'vocab', 'codebooks', 'quant_layers', 'post_layers', 'widen', 'blocks',
               'w_dim', 'pooled'):
         yield k, getattr(c, k) > 0, f'{getattr(c, k)} is not positive'
+    for k in ('in_dims', 'out_dims', 'fusion', 'attention'):
+        yield k, min(getattr(c, k), default=1) >= (k in ('in_dims', 'out_dims')), f'{getattr(c, k)} has a number that is too small'
     yield 'res_blocks', c.res_blocks >= 0, f'{c.res_blocks} is negative; 0 means one ConvNeXt layer per block'
     yield 'layers', n > 0 and len(c.in_dims) == len(c.out_dims) == n, f'{n} layers need {n} in_dims and {n} out_dims'
     yield 'mode', c.mode in ('kl', 'discrete'), f"{c.mode!r} is not 'kl' or 'discrete'"
@@ -294,14 +298,33 @@ class Encoded:
 def _check_sides(what: str, h: int, w: int, unit: int) -> None:
     if h % unit or w % unit or not h or not w: raise UserError(f'a {h}x{w} {what} does not fit; its sides must be multiples of {unit}')
 
-def check_images(x: Tensor, unit: int) -> None:
-    "UserError unless x is (b,3,H,W) with sides that are multiples of `unit` pixels."
-    if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'images must be (b,3,H,W), got {tuple(x.shape)}')
+def check_images(x: Tensor,         # images
+                 unit: int,         # sides must be multiples of this, pixels
+                 net: Any = None    # the tokenizer they are for; its `stats` tell device and type
+                ) -> Tensor:
+    "x (b,3,H,W) in the type of the net's weights. UserError: another shape, integers, NaN or far outside [-1,1] (on a CPU), no image, another device."
+    check_meaning(x, f"images for {getattr(net, 'name', 'a tokenizer')}")
     _check_sides('image', x.shape[2], x.shape[3], unit)
+    return x if net is None else _placed(x, net, 'images')
+
+def check_latents(z: Tensor,        # latents on unit scale
+                  net: Any          # the tokenizer that decodes them
+                 ) -> Tensor:
+    "z (b,c,h,w) in the type of the net's weights. UserError: other channels, another rank, integers, none at all, another device."
+    if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != net.channels or not z.is_floating_point():
+        got = f'{tuple(z.shape)} {z.dtype}' if isinstance(z, Tensor) else type(z).__name__
+        raise UserError(f'latents of {net.name} must be (b,{net.channels},h,w) of floats, got {got}')
+    if not z.numel(): raise UserError(f'no latent for {net.name} in {tuple(z.shape)}; give at least one')
+    return _placed(z, net, 'latents')
+
+def _placed(x: Tensor, net: Any, what: str) -> Tensor:
+    like = net.stats.mean
+    if x.device != like.device: raise UserError(f'the {what} lie on {x.device}, {net.name} on {like.device}; move one of them')
+    return x.to(like.dtype)
 
 def scaled_features(vfm: Any, x: Tensor, scale: float, layers: Sequence[int]) -> dict[int, Tensor]:
     "Features {layer: (b,n,c)} of images (b,3,H,W) in [-1,1], resized by `scale` the VFM's way first (spec section 1)."
-    if scale != 1: x = F.interpolate(x, [round(s*scale) for s in x.shape[2:]], mode=vfm.interpolation, align_corners=False, antialias=scale < 1)
+    if scale != 1: x = F.interpolate(at_least_float32(x), [round(s*scale) for s in x.shape[2:]], mode=vfm.interpolation, align_corners=False, antialias=scale < 1)
     return vfm.features(x, list(layers))
 
 class VFMVAE(CarriesVFM):
@@ -324,7 +347,7 @@ class VFMVAE(CarriesVFM):
         if vfm.patch != c.patch: raise UserError(f'{vfm.name} has patch {vfm.patch}, the tokenizer was made for {c.patch}; set config.patch')
         bad = [d for d in c.in_dims if d != vfm.dim]
         if bad: raise UserError(f'{vfm.name} has {vfm.dim} channels, the tokenizer was made for {bad[0]}; set config.in_dims')
-        vfm.eval().requires_grad_(False)
+        self.vfm.eval().requires_grad_(False)
 
     def check_own_state(self, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         "UserError that lists missing, extra and misshaped tensors."
@@ -340,8 +363,7 @@ class VFMVAE(CarriesVFM):
         "Frozen features {layer: (b,n,c)} of images (b,3,H,W) in [-1,1], resized by `scale` first. UserError without a VFM or if H, W do not fit."
         c = self.config
         if self.vfm is None: raise UserError(f'{self.name} was built without its VFM and cannot encode; give vfm=VFM(...), or project features')
-        check_images(x, c.stride)
-        return scaled_features(self.vfm, x, c.scale, c.layers)
+        return scaled_features(self.vfm, check_images(x, c.stride, self), c.scale, c.layers)
 
     def encode_parts(self, x: Tensor,                        # (b,3,H,W) in [-1,1]
                      look: dict[int, Tensor] | None = None # its frozen features, if `look` was asked before
@@ -362,8 +384,8 @@ class VFMVAE(CarriesVFM):
     def project_parts(self, features: Sequence[Tensor], grid: tuple[int, int] | None = None) -> Encoded:
         "As `project`, with everything that training needs."
         c, got = self.config, [tuple(h.shape) for h in features]
-        if [s[2:] for s in got] != [(d,) for d in c.in_dims]:
-            raise UserError(f'features must be (b,n,c) with c = {c.in_dims} for layers {c.layers}, got {got}')
+        if [s[2:] for s in got] != [(d,) for d in c.in_dims] or not all(h.is_floating_point() for h in features):
+            raise UserError(f'features must be floats (b,n,c) with c = {c.in_dims} for layers {c.layers}, got {got}')
         n = got[0][1]
         rows, cols = grid or (round(n**.5),)*2
         if {s[1] for s in got} != {rows*cols}: raise UserError(f'{n} tokens do not fill a {rows}x{cols} grid; give grid=(rows, columns)')
@@ -371,7 +393,7 @@ class VFMVAE(CarriesVFM):
         return self._parts(dict(zip(c.layers, features, strict=True)), rows)
 
     def _parts(self, features: dict[int, Tensor], rows: int) -> Encoded:
-        moments, codes = self.ldm_adapter.down([features[k] for k in self.config.layers], rows), None
+        moments, codes = self.ldm_adapter.down([features[k].to(self.stats.mean.dtype) for k in self.config.layers], rows), None
         if self.config.mode == 'kl': raw = Gaussian.split(at_least_float32(moments))
         else:
             codes = self.ldm_adapter.quantizer(to_tokens(moments))
@@ -382,8 +404,9 @@ class VFMVAE(CarriesVFM):
                       psi: float = 1.0      # truncation of the style, 1: none
                      ) -> list[Tensor]:
         "Latents to images of every scale, largest first: (b,3,h*stride,w*stride), then halves (none unless progressive). Unclamped. UserError on a bad shape."
-        if z.ndim != 4 or z.shape[1] != self.channels: raise UserError(f'latents must be (b,{self.channels},h,w), got {tuple(z.shape)}')
+        z = check_latents(z, self)
         _check_sides('latent', z.shape[2], z.shape[3], self.config.fold)
+        if z.device.type == 'cpu' and z.dtype != torch.float32: raise UserError(f'{self.name} decodes in float32 on a CPU, not in {z.dtype}; call .float()')
         deep = self.ldm_adapter.up(self.stats.unscale(z))
         return self.synthesis(deep, self.mapping(deep, psi))[::-1]
 
