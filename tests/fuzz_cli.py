@@ -13,12 +13,14 @@ from vfmvae.core import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
+START = 'import sys; from vfmvae.cli import main; sys.exit(main())'
+
 
 def command(argv: list[str], alone: bool = False) -> Any:
     "Runs `vfmvae ...`: what it printed; UserError with the one line that it ended in."
     def call() -> str:
         if alone:
-            r = subprocess.run([sys.executable, '-m', 'vfmvae.cli', *argv], capture_output=True, text=True,
+            r = subprocess.run([sys.executable, '-c', START, *argv], capture_output=True, text=True,
                                timeout=120, env=dict(os.environ, PYTHONPATH=str(ROOT)))
             code, out, err = r.returncode, r.stdout, r.stderr
         else:
