@@ -37,8 +37,8 @@ def command(argv: list[str], alone: bool = False) -> Any:
     return call
 
 NUMBERS = ['-1', '0', '', 'nan', 'inf', '-inf', '1e300', '10'+'0'*30, str(2**70), 'x', '1.5', '7', '\u0663', '1_0',
-           ' 3', 'True', '1'+'0'*5000, '--', '-0', '1e-300']
-PATHS = ['', '.', '/proc/x/y', '/dev/null', '/dev/full', 'missing', 'a\0b', 'x'*300, '~nobody/x', '-', 'file',
+           ' 3', 'True', '9'*60, '--', '-0', '1e-300']
+PATHS = ['', '.', '/proc/x/y', '/dev/null', '/dev/full', 'missing', 'a\0b', 'x'*300, '~nosuchuser/x', '-', 'file',
          'file/x', 'folder', 'loop', 'a\nb', '*', 'world', '/dev/stdin', 'sub/dir/new']
 
 @cases('cli', 3)
@@ -92,7 +92,7 @@ def outs(rng: random.Random, box: Path) -> Case:
             'train-flow': ['train-flow', '--data', str(box/'pics'), '--images', '2', '--batch', '2', '--n', '2'],
             'demo': ['demo', '--images', str(box/'pics'), '--train-images', '1']}[what]
     if what == 'demo' and given in ('sub/dir/new', 'empty', 'folder', './c', '-', '*', 'world', 'missing', '.',
-                                    'a\nb', 'a.pth', './a.safetensors', '~nobody/x', 'folder.safetensors',
+                                    'a\nb', 'a.pth', './a.safetensors', '~nosuchuser/x', 'folder.safetensors',
                                     'folder/a.safetensors', 'folder/a.json'):
         given, at = 'file', str(box/'file')    # a minute where it works
     argv += ['--out', at]
@@ -149,12 +149,12 @@ def options(rng: random.Random, box: Path) -> Case:
         except ValueError: number = None
         if key in ('--n', '--size', '--steps', '--batch', '--k', '--times', '--images', '--accumulate',
                    '--save-every', '--reference-n', '--train-images'):
-            return number is not None and number >= 1 and number < 10**9
+            return number is not None and number >= 1 and (number < 10**9 or key == '--n' and base[0] not in ('generate',))
         if key in ('--lr', '--vfm-ratio'): return number is not None and 1e-320 < number < 1e3
         if key == '--guidance': return number is not None and abs(number) < 1e6
         if key in ('--workers', '--label', '--seed'):
             return number is not None and (number >= 0 or key == '--seed') and number == int(number)
-        return key in ('--run',) and v not in ('',)
+        return key in ('--run', '--cache') and v not in ('',)
     return Case(f'{base[0]} {key}', command([*base, key, v]), right, names=('',), out=(cwd,), detail=short(v))
 
 @cases('cli', 3)
@@ -220,7 +220,7 @@ def words(rng: random.Random, box: Path) -> Case:
 def environment(rng: random.Random, box: Path) -> Case:
     "A home that cannot be made."
     put(box/'file', b'1')
-    v = rng.choice([str(box/'file'), '/proc/x', '/dev/null/x', str(box/'a\nb'), str(box/('x'*300)), '~nobody/x', '',
+    v = rng.choice([str(box/'file'), '/proc/x', '/dev/null/x', str(box/'a\nb'), str(box/('x'*300)), '~nosuchuser/x', '',
                     str(box/'new')])
     pictures(box/'pics', rng, 2, 64)
     argv = rng.choice([['cache', '--images', str(box/'pics')], ['train-flow', '--data', str(box/'pics'), '--n', '2',
@@ -234,7 +234,7 @@ def environment(rng: random.Random, box: Path) -> Case:
         os.environ.update(VFMVAE_HOME=v, HOME=str(box/'home'), XDG_CACHE_HOME=str(box/'home'))
         try: return inner()
         finally: os.environ.update(old)
-    return Case(argv[0], call, lambda said: v in ('', '~nobody/x', str(box/'a\nb'), str(box/'new')), names=('',),
+    return Case(argv[0], call, lambda said: v in ('', '~nosuchuser/x', str(box/'a\nb'), str(box/'new')), names=('',),
                 out=(box/'home', box/'new', box/'a\nb', box.parent/'cwd'), detail=short(v)[-40:])
 
 @cases('cli')
