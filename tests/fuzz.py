@@ -52,14 +52,22 @@ def reset_peak() -> None:
     with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
 
 
-EXECUTED: list[str] = []
+EXECUTED: list[str] = []     # programs that a case started,
+TOUCHED: set[str] = set()    # ... and what it wrote to beyond its box
+BOX: list[str] = []          # empty while no case runs
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 def _audit(event: str, args: tuple) -> None:
-    "Programs that were started; git says the commit of a checkout, and some cases run the command as a process."
+    "Hears of programs that are started (git says the commit of a checkout, and some cases run the command as a process), and of writing."
+    if not BOX: return
     if event in ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'pty.spawn'):
         words = [*args[1]] if event == 'subprocess.Popen' else []
-        if not (words[:1] == ['git'] or words[:2] == [sys.executable, '-c']):
-            EXECUTED.append(f'{event} {str(args[0])[:80]}')
+        if not (words[:1] == ['git'] or words[:2] == [sys.executable, '-c']): EXECUTED.append(f'{event} {str(args[0])[:80]}')
+    elif event == 'open' and isinstance(args[2], int) and args[2] & WRITES or event in ('os.mkdir', 'os.rename', 'os.remove', 'os.link', 'os.symlink'):
+        for p in args[:2 if event in ('os.rename', 'os.link', 'os.symlink') else 1]:
+            if isinstance(p, str | bytes | os.PathLike):
+                at = os.path.abspath(os.fsdecode(p))
+                if not at.startswith((BOX[0], '/dev/', '/proc/')) and '__pycache__' not in at: TOUCHED.add(at)
 
 
 # one case -----------------------------------------------------------------------------------------------------------------------------------------
@@ -128,15 +136,19 @@ def one(kind: str, seed: int, index: int, root: Path, alarm: float = SECONDS) ->
     out = (box/'home', box/'tmp', *case.out)
     before = listing(box, out)
     EXECUTED.clear()
+    TOUCHED.clear()
     reset_peak()
+    BOX.append(str(box))
     caught, err = io.StringIO(), io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(caught), contextlib.redirect_stderr(err):
         warnings.simplefilter('ignore')
         try: verdict, text, trace = judge(case, max(alarm, case.seconds))
         except TooSlow: verdict, text, trace = 'hang', f'more than {alarm} s', ''     # rung while C code ran, heard behind it
+    BOX.clear()
     used = peak()
     after = listing(box, out)
     changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+    changed += sorted(p for p in TOUCHED if os.path.lexists(p) and os.stat(p, follow_symlinks=False).st_mtime >= began-1)
     if EXECUTED or (box/'EXECUTED').exists():
         verdict, text = 'executed', f"{'; '.join(EXECUTED)} {'gs or the canary' if (box/'EXECUTED').exists() else ''}; {text}"
     elif changed: verdict, text = 'outside', f"{', '.join(os.path.relpath(p, box) for p in changed[:4])}; {text}"

@@ -68,24 +68,26 @@ WAYS = dict(line=case(refuse('a.png is no image; copy it again'), names=('a.png'
             silent=case(lambda: 4), traceback=case(lambda: {{}}['a']), unclear=case(refuse('two\\nlines')),
             unnamed=case(refuse('no such file'), names=('a.png',)), control=case(refuse('a.png is no image'), yes, control=True),
             outside=lambda box: Case('', lambda: Path(box.parent/'x').touch(), yes), changed=change,
-            memory=case(lambda: bytes(b'x')*(2300*1024**2) and None, yes), executed=case(lambda: os.system('true'), yes),
+            elsewhere=case(lambda: Path({there!r}).touch(), yes),
+            memory=case(lambda: bytes(b'x')*(600*1024**2) and None, yes), executed=case(lambda: os.system('true'), yes),
             hang=case(spin, yes), crash=case(os.abort, yes), after=case(lambda: 1, yes))
 def maker(name):
     def make(rng, box): return WAYS[name](box)
     make.__name__ = name
     return make
-fuzz.SECONDS = fuzz.SECONDS_ALONE = 2
+fuzz.SECONDS = fuzz.SECONDS_ALONE = 3
+fuzz.BYTES = fuzz.peak()+300*1024**2
 fuzz_tools.KINDS['images'] = [maker(n) for n in WAYS]
 rows = fuzz.run([('images', i) for i in range(len(WAYS))], 0, 1)
 print({{r['what'].split(':')[0] or list(WAYS)[r['index']]: r['verdict'] for r in rows}})
 """
 
 def test_faults_are_found(tmp_path):
-    code = BAD.format(here=str(HERE))
+    code = BAD.format(here=str(HERE), there=str(tmp_path/'there'))
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE.parent)}
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
     assert not r.stderr, r.stderr[-2000:]
     want = {k: k for k in ('line', 'right', 'wrong', 'silent', 'traceback', 'unclear', 'outside', 'memory',
                            'executed', 'hang', 'crash')}
-    assert eval(r.stdout) == {**want, 'unnamed': 'unclear', 'control': 'control refused', 'changed': 'outside',
+    assert eval(r.stdout) == {**want, 'unnamed': 'unclear', 'control': 'control refused', 'changed': 'outside', 'elsewhere': 'outside',
                               'after': 'right'}
