@@ -6,7 +6,7 @@ from PIL import Image
 from vfmvae.cli import main
 from vfmvae.core import UserError
 from vfmvae.data import World, to_pil
-from vfmvae.recipes import PRESETS, Preset, build_training, evaluate_tokenizer, open_tokenizer, plan, train_tokenizer
+from vfmvae.recipes import PRESETS, Preset, build_training, estimate, evaluate_tokenizer, open_data, open_tokenizer, plan, train_tokenizer
 from vfmvae.tok_train import SCALES, TINY, Stage
 from vfmvae.tokenizer import Tokenizer, reconstruct, tokenizers
 
@@ -230,3 +230,86 @@ def test_grey_alpha_and_palette_pictures_are_read(tmp_path):
 def test_doctor_recognises_the_torchvision_mix():
     from vfmvae.cli import diagnose
     assert 'one index' in diagnose('RuntimeError: operator torchvision::nms does not exist')
+
+
+# one line, before the work ------------------------------------------------------------------------------------------------------------------------
+
+WRONG = dict(images=(0, -1, 2.5), batch=(0, -1, 'x'), lr=(-1., 0., float('nan'), float('inf')), accumulate=(0,), workers=(-1,), seed=(2**70, .5),
+             size=(0, -8, 10**9), stages=([],), out=('a.pt', '/dev/null/x/a.safetensors'), run=('/dev/null/x/',), data=('', 7), held_out=('',),
+             save_every=(0,), log_every=(0,))
+NUMBERS = [{k: v} for k, values in WRONG.items() for v in values]
+
+
+@pytest.mark.parametrize('wrong', NUMBERS, ids=str)
+def test_a_training_that_cannot_be_is_one_line_before_its_first_step(tmp_path, wrong, monkeypatch):
+    monkeypatch.setattr('vfmvae.tok_train.TokenizerTask.step', lambda *a: pytest.fail('it trained'))
+    with pytest.raises(UserError) as e: train_tokenizer(SHORT, **{'data': World(32), 'run': tmp_path/'a', **wrong})
+    assert '\n' not in str(e.value) and not list(tmp_path.rglob('*.safetensors'))
+
+
+@pytest.mark.parametrize('wrong', [dict(images=0), dict(batch=0), dict(size=0), dict(steps=0), dict(micro=0), dict(stages=[])], ids=str)
+def test_nothing_is_no_default(wrong):
+    with pytest.raises(UserError): estimate(SHORT, **wrong)
+
+
+def test_a_finished_tokenizer_says_what_it_was_trained_on(tmp_path, monkeypatch):
+    from vfmvae.core import load_weights
+    from vfmvae.data import as_dataset, fingerprint
+    short = Preset(TINY, (Stage('a', dict(l1=1.), lr=1e-3, images=4),), 4, 40)
+    was, during = torch.backends.cudnn.allow_tf32, []
+    monkeypatch.setattr('vfmvae.recipes.fit', lambda *a, **k: during.append(torch.backends.cudnn.allow_tf32) or [])
+    monkeypatch.setattr('vfmvae.recipes.fit_stats', lambda *a: None)
+    for data in (World(8, seed=3), [Image.new('RGB', (64, 64), (20*k, 0, 0)) for k in range(8)]):
+        train_tokenizer(short, data, out=tmp_path/'a.safetensors')
+        recipe, ds = load_weights(tmp_path/'a.safetensors')[1]['recipe'], as_dataset(data, 64, True)
+        assert recipe['fingerprint'] == fingerprint(ds) and recipe['data'] == ('World, seed 3' if isinstance(data, World) else repr(ds))
+    assert torch.backends.cudnn.allow_tf32 is was and during == [False]*2          # published for the training alone
+
+
+def test_what_is_watched_stands_still(pictures, monkeypatch):
+    import vfmvae.recipes as r
+    looks = []
+    monkeypatch.setattr(r, 'fit', lambda task, feed, *a, look=None, **k: looks.append((feed.ds, look)) or [])
+    monkeypatch.setattr(r, 'fit_stats', lambda *a: None)
+    monkeypatch.setattr(r, '_rows', lambda x, y: x)
+    train_tokenizer(Preset(TINY, (Stage('a', dict(l1=1.), lr=1e-3, images=2),), 2, 40), pictures)
+    ds, look = looks[0]
+    assert ds.augment and torch.equal(look(), open_data(pictures, 64).batch(range(3))['image'])
+
+
+BOMB = b'a: &a [x,x,x,x,x,x,x,x,x]\n' + b''.join(b'%c: &%c [%s]\n' % (98+i, 98+i, b','.join([b'*%c' % (97+i)]*9)) for i in range(12))
+SETTINGS = {'not UTF-8': b'\xff\xfe\x00', 'a list': b'- 1\n- 2', 'a word': b'hello', 'nothing': b'', 'not YAML': b'{a: [', 'deep': b'['*2000,
+            'names that are numbers': b'G_kwargs: {1: 2}', 'a bomb': BOMB, 'python': b'!!python/object/apply:os.system [id]', 'dates': b'G_kwargs: 2001-01-01'}
+
+
+@pytest.mark.parametrize('kind', list(SETTINGS))
+def test_settings_that_are_no_settings_are_one_line(kind, tmp_path):
+    from vfmvae.core import save_weights
+    (tmp_path/'g.yaml').write_bytes(SETTINGS[kind])
+    torch.save({'ldm_adapter.x': torch.zeros(1), 'synthesis.x': torch.zeros(1)}, tmp_path/'a.pt')
+    save_weights(tmp_path/'b.safetensors', {'ldm_adapter.x': torch.zeros(1), 'synthesis.x': torch.zeros(1)}, {})
+    for file in ('a.pt', 'b.safetensors'):
+        with pytest.raises(UserError) as e: open_tokenizer(tmp_path/file, tmp_path/'g.yaml')
+        assert '\n' not in str(e.value)
+
+
+def test_a_file_is_opened_as_what_it_is(tmp_path):
+    from vfmvae.tokenizer import save_tokenizer
+    tok = open_tokenizer('conv-f8d16')
+    assert open_tokenizer(tok) is tok
+    f = save_tokenizer(tmp_path/'mine.safetensors', tok)
+    x = World(1, seed=9).batch([0])['image']
+    for side in (True, False):
+        if not side: f.with_suffix('.json').unlink()       # it stands in the head of the file, too
+        assert torch.equal(open_tokenizer(str(f)).encode(x).mean, tok.encode(x).mean)
+    torch.save(dict(state_dict={f'first_stage_model.{k}': v for k, v in vae_of_others().items() if not k.startswith('stats.')}), tmp_path/'vae.ckpt')
+    vae = open_tokenizer(tmp_path/'vae.ckpt')
+    assert vae.config.family == 'conv' and vae.channels == 4
+    for bad in (tmp_path/'none.ckpt', tmp_path, 7, None, '', tmp_path/'vae.json'):
+        with pytest.raises(UserError): open_tokenizer(bad)
+
+
+def vae_of_others():
+    "Random weights of latent diffusion's own layout."
+    from vfmvae.baselines import ConvVAE, ConvVAEConfig
+    return ConvVAE(ConvVAEConfig(width=32, mults=(1, 1), blocks=1, decoder_blocks=2)).state_dict()

@@ -82,7 +82,7 @@ def test_a_split_of_hugging_face(root, tmp_path):
     assert len(list(batches(split, 5))) == 3
 
 
-@pytest.mark.parametrize('make', [lambda f: [Image.open(p) for p in f], lambda f: f, lambda f: [str(p) for p in f], lambda f: tuple(f), lambda f: [p.read_bytes() for p in f],
+@pytest.mark.parametrize('make', [lambda f: [Image.open(p) for p in f], lambda f: f, lambda f: [str(p) for p in f], tuple, lambda f: [p.read_bytes() for p in f],
                                   lambda f: [np.asarray(Image.open(p)) for p in f], lambda f: [dict(image=Image.open(p)) for p in f]])
 def test_lists_of_pictures(root, make):
     ours = folder(root, size=24)
@@ -182,7 +182,7 @@ def test_a_large_set_is_known_by_sizes_and_times(tmp_path, monkeypatch):
 def test_an_edited_renamed_added_or_relabelled_picture_is_another_set(root):
     seen = {fingerprint(folder(root, size=24))}
     def new():
-        seen.add(p := fingerprint(folder(root, size=24)))
+        seen.add(fingerprint(folder(root, size=24)))
         return len(seen)
     picture(9, 9).save(root/'ant'/'0.png')
     assert new() == 2

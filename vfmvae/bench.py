@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/18b_bench.ipynb #39f087ef
 from .align import cknna
-from .core import UserError, data_dir, write_json
+from .core import UserError, check_out, data_dir, whole, write_json
 from .layers import ConvNeXt, GridAttention, ToRGB, Upsample, dense
 from .train import provenance
 from .tokenizer import load_tokenizer
@@ -177,9 +177,14 @@ def _peak(config: str, job: str, form: str, device: str, threads: int, batch: in
 def peak_memory(config: str, job: str, form: str, # 'ours' or 'plain'
                 device: str = 'cpu', batch: int | None = None) -> dict[str, float]:
     "MB of a fresh process with the model loaded, and MB that one run of the job adds to its high-water mark."
-    args = (config, job, form, device, torch.get_num_threads(), batch or BATCH[f'{config} {job}'])
-    out = subprocess.run([sys.executable, '-c', f'from vfmvae.bench import _peak; _peak(*{args!r})'], capture_output=True, text=True)
-    if out.returncode: raise UserError(f'the memory of {config} {job} could not be measured: {out.stderr.strip().splitlines()[-1]}')
+    args = (config, job, form, device, torch.get_num_threads(), BATCH[f'{config} {job}'] if batch is None else batch)
+    return _alone(f'_peak(*{args!r})', f'{config} {job}')
+
+def _alone(call: str, what: str, env: dict | None = None) -> Any:
+    "What a function of this module prints as JSON in a process of its own."
+    out = subprocess.run([sys.executable, '-c', f'from vfmvae import bench; bench.{call}'], capture_output=True, text=True, env=env)
+    if out.returncode:
+        raise UserError(f"the memory of {what} could not be measured: {(out.stderr.strip().splitlines() or [f'status {out.returncode}'])[-1]}")
     return json.loads(out.stdout.splitlines()[-1])
 
 # %% ../nbs/18b_bench.ipynb #521f1235
@@ -204,18 +209,19 @@ def bench(configs: Iterable[str] = ('tiny', 'full'), # of 'tiny', 'full'
          ) -> dict:
     "Measures decoding and training; {'rows': {'tiny decode': {...}, ...}, 'provenance': ...}. On CUDA if there is one. UserError on an unknown name."
     device, before = 'cuda' if torch.cuda.is_available() else 'cpu', torch.get_num_threads()
-    configs = list(configs)
+    configs, out = list(configs), None if out is None else check_out(out, '.json')
+    for name, v in dict(rounds=rounds, threads=threads, batch=batch).items():
+        if v is not None: whole(v, name, 1)
     for c in configs:
         if f'{c} decode' not in BATCH: raise UserError(f"there is no configuration {c!r} to measure; take 'tiny' or 'full'")
     jobs = [(c, j) for c in configs for j in ('decode', 'train') if c == 'tiny' or j == 'decode' or full_train]
     try:
         if threads: torch.set_num_threads(threads)
-        rows = {f'{c} {j}': _row(c, j, rounds or (9 if c == 'tiny' else 3), device, memory, batch or BATCH[f'{c} {j}']) for c, j in jobs}
+        rows = {f'{c} {j}': _row(c, j, (9 if c == 'tiny' else 3) if rounds is None else rounds, device, memory,
+                                BATCH[f'{c} {j}'] if batch is None else batch) for c, j in jobs}
         result = dict(rows=rows, provenance=provenance())
     finally: torch.set_num_threads(before)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(result, indent=1)+'\n', encoding='utf-8')
+    if out is not None: write_json(out, result)
     return result
 
 # %% ../nbs/18b_bench.ipynb #3052b67f
@@ -272,9 +278,7 @@ def bench_cknna(n: int = 10000, d: int = 1024, # images, width of both sets
     if memory:
         args = (n, d, torch.get_num_threads())
         env = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}     # an allocator told to keep what is freed hides growth
-        run = subprocess.run([sys.executable, '-c', f'from vfmvae.bench import _cknna_peak; _cknna_peak(*{args!r})'], capture_output=True, text=True, env=env)
-        if run.returncode: raise UserError(f'the memory of cknna could not be measured: {run.stderr.strip().splitlines()[-1]}')
-        out['extra_mib'] = json.loads(run.stdout.splitlines()[-1])
+        out['extra_mib'] = _alone(f'_cknna_peak(*{args!r})', 'cknna', env)
     return out
 
 # %% ../nbs/18b_bench.ipynb #c821dfa7
@@ -300,12 +304,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument('--cknna', metavar='FILE', nargs='?', const='outputs/bench_cknna.json', help='measure CKNNA instead; with --full also 50,000 images')
     p.add_argument('--out', default='outputs/bench.json', help='JSON file; default: outputs/bench.json')
     a = p.parse_args(argv)
-    if a.threads: torch.set_num_threads(a.threads)
-    if a.cknna:
-        rows = [bench_cknna(rounds=a.rounds or 2), *([bench_cknna(50000, 256, 0, rounds=1)] if a.full else [])]
-        print(write_json(Path(a.cknna), dict(rows=rows, provenance=provenance())).read_text(encoding='utf-8'))
-        return
-    try: print(bench_table(bench(a.configs, a.full, a.rounds, a.threads, out=a.out)))
+    try:
+        if not a.cknna:
+            print(bench_table(bench(a.configs, a.full, a.rounds, a.threads, out=a.out)))
+            return
+        out, rounds = check_out(a.cknna, '.json'), 2 if a.rounds is None else whole(a.rounds, 'rounds', 1)
+        if a.threads is not None: torch.set_num_threads(whole(a.threads, 'threads', 1))
+        rows = [bench_cknna(rounds=rounds), *([bench_cknna(50000, 256, 0, rounds=1)] if a.full else [])]
+        print(write_json(out, dict(rows=rows, provenance=provenance())).read_text(encoding='utf-8'))
     except UserError as e: p.error(str(e))
 
 # %% ../nbs/18b_bench.ipynb #81d037a6

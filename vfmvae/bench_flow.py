@@ -10,7 +10,6 @@ import argparse, json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from math import sqrt
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 # %% ../nbs/18d_bench_flow.ipynb #1ca180c4
 from .bench import matmul_speed, take_turns
-from .core import UserError, build_config, seed_all, write_json
+from .core import UserError, build_config, check_out, nearest, seed_all, whole, write_json
 from .dit import SIZES, DiT, DiTConfig
 from .dit_layers import rotate, unpatchify
 from .flow_presets import FLOW_PRESETS, forward_gflop
@@ -93,6 +92,9 @@ def bench_flow(preset: str = 'dit-vfmvae-tiny-f8d16', # a LightningDiT with QK-n
                compile: bool = False # also the compiled step, as `compiled`
               ) -> dict:
     "Images/s of a training step, plain and ours, the ratio of each round (median, range), and the share of the machine's matrix product that ours reaches."
+    if preset not in FLOW_PRESETS:
+        raise UserError(f"no preset {preset!r}{nearest(preset, FLOW_PRESETS)} (known: {', '.join(FLOW_PRESETS)})")
+    batch, rounds = whole(batch, 'batch', 1), whole(rounds, 'rounds', 1)
     device, p = 'cuda' if torch.cuda.is_available() else 'cpu', FLOW_PRESETS[preset]
     runs = {'ours': _ours(p, batch, device), 'plain': _plain(p, batch, device), **({'compiled': _ours(p, batch, device, True)} if compile else {})}
     if compile: runs['compiled']()
@@ -140,10 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument('--rounds', type=int, default=7)
     p.add_argument('--out', default='outputs/bench_flow.json', help='JSON file')
     a = p.parse_args(argv)
-    try: rows = [bench_flow(rounds=a.rounds, compile=a.compile), *(bench_full() if a.full else [])]
+    try:
+        out = check_out(a.out, '.json')
+        rows = [bench_flow(rounds=a.rounds, compile=a.compile), *(bench_full() if a.full else [])]
+        print(json.dumps(rows, indent=1))
+        write_json(out, dict(rows=rows, provenance=provenance()))
     except UserError as e: p.error(str(e))
-    print(json.dumps(rows, indent=1))
-    write_json(Path(a.out), dict(rows=rows, provenance=provenance()))
 
 # %% ../nbs/18d_bench_flow.ipynb #3b2cee0f
 if __name__ == '__main__' and '__file__' in globals(): main()   # a notebook has no file

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UserError', 'Notice', 'notice', 'whole', 'real', 'home', 'data_dir', 'nearest', 'Registry', 'Gaussian',
-           'at_least_float32', 'to_tokens', 'to_grid', 'seed_all', 'progress', 'write_atomic', 'sweep', 'to_json',
-           'write_json', 'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'save_weights',
-           'load_weights', 'build_config', 'Table']
+           'at_least_float32', 'to_tokens', 'to_grid', 'seed_all', 'progress', 'as_path', 'is_file', 'write_atomic',
+           'sweep', 'to_json', 'write_json', 'parse_json', 'read_json', 'check_out', 'inside', 'digest',
+           'check_weights', 'sidecar', 'save_weights', 'load_weights', 'build_config', 'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
 import dataclasses, difflib, hashlib, importlib, json, math, operator, os, platform, random, sys, tempfile, threading, time, types, typing, uuid, warnings
@@ -22,7 +22,10 @@ from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #7a536ceb
 class UserError(ValueError):
-    "Bad input. The message is one line: what is wrong, and the way out."
+    "Bad input. The message is one line: what is wrong, and the way out; names in it may come from anywhere and are cut and made printable."
+    def __init__(self, text: object = ''):
+        line = ''.join(c if c.isprintable() else '?' for c in str(text))
+        super().__init__(line if len(line) <= 900 else f'{line[:600]} ... {line[-200:]}')
 
 class Notice(UserWarning):
     "Something that a user should know and that stops nothing: what was left out, enlarged, or is outside of what a net has learned."
@@ -214,7 +217,20 @@ def progress(items: Iterable | None = None, # what to iterate over; None: call `
     return _Lines(items, total, desc)
 
 # %% ../nbs/00_core.ipynb #c54b20c9
+_BORN, _SWEPT = time.time(), set[Path]()
 _HOST = hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
+
+def as_path(path: Any, what: str = 'path' # of an error
+           ) -> Path:
+    "A `Path`. UserError: nothing, no text, a zero byte in it."
+    if not isinstance(path, str | os.PathLike) or not str(path) or '\0' in str(path):
+        raise UserError(f'{what}: {str(path)[:60]!r} is no path; give the name of a file')
+    return Path(path)
+
+def is_file(path: Path) -> bool:
+    "Whether there is such a file; a name that no file can have is none."
+    try: return path.is_file()
+    except (OSError, ValueError): return False
 
 def _cannot(path: Path, e: BaseException) -> UserError:
     return UserError(f"{path} cannot be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}); free the place or choose another")
@@ -223,11 +239,14 @@ def write_atomic(path: Path,    # the final name; its folder is made
                  write: Callable[[Path], Any]  # writes the file whose name it is given
                 ) -> Path:
     "Writes to a temporary name in the same folder and renames: the file is whole or absent. UserError if the system does not let it."
-    path = Path(path)
+    path = as_path(path)
     # threads and machines may write the same file at once; the process is named so that `sweep` can tell a dead writer
     tmp = path.with_name(f'.{path.name[:120]}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent not in _SWEPT:      # what an earlier program left behind when it was killed
+            _SWEPT.add(path.parent)
+            sweep(path.parent)
         try:
             tmp.touch()
             mode = tmp.stat().st_mode      # of any new file here; some writers make private ones
@@ -252,8 +271,10 @@ def sweep(folder: str | Path, # of `write_atomic`'s files
     for p in Path(folder).glob('.*.tmp'):
         host, pid, _ = (p.name.split('.')[-2].split('-') + ['', ''])[:3]
         try:
-            old = time.time()-p.stat().st_mtime > days*86400
-            if not (pid.isdigit() and (old if host != _HOST else not _alive(int(pid)))): continue
+            made = p.stat().st_mtime
+            mine = host == _HOST and pid == str(os.getpid()) and made < _BORN-60      # of a program that had this number before
+            dead = time.time()-made > days*86400 if host != _HOST else pid.isdigit() and not _alive(int(pid))
+            if not (dead or mine): continue
             p.unlink()
         except OSError: continue           # another process swept it
         gone.append(p)
@@ -277,28 +298,33 @@ def write_json(path: Path, obj: Any) -> Path:
     "Readable standard JSON (see `to_json`), written atomically."
     return write_atomic(path, lambda p: p.write_text(to_json(obj)+'\n', encoding='utf-8'))
 
+def parse_json(text: str | bytes, whose: Any, way_out: str = 'copy it again') -> dict:
+    "The one object that `text` holds. UserError, as `read_json`."
+    def never(word: str) -> None: raise ValueError(f'it holds {word}')
+    try: d = json.loads(text.decode('utf-8') if isinstance(text, bytes) else text, parse_constant=never)
+    except (ValueError, RecursionError) as e: raise UserError(f'{whose} is not JSON ({str(e).splitlines()[0][:80]}); {way_out}') from None
+    if not isinstance(d, dict): raise UserError(f'{whose} holds a JSON {type(d).__name__}, not an object with names; {way_out}')
+    return d
+
 def read_json(path: str | Path,                  # a file that holds one JSON object
               way_out: str = 'copy it again'     # of the error
              ) -> dict:
     "The object. UserError: missing, unreadable, not UTF-8, not JSON, nested too deep, NaN in it, no object, over 512 MB."
-    def never(word: str) -> None: raise ValueError(f'it holds {word}')
-    path = Path(path)
+    path = as_path(path)
     try:
         if path.stat().st_size > 2**29: raise ValueError('over 512 MB')
-        d = json.loads(path.read_text(encoding='utf-8'), parse_constant=never)
+        return parse_json(path.read_bytes(), path, way_out)
+    except UserError: raise
     except FileNotFoundError: raise UserError(f'no file {path}; check the path') from None
     except OSError as e: raise UserError(f'{path} cannot be read ({e.strerror or e}); {way_out}') from None
-    except (ValueError, RecursionError) as e: raise UserError(f'{path} is not JSON ({str(e).splitlines()[0][:80]}); {way_out}') from None
-    if not isinstance(d, dict): raise UserError(f'{path} holds a JSON {type(d).__name__}, not an object with names; {way_out}')
-    return d
+    except ValueError as e: raise UserError(f'{path} is not JSON ({e}); {way_out}') from None
 
 # %% ../nbs/00_core.ipynb #6cc2ff23
 def check_out(path: str | Path,           # to be written at the end
               suffix: str | None = None   # of a file, such as '.safetensors'; None: a folder
              ) -> Path:
     "The path, once something could be written there; makes the folders. UserError: empty, of another ending, a folder for a file or the reverse, not writable."
-    p = Path(path)
-    if not str(path) or '\0' in str(path): raise UserError('no name to write to; give a path')
+    p = as_path(path, 'what is written')
     if suffix and p.suffix != suffix: raise UserError(f'cannot write to {p}; name a file that ends with {suffix}')
     if suffix and p.is_dir(): raise UserError(f'{p} is a folder; name a file in it')
     try:
@@ -349,7 +375,7 @@ def check_weights(tensors: Mapping[str, Tensor],
 # %% ../nbs/00_core.ipynb #04607f0e
 def sidecar(path: str | Path) -> Path: # of tensors
     "The JSON beside them: `x.json` for `x.safetensors`; any other name is kept whole, so that `feat.layer3` and `feat.layer4` have one each."
-    p = Path(path)
+    p = as_path(path)
     return p.with_suffix('.json') if p.suffix == '.safetensors' else p.with_name(f'{p.name}.json')
 
 def save_weights(path: str | Path,          # `*.safetensors`; the JSON lies beside it, see `sidecar`
@@ -360,8 +386,8 @@ def save_weights(path: str | Path,          # `*.safetensors`; the JSON lies bes
     writer that dies between the two leaves nothing torn. UserError: not writable, a JSON of somebody else's at its place."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    path, side = Path(path), sidecar(path)
-    if side.exists() and not path.exists():
+    path, side = as_path(path), sidecar(path)
+    if is_file(side) and not is_file(path):
         try: ours = 'pair' in read_json(side)
         except UserError: ours = False
         if not ours: raise UserError(f'{side} is there already and belongs to no weights of ours; move it, or choose another name')
@@ -378,18 +404,19 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, meta) of `save_weights`; meta is {} if there is no JSON. UserError on a missing or damaged file.
     Where the two files are of two saves, the JSON in the head of the tensors' file counts; without one, a UserError."""
     from safetensors import SafetensorError, safe_open
-    path, side = Path(path), sidecar(path)
-    if not path.is_file(): raise UserError(f'no weights at {path}; check the path')
+    path, side = as_path(path, 'weights'), sidecar(path)
+    if not is_file(path): raise UserError(f'no weights at {path}; check the path')
     try:
         with safe_open(path, 'pt') as f: head, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}   # noqa: SIM118
     except (SafetensorError, OSError, AttributeError, KeyError, RuntimeError, ValueError) as e:
         raise UserError(f'{path} is not a whole safetensors file ({str(e).splitlines()[0]}); copy it again') from None
-    inner = json.loads(head['json']) if 'json' in head else None
-    if not side.exists(): meta = inner or {}
+    inner = parse_json(head['json'], f'the head of {path}') if 'json' in head else None
+    if not is_file(side): meta = inner or {}
     else:
         meta = read_json(side)
         if head.get('pair') != meta.get('pair', head.get('pair')) or ('pair' in head and 'pair' not in meta):
             if inner is None: raise UserError(f'{path} and {side.name} are of two saves; copy both again')
+            notice(f'{side} is of another save than {path.name}; the JSON in the head of that file counts')
             meta = inner
     return tensors, {k: v for k, v in meta.items() if k != 'pair'}
 

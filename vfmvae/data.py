@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% ../nbs/02_data.ipynb #af157be0
-from .core import UserError, digest, nearest, notice, whole
+from .core import UserError, as_path, digest, nearest, notice, real, whole
 
 # %% ../nbs/02_data.ipynb #103b7297
 SHAPES = ('ring', 'triangle', 'cross', 'square')
@@ -301,8 +301,9 @@ def transform(x: Tensor,         # (b,3,H,W) in [-1,1]
               seed: int = 0      # image i draws from seed+i: pass the index of the first image and batches of any size agree
              ) -> Tensor:
     "The transformed images in [-1,1]; `scale` alone (and a quarter turn of an oblong) changes H, W. UserError: unknown name, strength out of range."
-    if name not in TRANSFORMS: raise UserError(f"no transform {name!r}{nearest(name, TRANSFORMS)} (known: {', '.join(TRANSFORMS)})")
-    t = TRANSFORMS[name]
+    if not isinstance(name, str) or name not in TRANSFORMS:
+        raise UserError(f"no transform {name!r}{nearest(str(name), TRANSFORMS)} (known: {', '.join(TRANSFORMS)})")
+    t, strength, seed = TRANSFORMS[name], real(strength, f'the strength of {name}'), whole(seed, 'seed', -2**62, 2**62)
     if not t.low <= strength <= t.high: raise UserError(f'{name} takes strengths from {t.low} to {t.high} ({t.unit}), not {strength}')
     if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'transform takes images (b,3,H,W), not {tuple(x.shape)}; add the batch axis with x[None]')
     return x if strength == t.identity else t.apply(x, float(strength), seed)
@@ -428,7 +429,7 @@ class ImageSet:
                  skipped: Mapping[str, int] | None = None,
                  pieces: Sequence[tuple[str | Path, int, int | None]] | None = None, # (file, offset, length) of each image, for `stamps`
                  stamp: Callable[[int], str] | None = None): # where no file tells a changed image from the one of the same name; None: its pixels
-        if crop not in CROPS: raise UserError(f"no crop {crop!r}{nearest(str(crop), CROPS)} (known: {', '.join(CROPS)})")
+        if not isinstance(crop, str) or crop not in CROPS: raise UserError(f"no crop {crop!r}{nearest(str(crop), CROPS)} (known: {', '.join(CROPS)})")
         self.read, self.keys, self.labels, self.classes = read, list(keys), list(labels), tuple(classes)
         self.size, self.augment, self.crop, self.name = whole(size, 'size', 1, 16384), augment, crop, name
         self.skipped, self.enlarged, self.pieces, self._stamp = dict(skipped or {}), 0, pieces, stamp
@@ -469,13 +470,15 @@ def _walk(folder: Path, above: tuple, skipped: Counter) -> Iterator[Path]:
     except OSError as e: raise UserError(f'{folder} cannot be read ({e.strerror}); change its permissions or remove it') from None
     for f in entries:
         if f.name.startswith('.'): continue
-        if f.is_dir():
+        try: deeper = f.is_dir()
+        except OSError: deeper = False                 # a link to itself
+        if deeper:
             where = f.stat()
             if (at := (where.st_dev, where.st_ino)) in above: skipped['link to a folder above it'] += 1
             else: yield from _walk(Path(f.path), (*above, at), skipped)
             continue
         kind = os.path.splitext(f.name)[1].lower()
-        if not f.is_file(): skipped['broken link' if f.is_symlink() else 'pipe or device'] += 1
+        if not os.path.isfile(f.path): skipped['broken link' if f.is_symlink() else 'pipe or device'] += 1
         elif kind in SUFFIXES: yield Path(f.path)
         else: skipped[kind or 'file without ending'] += 1
 
@@ -512,8 +515,8 @@ def folder(path: str | Path,            # class folders with images in them, or 
           ) -> ImageSet:
     """The images below `path`, sorted; keys are relative paths, links are followed. What is seen and not read is counted in `.skipped` and said.
     UserError: no folder, no images, images beside class folders, parts of a data set (train, val) for classes; later an unreadable file."""
-    root = Path(path).expanduser()
-    if not str(path) or not os.path.isdir(root): raise UserError(f'no folder {str(path)[:300]!r}; give a folder of images or of class folders')
+    root, min_side = as_path(path, 'a folder of images').expanduser(), None if min_side is None else whole(min_side, 'min_side', 0)
+    if not os.path.isdir(root): raise UserError(f'no folder {str(path)[:300]!r}; give a folder of images or of class folders')
     files, skipped = _image_files(root)
     if not files:
         seen = ', '.join(f'{n} {k}' for k, n in skipped.items())
@@ -549,7 +552,10 @@ def _member(m: tarfile.TarInfo, tar: tarfile.TarFile, path: str, images: dict, l
     stem, _, ext = m.name.rpartition('/')[2].partition('.')
     key, kind = m.name[:len(m.name)-len(ext)-1] if ext else m.name, f'.{ext.lower()}'
     if kind not in SUFFIXES and kind != '.cls':
-        if stem: skipped[kind if ext else 'file without ending'] += 1
+        skipped[kind if ext else 'file without ending'] += 1
+        return
+    if not stem:
+        skipped['member without a name'] += 1
         return
     if key in (labels if kind == '.cls' else images):
         raise UserError(f"{path} holds two {'classes' if kind == '.cls' else 'pictures'} of the key {key!r}; write the shard again, one of each")
@@ -578,13 +584,13 @@ def _shard_index(path: str, skipped: Counter) -> list[tuple[str, int | str | Non
     return [(k, labels.get(k), *at) for k, at in images.items()]
 
 # %% ../nbs/02_data.ipynb #6fa9c015
-def _expand(pattern: str) -> list[str]:
+def _expand(pattern: str, most: int = 100_000) -> list[str]:
     "Shell wildcards and numeric braces: 'a-{000..002}.tar' gives three names, whether they exist or not. UserError: over 100,000."
     m = re.search(r'\{(\d{1,18})\.\.(\d{1,18})\}', pattern)
     if m is None: return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
     numbers = range(int(m[1]), int(m[2])+1)
-    if len(numbers) > 100_000: raise UserError(f'{pattern} names {len(numbers):,} shards; give at most 100,000')
-    return [p for n in numbers for p in _expand(f'{pattern[:m.start()]}{n:0{len(m[1])}d}{pattern[m.end():]}')]
+    if len(numbers) > most: raise UserError(f'{pattern} names more than 100,000 shards; give fewer')
+    return [p for n in numbers for p in _expand(f'{pattern[:m.start()]}{n:0{len(m[1])}d}{pattern[m.end():]}', most//len(numbers))]
 
 def _class_names(paths: Sequence[str]) -> list[str] | None:
     "The names in `classes.json` beside the first shard: a list, `{'classes': list}`, or name -> number; None without one. UserError: anything else."
@@ -620,8 +626,9 @@ def shards(pattern: str | Path | Sequence[str | Path], # 'train-{0000..1023}.tar
     """WebDataset shards with random access. Classes: numbers in `.cls`, named by a `classes.json` beside the shards, or names in `.cls`; a set
     without is one class. Keys that come in several shards get the shard's name before them. UserError: no such shard, a damaged or compressed one, one
     without images, with two pictures of one key, with classes for a part of them."""
+    if not isinstance(pattern, str | Path | list | tuple): raise UserError(f'{str(pattern)[:60]!r} names no shards; give a pattern or a list of tar files')
     given = [pattern] if isinstance(pattern, str | Path) else list(pattern)
-    paths = [q for p in given for q in _expand(str(Path(p).expanduser()))]
+    paths = [q for p in given for q in _expand(str(as_path(p, 'a shard').expanduser()))]
     if not paths: raise UserError(f'no shard matches {pattern}; give tar files')
     skipped: Counter = Counter()
     rows = [(s, *row) for s, p in enumerate(paths) for row in _shard_index(p, skipped)]
@@ -831,27 +838,32 @@ def as_dataset(x: Any,                     # see below; what has `len` and `batc
 
 # %% ../nbs/02_data.ipynb #a78b8266
 class Loader:
-    "Batches as a pure function of (seed, step, rank). `len` is the number of steps of an epoch; the last partial batch of an epoch is dropped."
+    """Batches as a pure function of (seed, step, rank): an endless stream of epochs, each a permutation of all images, cut into steps. So every image is
+    seen equally often, and a step of 8 is the images of two steps of 4. `len`: steps after which every image has been seen."""
     def __init__(self, ds: Any, batch_size: int, seed: int, rank: int, world: int, workers: int):
         self.ds, self.batch_size, self.seed, self.rank, self.world, self.workers = ds, batch_size, seed, rank, world, workers
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-    def __len__(self) -> int: return len(self.ds)//self.batch_size
+        self._orders: dict[int, np.ndarray] = {}
+    def __len__(self) -> int: return math.ceil(len(self.ds)/self.batch_size)
     def order(self, epoch: int) -> np.ndarray:
         "(n,) the permutation of an epoch, from (seed, epoch)."
-        known, order = self._order
-        if known != epoch:
+        if (order := self._orders.get(epoch)) is None:
             order = np.random.default_rng([self.seed % 2**63, epoch]).permutation(len(self.ds))
-            self._order = epoch, order
+            self._orders = {**{k: v for k, v in self._orders.items() if k in (epoch-1, epoch+1)}, epoch: order}
         return order
+    def places(self, step: int) -> list[tuple[int, np.ndarray]]:
+        "(epoch, the images of it that this rank gets at `step`), in the order of the stream; two where an epoch ends within the step."
+        at = np.arange(step*self.batch_size, (step+1)*self.batch_size)[self.rank::self.world]
+        return [(int(e), self.order(int(e))[at[at//len(self.ds) == e] % len(self.ds)]) for e in np.unique(at//len(self.ds))]
     def indices(self, step: int) -> np.ndarray:
         "(batch_size/world,) which images this rank gets at `step`."
-        epoch, k = divmod(step, len(self))
-        return self.order(epoch)[k*self.batch_size:(k+1)*self.batch_size][self.rank::self.world]
+        return np.concatenate([i for _, i in self.places(step)])
     def batch_at(self, step: int # counts from 0 over all epochs
                 ) -> dict:
         "The batch of `step`: image (b,3,H,W), label (b,), key, with b = batch_size/world."
-        more = dict(epoch=step//len(self), seed=self.seed) if getattr(self.ds, 'augment', False) else {}
-        return self.ds.batch(self.indices(step).tolist(), **more)
+        if not getattr(self.ds, 'augment', False): return self.ds.batch(self.indices(step).tolist())
+        parts = [self.ds.batch(i.tolist(), epoch=e, seed=self.seed) for e, i in self.places(step)]
+        if len(parts) == 1: return parts[0]
+        return {k: torch.cat([p[k] for p in parts]) if isinstance(v, Tensor) else sum((p[k] for p in parts), []) for k, v in parts[0].items()}
     def steps(self, start: int = 0, stop: int | None = None # None: without end
              ) -> Iterator[dict]:
         "The batches from `start` on, read ahead by `workers` threads (decoding releases Python's lock)."
@@ -867,10 +879,6 @@ class Loader:
                     ahead.extend(pool.submit(self.batch_at, s) for s in itertools.islice(todo, 1))
             finally:
                 for f in ahead: f.cancel()
-    def epoch(self, e: int # counts from 0; each has an order of its own
-             ) -> Iterator[dict]:
-        "The batches of one epoch."
-        return self.steps(e*len(self), (e+1)*len(self))
 
 # %% ../nbs/02_data.ipynb #d3e27da6
 def loader(ds: Any,          # anything with `len(ds)` and `ds.batch(indices)`
@@ -880,7 +888,7 @@ def loader(ds: Any,          # anything with `len(ds)` and `ds.batch(indices)`
            workers: int = 0  # threads that read ahead in `steps` and in iteration
           ) -> Loader:
     "A stateless loader. UserError: a batch larger than the set, or one that the ranks cannot share evenly."
-    batch_size, workers = whole(batch_size, 'batch', 1), whole(workers, 'workers', 0, 1024)
+    batch_size, workers, seed = whole(batch_size, 'batch', 1), whole(workers, 'workers', 0, 1024), whole(seed, 'seed', -2**63, 2**64)
     if not 0 <= rank < world: raise UserError(f'rank {rank} of {world}: ranks count from 0 to world-1')
     if batch_size % world: raise UserError(f'{world} ranks cannot share a batch of {batch_size}; give a multiple of {world}')
     if batch_size > len(ds): raise UserError(f'a batch of {batch_size} is larger than the set ({len(ds)} images); give at most {len(ds)}')

@@ -6,19 +6,20 @@
 __all__ = ['fresh_decoder', 'demo']
 
 # %% ../nbs/18c_demo.ipynb #6813538e
-import base64, html, time
+import base64, html, time, warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 # %% ../nbs/18c_demo.ipynb #47b3e5cd
-from .core import seed_all, write_atomic, write_json
-from .data import CLASSES, World, folder, loader, to_pil
+from .core import Notice, check_out, seed_all, whole, write_atomic, write_json
+from .data import CLASSES, World, loader, take, to_pil
 from .generate import generate
 from .plots import show_images, to_png
-from .recipes import _DECODER, _look, _rows, evaluate_tokenizer, open_tokenizer
+from .recipes import _DECODER, _look, _rows, evaluate_tokenizer, open_data, open_tokenizer
 from .tok_train import Stage, TokenizerTask
+from .tokenizer import unfamiliar
 from .train import fit, loss_curves, provenance, warm_cosine
 from .vae import VFMVAE
 
@@ -49,17 +50,19 @@ def _table(rows: dict[str, dict[str, float]]) -> str:
     return f"<table>{head}{''.join(body)}</table>"
 
 # %% ../nbs/18c_demo.ipynb #215c8552
-def demo(images: str | Path | None = None,   # a folder of one's own pictures; None: the world
+def demo(images: Any = None,                 # one's own pictures: a folder, shards, a list, see `open_data`; None: the world
          out: str | Path = 'outputs/demo',   # where the page goes
          train_images: int = 2400,           # for the new decoder; a count, not a clock
          seed: int = 0,
          say: Callable[[str], Any] = print
         ) -> Path:
     "Tokenizes, reconstructs, trains a new decoder, draws samples, measures; writes `index.html`, `results.json` and `samples/` into `out`, returns the page."
-    start, out, tiny = time.time(), Path(out), open_tokenizer('vfmvae-tiny-f8d16')
-    test = World(10_000, seed=8)
-    mine = folder(images, size=64) if images else None
-    show = (mine or test).batch(range(min(8, len(mine or test))))['image']
+    seed, train_images = whole(seed, 'seed', 0, 2**40), whole(train_images, 'train_images', 1)
+    start, test = time.time(), World(10_000, seed=8)
+    mine = None if images is None else open_data(images, size=64)
+    out, tiny = check_out(out), open_tokenizer('vfmvae-tiny-f8d16')
+    seen = take(test if mine is None else mine, 8)
+    show = seen.batch(range(min(8, len(seen))))['image']
     say(f'{tiny.name}: {64*64*3} numbers of an image become {16*8*8} of a latent')
     new = fresh_decoder(tiny, seed)
     young = {'a new decoder, untrained': evaluate_tokenizer(new, test, 128)}
@@ -75,15 +78,18 @@ def demo(images: str | Path | None = None,   # a folder of one's own pictures; N
     for i, (name, im) in enumerate(zip(names, drawn.images, strict=True)):
         write_atomic(out/'samples'/f'{i:02d}-{name.replace(" ", "-")}.png', partial(to_pil(im).save, format='PNG'))
     say(f'{len(drawn)} samples, one for each class: {(out/"samples").resolve()}')
-    if mine: rows[f'bundled decoder, {Path(str(images)).name}'] = evaluate_tokenizer(tiny, mine, 128)
-    caveat = ('<p>The bundled tokenizer has only ever seen procedural pictures of 64 pixels: '
-              'of photographs it keeps a rough layout, neither detail nor every colour.</p>')
+    caveat = '' if mine is None else unfamiliar(tiny, mine)
+    if caveat: say(caveat)
+    if mine is not None:
+        with warnings.catch_warnings():
+            if caveat: warnings.simplefilter('ignore', Notice)         # the page and the line above say it
+            rows[f'bundled decoder, {Path(str(images)).name if isinstance(images, str | Path) else "your pictures"}'] = evaluate_tokenizer(tiny, mine, 128)
     page = f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>vfmvae demo</title><style>{_STYLE}</style>
 <h1>A frozen vision foundation model as a tokenizer</h1>
 <p>{tiny.name}: a frozen VFM, a small projection to a latent of 16&times;8&times;8 numbers (12 times fewer than the image has), and a decoder.</p>
 <h2>Reconstructions</h2><p>Pictures above, their reconstructions by the bundled decoder below.</p>
-{_picture(_rows(show, _look(tiny, show)), 'images above, reconstructions by the bundled decoder below')}{caveat if mine else ''}
+{_picture(_rows(show, _look(tiny, show)), 'images above, reconstructions by the bundled decoder below')}{f'<p>{html.escape(caveat)}</p>' if caveat else ''}
 <h2>A decoder learns</h2><p>A decoder that starts from random weights, on held-out images: the images, before training, after {steps*16} images.</p>
 {_picture(_rows(x, before, _look(after, x)), 'held-out images, reconstructions before and after training')}
 {_picture(loss_curves(history, ('loss', 'l1', 'multiscale')), 'training losses against images seen')}

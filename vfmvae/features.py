@@ -136,8 +136,10 @@ class Bank:
     stamps: Sequence[str] | None = None # of the images, see `data.stamps`: an image that was changed is not the one of the same name
 
     def __post_init__(self):
-        object.__setattr__(self, 'names', tuple(map(str, self.names)))
         h = self.features
+        if not hasattr(self.names, '__iter__') or not isinstance(self.meta, dict):
+            raise UserError('a bank is Bank(features, names, meta): give a list of names and a dict')
+        object.__setattr__(self, 'names', tuple(map(str, self.names)))
         if not isinstance(h, Tensor) or h.ndim < 2 or not h.is_floating_point():
             raise UserError(f'a bank holds features (n,c) as floats, not {type(h).__name__} {tuple(getattr(h, "shape", ()))}')
         check_weights({'features': h}, self._label())
@@ -152,6 +154,7 @@ class Bank:
 
     def select(self, names: Iterable[str]) -> 'Bank':
         "The rows of `names`, in their order. Raises UserError that lists names without a row."
+        if not hasattr(names, '__iter__'): raise UserError(f'{str(names)[:60]} is no list of names')
         row, names = {n: i for i, n in enumerate(self.names)}, list(names)
         if lost := [n for n in names if n not in row]: raise UserError(f'{self._label()} has no row for {_some(lost)}')
         at = [row[n] for n in names]
@@ -159,6 +162,7 @@ class Bank:
 
     def check(self, other: 'Bank') -> None:
         "Raises UserError unless `other` has the same names in the same order, of the same pictures; says which, how many or where they differ."
+        if not isinstance(other, Bank): raise UserError(f'a bank is compared with a bank, not with a {type(other).__name__}')
         mine, yours, two = set(self.names), set(other.names), f'{self._label()} and {other._label()}'
         if mine != yours:
             only = [f'only the {word} has {_some(sorted(s))}' for word, s in (('first', mine-yours), ('second', yours-mine)) if s]
@@ -181,11 +185,13 @@ class Bank:
         tensors, side = load_weights(path)
         names, meta, marks = side.get('names'), side.get('meta', {}), side.get('stamps')
         lists = all(isinstance(v, list) and all(isinstance(n, str) for n in v) for v in (names, marks) if v is not None)
-        if 'features' in tensors and names is not None and lists and isinstance(meta, dict): return cls(tensors['features'], names, meta, marks)
+        if 'features' in tensors and names is not None and lists and isinstance(meta, dict):
+            try: return cls(tensors['features'], names, meta, marks)
+            except UserError as e: raise UserError(f'{path}: {e}') from None
         raise UserError(f'{path} is not a bank: it lacks the tensor `features` or, in the JSON beside it, `names`; make it with Bank.save')
 
 def _some(names: Sequence[str], n: int = 3) -> str:
-    return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names) > n else '')
+    return ', '.join(str(s)[:80] for s in names[:n]) + (f' and {len(names)-n} more' if len(names) > n else '')
 
 # %% ../nbs/03_features.ipynb #30a98abb
 def banks(source: FeatureSource,                   # as in `extract`

@@ -7,9 +7,9 @@ __all__ = ['nets', 'POLICIES', 'train_flow', 'open_flow', 'tokenizer_of', 'sampl
            'evaluate_samples']
 
 # %% ../nbs/18a_generate.ipynb #687916b2
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,24 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/18a_generate.ipynb #55357ead
-from .core import Registry, UserError, data_dir, nearest, progress, seed_all, write_atomic
-from .data import loader, to_pil
+from .core import Registry, UserError, check_out, data_dir, nearest, progress, real, seed_all, whole, write_atomic, write_json
+from .data import loader, take, to_pil
 from .dit import DiT, open_net, save_net
 from .evaluate import Record, Statistics, gfid
+from .features import _place
 from .flow_presets import FLOW_PRESETS, FlowPreset
 from .flow_train import FlowTask, sample_latents
-from .latents import LatentCache, cache_latents
-from .recipes import chosen, open_data, open_tokenizer
+from .latents import LatentCache, cache_latents, cache_name, latent_digest
+from .recipes import chosen, open_tokenizer, training_data
 from .train import Run, fit, processes, provenance, warm_cosine
 from .vfm import VFM
 
 # %% ../nbs/18a_generate.ipynb #95832caa
 def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's own
-               data: Any = 'world',              # see `open_data`; or a data set. Read for what is not cached, and by REPA and REG
-               cache: str | Path | LatentCache | None = None, # latents: a cache, its folder, or a name for it; None: by tokenizer and data
+               data: Any = 'world',              # see `training_data`. Read for what is not cached, and by REPA and REG
+               cache: str | Path | LatentCache | None = None, # latents: a cache, its folder, or a name for it; None: `cache_name`
                tokenizer: Any = None,            # None: the preset's, by name
-               n: int | None = None,             # images to cache; None: all of `data`
+               n: int | None = None,             # images to cache, spread over the set; None: all of `data`
                images: int | None = None,        # to see; None: the preset's
                batch: int | None = None,         # a step, all processes together; None: the preset's
                lr: float | None = None,          # None: the preset's
@@ -53,22 +54,25 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     """Caches latents, trains, averages; returns (the averaged net in eval mode, log rows). The number of classes is the data's. Under `accelerate launch`
     it uses every process. UserError: unknown preset or data, a cache of another tokenizer, latents that do not fit the net."""
     p, acc = chosen(preset, FlowPreset), processes()
-    if out and Path(out).suffix != '.safetensors': raise UserError(f'cannot write a net to {out}; name a file that ends with .safetensors')
-    tok = open_tokenizer(p.tokenizer) if tokenizer is None else tokenizer
-    ds = open_data(data, size=p.latent[1]*tok.stride, seed=100) if isinstance(data, str | Path) else data
+    batch, accumulate = p.batch if batch is None else whole(batch, 'batch', 1), whole(accumulate, 'accumulate', 1)
+    images, seed = p.images if images is None else whole(images, 'images', 1), whole(seed, 'seed', -2**40, 2**40)
+    lr, workers, n = None if lr is None else real(lr, 'lr', above=0), whole(workers, 'workers', 0), None if n is None else whole(n, 'n', 1)
+    steps = images//batch
+    if steps < 1:
+        raise UserError(f'{images} images are less than one batch of {batch}; train on more or use a smaller batch')
+    if batch % (acc.num_processes*accumulate):
+        raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes and {accumulate} micro-batches; give a multiple')
+    out = None if out is None else check_out(out, '.safetensors')
+    tok = open_tokenizer(p.tokenizer if tokenizer is None else tokenizer)
+    ds = training_data(data, p.latent[1]*tok.stride, n)
     if not isinstance(cache, LatentCache):
-        tok = tok.to(acc.device)
-        made = cache_latents(tok, ds, cache or f'{tok.name}-{Path(str(data)).name if isinstance(data, str | Path) else type(ds).__name__}', n, p.flips)
+        tok, some = tok.to(acc.device) if hasattr(tok, 'to') else tok, take(ds, n)
+        made = cache_latents(tok, ds, cache_name(tok, some, data, p.flips) if cache is None else cache, n, p.flips)
         if made is None: raise UserError('other processes are still caching; wait for them and call again')
         cache = made
     cache.check(tok)
     c = replace(p.net, num_classes=len(cache.classes))
     if cache.shape[0] != c.in_channels: raise UserError(f'latents of {cache.shape[0]} channels for a net of {c.in_channels}; choose the preset of {tok.name}')
-    batch, images = batch or p.batch, images or p.images
-    steps = images//batch
-    if steps < 1: raise UserError(f'{images} images are less than one batch of {batch}; train on more or use a smaller batch')
-    if batch % (acc.num_processes*accumulate):
-        raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes and {accumulate} micro-batches; give a multiple')
     feed = cache.with_images(ds) if p.vfms else cache
     flow = p.flow if lr is None else replace(p.flow, lr=lr)
     seed_all(seed)
@@ -81,9 +85,10 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     if watch: fit_kwargs['show'] = watch(task)
     history = fit(task, batches, images, here, schedule, seed, accumulate, accelerator=acc, **fit_kwargs)
     done = task.ema.net.eval()
-    recipe = dict(flow=asdict(flow), images=steps*batch, batch=batch, cosine=p.cosine, precision=precision, data=cache.manifest['data'], latents=len(cache),
-                  seed=seed)
-    done.meta = dict(tokenizer=tok.name, latent=list(cache.shape), scale=dict(mean=cache.mean.flatten().tolist(), std=cache.std.flatten().tolist()),
+    recipe = dict(flow=asdict(flow), images=steps*batch, batch=batch, cosine=p.cosine, precision=precision, latents=len(cache), seed=seed,
+                  **{k: cache.manifest.get(k) for k in ('data', 'taken', 'fingerprint')})
+    done.meta = dict(tokenizer=tok.name, digest=latent_digest(tok), latent=list(cache.shape),
+                     scale=dict(mean=cache.mean.flatten().tolist(), std=cache.std.flatten().tolist()),
                      classes=list(cache.classes), sampling=dict(p.sampling), recipe=recipe, made=provenance(seed=seed))
     if out and acc.is_main_process: save_net(out, done, **done.meta)
     return done, history
@@ -102,19 +107,23 @@ def open_flow(name: str | Path # a name of `nets`, or a file of `train_flow`
     if Path(name).suffix == '.safetensors': return open_net(name)
     raise UserError(f"no net named {str(name)!r}{nearest(str(name), nets)} (known: {', '.join(nets)}; or a .safetensors file of train_flow)")
 
-def tokenizer_of(net: DiT, tokenizer: Any = None # None: by the name in net.meta
+def tokenizer_of(net: DiT, tokenizer: Any = None # or its name; None: by the name in net.meta
                 ) -> Any:
-    "The tokenizer whose latents the net learned. UserError: the net does not say, another one, or the right one with another scale."
-    name, scale = net.meta.get('tokenizer'), net.meta.get('scale')
-    if tokenizer is None:
-        if name is None: raise UserError('this net does not say whose latents it learned; pass the tokenizer')
-        tokenizer = open_tokenizer(name)
+    "The tokenizer whose latents the net learned. UserError: the net does not say, another one, or the right one with other weights or another scale."
+    name, scale, digest = (net.meta.get(k) for k in ('tokenizer', 'scale', 'digest'))
+    if tokenizer is None and name is None:
+        raise UserError('this net does not say whose latents it learned; pass the tokenizer')
+    tokenizer = open_tokenizer(name if tokenizer is None else tokenizer)
     if name is not None and tokenizer.name != name: raise UserError(f'this net learned the latents of {name}, not of {tokenizer.name}; decode with that one')
     if tokenizer.channels != net.config.in_channels:
         raise UserError(f'{tokenizer.name} has {tokenizer.channels} channels, this net {net.config.in_channels}; choose its own tokenizer')
     if scale:
-        off = tokenizer.stats.agree(torch.tensor(scale['mean']), torch.tensor(scale['std']))
+        try: off = tokenizer.stats.agree(torch.tensor(scale['mean']), torch.tensor(scale['std']))
+        except (TypeError, KeyError, RuntimeError):
+            raise UserError('the scale in the file of this net is no mean and std; train it again') from None
         if off > 1e-5: raise UserError(f'{name} has another scale than when the net learned its latents (by {off:.3g}), it was trained anew; train the net too')
+    if digest and (now := latent_digest(tokenizer)) and now != digest:
+        raise UserError(f'{name} has other weights than when the net learned its latents ({digest} then, {now} now), it was trained anew; train the net too')
     return tokenizer
 
 # %% ../nbs/18a_generate.ipynb #481d4b1f
@@ -126,7 +135,7 @@ def sample_labels(n: int, classes: int,
                  ) -> Tensor:
     "Labels (n,) int64; balanced: 0, 1, 2 ... in turn, so that every class has n/classes of them."
     if policy not in POLICIES: raise UserError(f"no label policy {policy!r} (known: {', '.join(POLICIES)})")
-    if n < 1: raise UserError(f'{n} samples; ask for at least one')
+    n, classes, seed = whole(n, 'samples', 1), whole(classes, 'classes', 1), whole(seed, 'seed') % 2**63
     return torch.arange(n) % classes if policy == 'balanced' else torch.from_numpy(np.random.default_rng(seed).integers(0, classes, n))
 
 @dataclass(frozen=True)
@@ -143,10 +152,27 @@ class Samples:
         return dict(image=self.images[at], label=self.labels[at], key=[f'sample-{i:06d}' for i in at])
 
 def _decoded(tok: Any, z: Tensor) -> Tensor:
-    with torch.no_grad(): return tok.decode(z.to(tok.stats.mean.device)).clamp(-1, 1).cpu()
+    with torch.no_grad(): x = tok.decode(z.to(tok.stats.mean.device)).cpu()
+    if not x.isfinite().all():
+        where = 'latents' if not z.isfinite().all() else f'pictures that {tok.name} makes of the latents'
+        raise UserError(f'the {where} are NaN or infinite; guide less strongly, take more steps or look at the weights (nothing of this batch is written)')
+    return x.clamp(-1, 1)
+
+def _labels(labels: Any, classes: int, policy: str, seed: int) -> Tensor:
+    "(n,) int64, from a number of samples or one label each. UserError: none, no whole numbers, or outside 0..classes-1."
+    if isinstance(labels, Integral | float) or isinstance(labels, Tensor) and not labels.ndim:
+        return sample_labels(whole(labels.item() if isinstance(labels, Tensor) else labels, 'samples', 1), classes, policy, seed)
+    try: y = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    except (TypeError, ValueError): y = np.empty(0, object)
+    if y.ndim != 1 or not len(y):
+        raise UserError('labels are one class number a sample, (n,) with n >= 1; or a number of samples')
+    if y.dtype.kind not in 'iu' or y.min() < 0 or y.max() >= classes:
+        shown = ', '.join(str(k)[:20] for k in y[:4].tolist())
+        raise UserError(f'labels {shown}{" ..." if len(y) > 4 else ""}: this net knows 0 to {classes-1}')
+    return torch.from_numpy(y.astype(np.int64))
 
 def generate(net: str | Path | DiT,             # see `open_flow`
-             labels: Sequence[int] | int = 16,  # one a sample; or how many samples, labelled by the policy
+             labels: Any = 16,                  # one a sample; or how many samples, labelled by the policy
              seed: int = 0,                     # sample i starts from noise that depends on (seed, i) alone
              tokenizer: Any = None,             # None: the one that the net learned from
              policy: str = 'balanced',          # of POLICIES, where labels is a number
@@ -155,10 +181,15 @@ def generate(net: str | Path | DiT,             # see `open_flow`
              rank: int = 0, processes: int = 1, # with a folder: this process makes every processes-th batch
              **how: Any                         # for `sample_latents`: steps, guidance, interval, weak (a net or its name) ...; else what the net's file says
             ) -> Any:
-    "`Samples`, or with `out` the paths of the PNG files. UserError: no such net, another tokenizer, labels that the net does not know."
+    """`Samples`, or with `out` the paths of the PNG files. UserError: no such net, another tokenizer, labels that the net does not know, a folder that
+    cannot be written, samples that are not finite, several processes without a folder to share."""
+    seed, batch_size, processes = whole(seed, 'seed', -2**63, 2**63-1), whole(batch_size, 'batch_size', 1), whole(processes, 'processes', 1)
+    rank = whole(rank, 'rank', 0, processes-1)
+    if out is None and processes > 1: raise UserError(f'{processes} processes share a folder of samples; give out')
     model = net if isinstance(net, DiT) else open_flow(net)
     tok = tokenizer_of(model, tokenizer)
-    y = sample_labels(labels, model.config.num_classes, policy, seed) if isinstance(labels, int) else torch.as_tensor(labels, dtype=torch.int64)
+    y, counted = _labels(labels, model.config.num_classes, policy, seed), np.ndim(labels) == 0
+    if out is not None: out = check_out(out)
     how = {**model.meta.get('sampling', {}), **how}
     weak = how.get('weak')
     if weak is not None and weak != 'base':
@@ -169,7 +200,7 @@ def generate(net: str | Path | DiT,             # see `open_flow`
                  sampler=how.get('method', 'heun'), steps=how.get('steps', 50), shift=how.get('shift', 1.),
                  guidance={k: how[k] for k in ('guidance', 'interval', 'channels', 'cls_guidance') if k in how}
                  | ({} if weak is None else dict(weak='given' if isinstance(weak, DiT) else str(weak), weak_null=how.get('weak_null', False))),
-                 labels=policy if isinstance(labels, int) else 'given', ema=model.meta.get('recipe', {}).get('flow', {}).get('ema'),
+                 labels=policy if counted else 'given', ema=model.meta.get('recipe', {}).get('flow', {}).get('ema'),
                  precision=str(model.x_embedder.proj.weight.dtype).split('.')[-1], seed=seed, n=len(y))
     def parts() -> Iterator[tuple[int, Tensor]]:
         for k, i in enumerate(range(0, len(y), batch_size)):
@@ -180,7 +211,7 @@ def generate(net: str | Path | DiT,             # see `open_flow`
     files: list[Path] = []
     for i, x in progress(parts(), total=-(-len(y)//batch_size), desc='generate'):
         files += [write_atomic(Path(out)/f'{i+j:06d}.png', partial(to_pil(im).save, format='PNG')) for j, im in enumerate(x)]
-    if rank == 0: write_atomic(Path(out)/'samples.json', lambda p: p.write_text(json.dumps(dict(facts, classes=y.tolist()), indent=1)+'\n', encoding='utf-8'))
+    if rank == 0: write_json(Path(out)/'samples.json', dict(facts, classes=y.tolist()))
     return files
 
 # %% ../nbs/18a_generate.ipynb #11283d99
@@ -194,9 +225,10 @@ def evaluate_samples(samples: Samples,                 # of `generate`
     facts: dict[str, Any] = {k: f.get(k) for k in ('sampler', 'steps', 'shift', 'guidance', 'ema', 'precision', 'seed')}
     r = gfid(samples, against, extractor, subject=f['net'], labels=f['labels'] if f['labels'] in POLICIES else None, **facts, **how)
     size, right = how.get('batch_size', 64), []
+    place = _place(extractor, how.get('device'))
     for i in range(0, len(samples), size):
         b = samples.batch(range(i, min(i+size, len(samples))))
-        with torch.no_grad(): probs = extractor(b['image'].to(how.get('device') or 'cpu')).get('probs')
+        with torch.no_grad(): probs = extractor(b['image'].to(place)).get('probs')
         if probs is None or probs.shape[1] != len(samples.classes): return r
         right.append(probs.argmax(1).cpu() == b['label'])
     return replace(r, metrics=dict(r.metrics, accuracy=torch.cat(right).double().mean().item()))
