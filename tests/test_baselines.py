@@ -1,13 +1,14 @@
 """The tokenizers to compare with: SD-VAE's layout against diffusers, one protocol for every family, training through the same task."""
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
 from vfmvae.baselines import RAE, ConvVAE, ConvVAEConfig, RAEConfig
-from vfmvae.core import UserError, build_config, load_weights, save_weights
+from vfmvae.core import Gaussian, UserError, build_config, load_weights, save_weights
 from vfmvae.data import World, loader
-from vfmvae.published import load_convvae
+from vfmvae.published import load_convvae, open_published
 from vfmvae.recipes import PRESETS, Preset, build_training, estimate, evaluate_tokenizer, open_tokenizer, train_tokenizer
 from vfmvae.tok_train import Stage, TokenizerTask, check_stage, tokenizer_losses
 from vfmvae.tokenizer import LatentFeatures, Tokenizer, families, fit_stats, load_tokenizer, reconstruct, save_tokenizer, tokenizers
@@ -32,9 +33,11 @@ def diffusers():
     return g, {k.removeprefix('weights.'): v.float() for k, v in g.items() if k.startswith('weights.')}
 
 
+FOUR = dict(norm_num_groups=4)      # of the golden file
+
 def test_the_layout_gives_the_numbers_of_diffusers():
     g, sd = diffusers()
-    vae = load_convvae(sd)
+    vae = load_convvae(sd, config=FOUR)
     assert vae.config == ConvVAEConfig(width=16, mults=(1, 1), blocks=1, decoder_blocks=2) and not vae.stats.fitted
     with torch.no_grad(): post = vae.encode(g['x'])
     torch.testing.assert_close(post.mean, g['mean'], atol=2e-5, rtol=1e-4)
@@ -42,41 +45,122 @@ def test_the_layout_gives_the_numbers_of_diffusers():
     torch.testing.assert_close(vae.decode(g['mean']), g['y'], atol=2e-5, rtol=1e-4)
 
 
+def kl(widths=(32, 32), attend=(), seed=0, **kw):
+    "A random AutoencoderKL of diffusers, nothing in it at rest."
+    from diffusers import AutoencoderKL
+    kinds = [['DownEncoderBlock2D', 'AttnDownEncoderBlock2D'], ['UpDecoderBlock2D', 'AttnUpDecoderBlock2D']]
+    down, up = ([k[i in attend] for i in range(len(widths))] for k in kinds)
+    net = AutoencoderKL(down_block_types=down, up_block_types=up[::-1], block_out_channels=widths, **kw).eval()
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters(): p.copy_(torch.randn(p.shape, generator=g)*(.3/max(1, p[0].numel())**.5 if p.ndim > 1 else .3))
+    return net
+
+
+KINDS = [*(dict(widths=(w, w), norm_num_groups=n) for w, n in ((32, 8), (32, 32), (64, 16), (64, 32), (96, 8), (96, 32), (128, 16))), dict(widths=(128, 256)),
+    dict(widths=(32, 64, 64), attend=(1,), layers_per_block=2, latent_channels=16), dict(widths=(32, 32), attend=(0, 1), latent_channels=8),
+    dict(latent_channels=16, scaling_factor=.3611, shift_factor=.1159, use_quant_conv=False, use_post_quant_conv=False),
+    dict(latent_channels=3, scaling_factor=2., latents_mean=[.1, .2, -.3], latents_std=[.5, 1., 3.])]
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', KINDS, ids=lambda k: ' '.join(f'{n}={v}' for n, v in k.items()))
+def test_every_width_group_count_and_switch_of_diffusers(kind):
+    pytest.importorskip('diffusers')
+    net, x = kl(**kind).double(), torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)*2-1
+    c, want, vae = net.config, net.encode(x).latent_dist, load_convvae({k: v.float() for k, v in net.state_dict().items()}, config=dict(net.config)).double()
+    close = partial(torch.testing.assert_close, atol=1e-6, rtol=1e-5)
+    close(vae.stats.unscale(vae.encode(x).mean), want.mean)
+    close(vae.encode(x).std*vae.stats.std[:, None, None], want.std)
+    close(vae.decode(vae.stats.scale(Gaussian(want.mean)).mean), net.decode(want.mean).sample)
+    mean, std = (v if v is not None else d for v, d in ((c.get('latents_mean'), c.shift_factor or 0.), (c.get('latents_std'), 1.)))
+    mean, std = (torch.as_tensor(v, dtype=torch.float64).expand(c.latent_channels)[:, None, None] for v in (mean, std))
+    close(vae.encode(x).mean, (want.mean-mean)*c.scaling_factor/std)
+    assert (vae.channels, vae.stride) == (c.latent_channels, 2**(len(c.block_out_channels)-1))
+
+
+@torch.no_grad()
+def test_the_groups_come_from_a_config_or_from_latent_diffusions_names_and_else_not_at_all(tmp_path):
+    pytest.importorskip('diffusers')
+    net, x = kl((64, 64), norm_num_groups=16), torch.rand(1, 3, 16, 16)*2-1
+    net.save_pretrained(tmp_path/'pipe/vae')
+    file, want = tmp_path/'pipe/vae/diffusion_pytorch_model.safetensors', net.encode(x).latent_dist.mean
+    config = json.loads((tmp_path/'pipe/vae/config.json').read_text())
+    sd = net.state_dict()
+    for source, told in ((file, None), (tmp_path/'pipe', None), (sd, config), (sd, tmp_path/'pipe/vae'), (sd, tmp_path/'pipe/vae/config.json'),
+                         (sd, {'norm_num_groups': 16}), ({'module.'+k: v for k, v in sd.items()}, config), ({'state_dict': sd}, config)):
+        torch.testing.assert_close(load_convvae(source, 1., config=told).encode(x).mean, want, atol=1e-5, rtol=1e-5)
+    for d in (torch.float64, torch.bfloat16):
+        near = load_convvae({k: v.to(d) for k, v in sd.items()}, config={'norm_num_groups': 16})
+        assert all(v.dtype == torch.float32 for v in near.state_dict().values())
+        torch.testing.assert_close(near.encode(x).mean, want, atol=1e-5 if d is torch.float64 else .1, rtol=.1)
+    torch.save(sd, tmp_path/'alone.bin')
+    with pytest.raises(UserError, match='no tensor tells into how many groups'): load_convvae(tmp_path/'alone.bin')
+    ours = {k: v for k, v in load_convvae(sd, config={'norm_num_groups': 32}).own_state().items() if 'stats' not in k}
+    net32 = kl((64, 64))
+    torch.testing.assert_close(load_convvae(ours).encode(x).mean, net32.encode(x).latent_dist.mean, atol=1e-5, rtol=1e-5)   # the code of these names: 32
+    assert load_convvae(ours).config.groups == 32 and open_published(tmp_path/'pipe').config.groups == 16
+
+
+@pytest.mark.parametrize('config, says', [
+    (dict(norm_num_groups=3), 'not divided into 3'), (dict(norm_num_groups='4'), 'norm_num_groups'), (dict(norm_num_groups=0), 'norm_num_groups'),
+    (dict(norm_num_groups=1e11), 'norm_num_groups'), (dict(norm_num_groups=None), 'norm_num_groups'), (FOUR | dict(act_fn='gelu'), 'act_fn'),
+    (FOUR | dict(_class_name='AutoencoderTiny'), 'AutoencoderTiny'), (FOUR | dict(block_out_channels=[16, 32]), 'block_out_channels'),
+    (FOUR | dict(latent_channels=[4]), 'latent_channels'), (FOUR | dict(layers_per_block=2), 'layers_per_block'),
+    (FOUR | dict(scaling_factor=0), 'scaling factor'), (FOUR | dict(scaling_factor=float('nan')), 'scaling_factor'),
+    (FOUR | dict(latents_mean=[1.]), 'latents_mean'), (FOUR | dict(latents_std=[1., 0., 1., 1.], scaling_factor=1), 'latents_std'),
+    (FOUR | dict(shift_factor='x', scaling_factor=1), 'shift_factor'), (FOUR | dict(in_channels=4), 'in_channels'),
+    (FOUR | dict(mid_block_add_attention=False), 'mid_block_add_attention'), (7, 'config is')])
+def test_a_config_of_another_net_is_one_line(config, says):
+    with pytest.raises(UserError, match=says) as e: load_convvae(diffusers()[1], *([1.] if says == 'latents_mean' else []), config=config)
+    assert '\n' not in str(e.value)
+
+
 def test_old_names_of_diffusers_and_those_of_latent_diffusion_are_the_same_model(tmp_path):
     g, sd = diffusers()
-    one = load_convvae(sd)
+    one = load_convvae(sd, config=FOUR)
     old = {k.replace('to_q', 'query').replace('to_k', 'key').replace('to_v', 'value').replace('to_out.0', 'proj_attn'): v for k, v in sd.items()}
     ours = {f'first_stage_model.{k}': v for k, v in one.own_state().items() if not k.startswith('stats.')}
     whole = dict(state_dict=ours | {'model.diffusion_model.x.weight': torch.zeros(1), 'betas': torch.zeros(3), 'first_stage_model.loss.logvar': torch.zeros(1)})
     torch.save(whole, tmp_path/'sd.ckpt')
     save_weights(tmp_path/'vae.safetensors', old, {})
-    for other in (load_convvae(old), load_convvae(tmp_path/'sd.ckpt'), load_convvae(tmp_path/'vae.safetensors', scale_factor=.18215)):
+    for other in (load_convvae(old, config=FOUR), load_convvae(tmp_path/'sd.ckpt', config=FOUR), load_convvae(tmp_path/'vae.safetensors', .18215, config=FOUR)):
         torch.testing.assert_close(reconstruct(other, g['x']), reconstruct(one, g['x']), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(other.encode(g['x']).mode(), one.encode(g['x']).mode()*.18215)
+    with pytest.raises(UserError, match='has the place of another tensor'): load_convvae(old | sd, config=FOUR)
 
 
 def test_every_tensor_of_sd_vae_has_its_place():
     shapes = {k: tuple(map(int, s.split(','))) for k, s in (line.split('\t') for line in (GOLDEN/'sdvae_names.tsv').read_text().splitlines())}
-    vae = load_convvae({k: torch.zeros(()).expand(s) for k, s in shapes.items()})
+    vae = load_convvae({k: torch.zeros(()).expand(s) for k, s in shapes.items()}, config={'norm_num_groups': 32})
     assert vae.config == ConvVAEConfig() and len(vae.own_state()) == len(shapes) + 2
 
 
 def test_vavae_is_read_with_its_alignment_map_and_without_its_foundation_model():
-    vae = build(replace(ALIGNED, attention=(3,)))
+    vae = build(replace(ALIGNED, attention=(3,), width=32, groups=32))
     sd = {k: v for k, v in vae.own_state().items() if not k.startswith('stats.')}
     sd |= {'foundation_model.cls_token': torch.zeros(1), 'loss.logvar': torch.zeros(1)}
-    again = load_convvae(sd, vfm=VFM('tiny'))
+    again, x = load_convvae(sd, vfm=VFM('tiny')), torch.rand(1, 3, 32, 32)
     assert again.config == replace(vae.config, img_size=256)
+    with torch.no_grad(): assert torch.equal(again.encode(x).mean, vae.encode(x).mean)
     assert load_convvae(sd).config.vfm == 'unknown' and torch.equal(again.linear_proj.weight, vae.linear_proj.weight)
 
 
 def test_a_file_that_does_not_fit_is_one_line_that_lists_it():
     _, sd = diffusers()
     bad = {k: v for k, v in sd.items() if k != 'decoder.conv_out.bias'} | {'surplus.weight': torch.zeros(1), 'quant_conv.weight': torch.zeros(8, 8, 3, 3)}
-    with pytest.raises(UserError) as e: load_convvae(bad)
+    with pytest.raises(UserError) as e: load_convvae(bad, config=FOUR)
     assert '\n' not in (said := str(e.value))
     assert all(s in said for s in ('1 missing: decoder.conv_out.bias', '1 extra: surplus.weight', 'quant_conv.weight (8, 8, 3, 3)'))
-    with pytest.raises(UserError, match='lacks encoder.conv_in.weight'): load_convvae({k: v for k, v in sd.items() if 'encoder.conv_in' not in k})
+    with pytest.raises(UserError, match='lacks encoder.conv_in.weight'): load_convvae({k: v for k, v in sd.items() if 'encoder.conv_in' not in k}, config=FOUR)
+    far = sd | {'encoder.down_blocks.99999999999.resnets.0.conv1.weight': torch.zeros(1)}
+    with pytest.raises(UserError, match='1 extra: encoder.down.99999999999'): load_convvae(far, config=FOUR)
+
+
+@pytest.mark.parametrize('change', [dict(width=0), dict(width=10**11), dict(blocks=10**11), dict(decoder_blocks=-1), dict(mults=()), dict(mults=(1,)*99),
+                                    dict(mults=(1, 10**11)), dict(groups=0), dict(groups=5), dict(channels=10**30), dict(width=1.5), dict(blocks='2')])
+def test_a_conv_config_beyond_all_nets_is_one_line_before_anything_is_made(change):
+    with pytest.raises(UserError) as e: build_config(ConvVAEConfig, change)
+    assert '\n' not in str(e.value)
 
 
 # one protocol for all --------------------------------------------------------------------------------------------------------------------------

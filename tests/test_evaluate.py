@@ -1,12 +1,12 @@
 "Evaluation: laws of the distances, invariance to how images are counted, files, records, and the eyes of the embedded world."
-import json, math, subprocess, sys, zipfile
+import json, math, subprocess, sys, warnings, zipfile
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from vfmvae.core import Gaussian, UserError, data_dir
-from vfmvae.data import World, transform
+from vfmvae.data import World, folder, transform
 from vfmvae.evaluate import (CONVERSIONS, Extractor, Inception, Moments, Record, Statistics, VFMExtractor, bundled_extractor, compare_statistics, gfid,
                              read_samples, reference, rfid, validate, write_samples)
 from vfmvae.metrics import frechet, frechet_features, moments
@@ -84,24 +84,46 @@ def test_statistics_do_not_depend_on_the_batch(size):
 TWO = '''
 import sys, torch, torch.nn.functional as F
 import torch.distributed as dist
+from vfmvae.core import Gaussian, UserError, write_json
 from vfmvae.data import World
-from vfmvae.evaluate import reference
+from vfmvae.evaluate import gfid, reference, rfid
 from vfmvae.train import leave
 class Exact:
     name, preprocessing = 'exact', 'none'
     def __call__(self, x): return dict(features=F.avg_pool2d(x.double(), 16).flatten(1), spatial=F.avg_pool2d(x.double(), 32).flatten(1))
+class Counts:
+    name, seen = 'counts', 0
+    def encode(self, x):
+        self.seen += len(x)
+        return Gaussian(x)
+    def decode(self, z): return z*.9
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
 world = World(41, seed=5)
-for k, images in enumerate((world, world.batch(range(41))['image'], (world[i] for i in range(41)))):
+x = world.batch(range(41))['image']
+for k, images in enumerate((world, x, (world[i] for i in range(41)))):
     reference(images, Exact(), 8).save(f'{folder}/{k}-{rank}.npz')
+found = []
+for data, n in ((world, None), (x, None), ([*x], 30)):
+    tok = Counts()
+    found.append((rfid(tok, data, Exact(), n, batch_size=7).json(), tok.seen))
+bad = x.clone()
+bad[3] = float('nan')       # the second process meets it: the first must not wait for ever
+for f in (lambda: reference(bad, Exact()), lambda: rfid(Counts(), bad, Exact()), lambda: gfid(bad, f'{folder}/0-{rank}.npz', Exact())):
+    try: f()
+    except UserError as e: found.append(str(e))
+write_json(f'{folder}/found-{rank}.json', found)
 leave()
 '''
 
 
-def test_statistics_do_not_depend_on_the_number_of_processes(tmp_path):
-    alone = reference(World(41, seed=5), Exact())
+def test_statistics_and_rfid_do_not_depend_on_the_number_of_processes(tmp_path):
+    world = World(41, seed=5)
+    alone = reference(world, Exact())
     both = [subprocess.Popen([sys.executable, '-c', TWO, str(r), str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for r in (0, 1)]
+    class Dimmed(Identity):
+        def decode(self, z): return z*.9
+    with pytest.warns(UserWarning, match='feature dimensions'): all_, first = (rfid(Dimmed(), world, Exact(), n) for n in (None, 30))
     errors = [p.communicate(timeout=180)[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], errors
     for k in range(3):
@@ -109,6 +131,12 @@ def test_statistics_do_not_depend_on_the_number_of_processes(tmp_path):
             s = Statistics.open(tmp_path/f'{k}-{r}.npz')
             assert s.n == 41 and (s.sigma-alone.sigma).abs().max() < 1e-10 and (s.sigma_s-alone.sigma_s).abs().max() < 1e-10
             assert torch.equal(s.features, alone.features)
+    for r, share in ((0, (21, 21, 15)), (1, (20, 20, 15))):         # each encodes its own part, and both know the whole
+        *records, a, b, c = json.loads((tmp_path/f'found-{r}.json').read_text())
+        for (record, seen), want, n in zip(records, (all_, all_, first), share, strict=True):
+            assert seen == n and record['n'] == want.n
+            assert math.isclose(record['value'], want.value, rel_tol=1e-6) and math.isclose(record['metrics']['sfid'], want.metrics['sfid'], rel_tol=1e-6)
+        assert records[2][0]['taken'] == 'the first 30' and 'NaN' in a and 'NaN' in b and 'NaN' in c
 
 
 def test_equal_sets_are_at_distance_zero(eyes, ref):
@@ -303,6 +331,238 @@ def test_bad_statistics_are_named(tmp_path):
         assert one_line(e), name
 
 
+def plain(d=6, seed=0) -> Statistics:
+    x = normal(4*d, d, seed=seed)
+    return Statistics(*moments(x), n=4*d, extractor='exact', size=(64, 64), name='plain', features=x.float())
+
+
+ODD = {'the negative': lambda c: -c, 'lopsided': lambda c: c+torch.tril(c, -1)*.01,
+       'one negative variance': lambda c: c-torch.eye(len(c))*1.1*torch.linalg.eigvalsh(c)[0],
+       'a negative diagonal': lambda c: c-torch.diag(2*c.diagonal()), 'nothing but off the diagonal': lambda c: c-torch.diag(c.diagonal())}
+
+
+@pytest.mark.parametrize('odd', ODD)
+@pytest.mark.parametrize('scale', [1e-12, 1., 1e12])
+def test_what_is_no_covariance_is_refused_at_any_scale(odd, scale, tmp_path):
+    s = plain()
+    c = ODD[odd](s.sigma)*scale
+    with pytest.raises(UserError, match='covariance') as e: Statistics(s.mu, c)
+    assert one_line(e)
+    np.savez(tmp_path/'a.npz', mu=s.mu, sigma=c)
+    with pytest.raises(UserError, match='a.npz') as e: Statistics.open(tmp_path/'a.npz')
+    assert one_line(e)
+    with pytest.raises(UserError, match='covariance'): Statistics(s.mu, s.sigma, s.mu, c)
+
+
+def test_covariances_that_are_singular_or_rounded_are_taken(tmp_path):
+    for x in (normal(10, 300), normal(3, 40)@normal(40, 40, seed=1)*1e4, torch.ones(5, 4).double(), normal(9, 1)):
+        mu, c = moments(x)
+        for kind in (np.float64, np.float32):
+            np.savez(tmp_path/'a.npz', mu=mu.numpy().astype(kind), sigma=c.numpy().astype(kind))
+            s = Statistics.open(tmp_path/'a.npz')
+            assert s.sigma.dtype == torch.float64 and (s.sigma-c).abs().max() <= 1e-6*c.abs().max() and abs(compare_statistics(s, s)['fd']) <= 1e-4*c.trace()
+
+
+FACTS = [dict(n='5'), dict(n=True), dict(n=-1), dict(n=1), dict(n=2.5), dict(n=10**400), dict(n=7), dict(size=[64]), dict(size='64'), dict(size=[64, 64, 3]),
+         dict(size=[64, '64']), dict(size=[0, 64]), dict(size=[True, 64]), dict(size=dict(a=1)), dict(extractor=5), dict(name=['a']), dict(preprocessing={}),
+         dict(resized=1), dict(unknown=1), dict(mu=[0]), [], 5, None, 'text', b'{', b'', b'['*100_000, b'{"n": NaN}', b'{"n": 1e999}', b'{"n": '+b'1'*5000+b'}']
+
+
+@pytest.mark.parametrize('facts', FACTS, ids=lambda f: str(f)[:40])
+def test_facts_of_another_type_are_one_line(facts, tmp_path):
+    s = plain()
+    text = facts.decode() if isinstance(facts, bytes) else json.dumps(dict(n=24, extractor='exact') | facts if isinstance(facts, dict) else facts)
+    np.savez(tmp_path/'a.npz', mu=s.mu, sigma=s.sigma, features=s.features, facts=np.array(text))
+    with pytest.raises(UserError, match='a.npz') as e: Statistics.open(tmp_path/'a.npz')
+    assert one_line(e) and len(str(e.value)) < 400
+
+
+def test_arrays_of_another_type_or_shape_are_one_line(tmp_path):
+    s = plain()
+    good = dict(mu=s.mu.numpy(), sigma=s.sigma.numpy(), features=s.features.numpy(), facts=np.array('{"n": 24}'))
+    day, d = np.datetime64('2020-01-01'), 6
+    record = np.zeros(d, dtype=[('a', 'f8')])
+    wrong = dict(
+        mu=[*(good['mu'].astype(t) for t in (bool, int, complex, 'S8', 'U8', object, 'u1')), np.full(d, day), np.full(d, day-day), record,
+            *map(np.zeros, ((), (0,), (d, 1), (d+1,)))],
+        sigma=[*map(np.zeros, ((d,), (d, d+1), (d, d, 1), (0, 0))), np.eye(d, dtype=int), np.full((d, d), np.inf)],
+        features=[good['features'][:9], good['features'][:, :2], good['features']*np.nan, good['features'].astype(int), np.zeros((24, d), bool)],
+        probs=[np.full((24, 2), np.nan), np.zeros(24), np.zeros((9, 2))], mu_s=[s.mu.numpy()], sigma_s=[s.sigma.numpy()],
+        facts=[np.array([1.]), np.array(['{}']*2), np.array(b'{}'), np.array(5)])
+    for k, v in ((k, v) for k, vs in wrong.items() for v in vs):
+        np.savez(tmp_path/'a.npz', **good | {k: v})
+        with pytest.raises(UserError, match='a.npz') as e: Statistics.open(tmp_path/'a.npz')
+        assert one_line(e), (k, v.dtype, v.shape)
+    for kind in ('>f8', 'f2', 'f4'):
+        np.savez(tmp_path/'b.npz', mu=np.asfortranarray(good['mu'].astype(kind)), sigma=np.asfortranarray(np.eye(d).astype(kind)))
+        assert torch.equal(Statistics.open(tmp_path/'b.npz').sigma, torch.eye(d).double())
+
+
+def test_a_damaged_file_is_a_line_or_what_it_was(tmp_path):
+    s, rng, file = plain(), np.random.default_rng(0), tmp_path/'a.npz'
+    whole = s.save(file).read_bytes()
+    np.savez_compressed(tmp_path/'packed.npz', **np.load(file))
+    for made in (whole, (tmp_path/'packed.npz').read_bytes()):
+        cases = [made[:n] for n in rng.integers(0, len(made), 30)]
+        for at, bit in zip(rng.integers(0, len(made), 120), rng.integers(0, 8, 120), strict=True):
+            cases.append(made[:at]+bytes([made[at] ^ 1 << int(bit)])+made[at+1:])
+        for case in cases:
+            file.write_bytes(case)
+            try: got = Statistics.open(file)
+            except UserError as e: assert '\n' not in str(e) and 'a.npz' in str(e)
+            else: assert torch.equal(got.mu, s.mu) and torch.equal(got.sigma, s.sigma)
+
+
+def forged(path, name, header, body=b'', packed=True, version=1):
+    "An npz with one array whose header says what one likes."
+    head = header.encode() + b'\n'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as z:
+        size = len(head).to_bytes(2 if version == 1 else 4, 'little')
+        z.writestr(f'{name}.npy', b'\x93NUMPY'+bytes([version, 0])+size+head+body)
+    return path
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused_unread(tmp_path, monkeypatch):
+    import tracemalloc
+    import vfmvae.evaluate as module
+    monkeypatch.setattr(module, '_MOST', 2**23)
+    np.savez_compressed(tmp_path/'zeros.npz', mu=np.zeros(2000), sigma=np.zeros((2000, 2000)))
+    npy = "{'descr': '%s', 'fortran_order': False, 'shape': %s, }"
+    cases = {'unpacks to': tmp_path/'zeros.npz', 'header': forged(tmp_path/'header.npz', 'mu', ' '*2**22, version=2)}
+    cases |= {shape: forged(tmp_path/f'{i}.npz', 'mu', npy % ('<f8', shape), bytes(800))
+              for i, shape in enumerate(('(10000000000,)', '(-1,)', '(100, 0)', '(99999, 99999)', '(True, 100)'))}
+    for path in (forged(tmp_path/'s.npz', 'arr_0', npy % ('|u1', '(9, 90000, 90000, 3)'), bytes(300)),
+                 forged(tmp_path/'t.npz', 'arr_0', npy % ('|u1', '(4, 0, 8, 3)')),
+                 forged(tmp_path/'u.npz', 'conversion', npy % ('<U99999999', '()'), bytes(400))): cases[path] = path
+    tracemalloc.start()
+    try:
+        for says, path in cases.items():
+            with pytest.raises(UserError, match=path.name) as e: (read_samples if path is says else Statistics.open)(path)
+            assert one_line(e) and (path is says or says not in ('unpacks to',) or says in str(e.value)), str(e.value)
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally: tracemalloc.stop()
+    monkeypatch.setattr(module, '_MOST', 2**30)
+    monkeypatch.setattr(module, '_WIDEST', 1000)
+    with pytest.raises(UserError, match='dimensions'): Statistics.open(tmp_path/'zeros.npz')
+
+
+# which images, of what size -----------------------------------------------------------------------------------------------------------------------
+
+class Colours:
+    "Mean colours; keeps those it has seen."
+    name, preprocessing = 'colours', 'none'
+    def __init__(self): self.seen = []
+    def __call__(self, x):
+        self.seen += x.mean((2, 3)).tolist()
+        return dict(features=x.mean((2, 3)).double())
+
+
+@pytest.fixture(scope='module')
+def sorted_by_class(tmp_path_factory):
+    "Three classes of 20 pictures of one colour each, 24x32 px, as a folder has them."
+    from PIL import Image
+    root, rng = tmp_path_factory.mktemp('sorted'), np.random.default_rng(0)
+    for k, name in enumerate(('ant', 'bee', 'cat')):
+        (root/name).mkdir()
+        for i in range(20):
+            grey = np.full((24, 32, 3), 60*(k+1)) + rng.integers(-9, 9, 3)
+            Image.fromarray(grey.astype(np.uint8)).save(root/name/f'{i:02d}.png')
+    return folder(root, size=16)
+
+
+@pytest.mark.parametrize('n', [9, 30, 60, None])
+def test_n_of_a_sorted_set_is_spread_over_it_and_said(sorted_by_class, n):
+    eyes = Colours()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        r = rfid(Identity(), sorted_by_class, eyes, n)
+    k = [round((c[0]+1)*127.5/60)-1 for c in eyes.seen[:r.n]]
+    assert r.n == (n or 60) and len(eyes.seen) == 2*r.n and all(abs(k.count(c)-r.n/3) <= 1 for c in range(3))
+    assert r.taken == (None if n in (60, None) else f'{n} of 60, spread')
+
+
+def test_what_cannot_be_spread_keeps_its_first_and_says_so(eyes):
+    world = World(90, seed=43)
+    x = world.batch(range(90))['image']
+    with pytest.warns(UserWarning, match='feature dimensions'):
+        a, b, c = (rfid(Identity(), data, eyes, 20, pr_n=0) for data in (world, [*x], (x[:8], x[8:50])))
+    assert a.taken == 'the first 20 of 90' and b.taken == c.taken == 'the first 20'
+    assert rfid(Identity(), x, eyes, 80, pr_n=0).taken == '80 of 90, spread'
+    for data, n in ((world, 91), ([*x], 91), ((x[:8], x[8:50]), 51)):
+        with pytest.raises(UserError, match='1 images too few for n = '): rfid(Identity(), data, eyes, n)
+    for n in (0, -1, 1, True, 2.5, '9'):
+        with pytest.raises(UserError, match='n: '): rfid(Identity(), world, eyes, n)
+
+
+def test_sets_of_others_are_judged_as_ours(sorted_by_class):
+    at = [5, 25, 45]
+    pictures = [sorted_by_class.read(i) for i in at]
+    class Pairs:                                # as of torchvision
+        def __len__(self): return len(pictures)
+        def __getitem__(self, i):
+            if i >= len(pictures): raise IndexError
+            return pictures[i], i
+    want = reference(torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1)/127.5-1 for p in pictures])[..., 4:28], Colours())
+    for data in (pictures, Pairs()):
+        got = reference(data, Colours())
+        assert (got.size, got.resized) == ((24, 24), 'from 24x32 px') and (got.mu-want.mu).abs().max() < 1e-6
+        with pytest.warns(UserWarning, match='feature dimensions'): assert abs(rfid(Identity(), data, Colours()).value) < 1e-9
+
+
+def test_the_size_judged_and_what_was_resized_are_in_the_record(sorted_by_class, tmp_path):
+    from PIL import Image
+    large, mixed = tmp_path/'large', tmp_path/'mixed'
+    for d in (large, mixed): d.mkdir()
+    for i in range(8):
+        grey = Image.fromarray(np.full((16, 16, 3), 9*i, np.uint8))
+        grey.save(large/f'{i}.png')
+        grey.resize((12, 40) if i == 5 else (30, 20)).save(mixed/f'{i}.png')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        ref = reference(sorted_by_class, Colours(), name='sorted')
+        same, enlarged = (gfid(folder(d, size=16), ref, Colours()) for d in (large, mixed))
+        r = rfid(Identity(), folder(mixed, size=16), Colours())
+    assert ref.size == same.size == (16, 16) and same.resized is None and same.reference_resized == ref.resized == 'from 24x32 px'
+    assert enlarged.resized == r.resized == r.reference_resized == 'from 40x12 to 20x30 px, enlarged' and 'enlarged' in repr(r)
+    assert Statistics.open(ref.save(tmp_path/'r.npz')).resized == ref.resized
+    with pytest.warns(UserWarning, match='enlarged to 20 px'), pytest.raises(UserError, match=r'\(20, 20\) against \(16, 16\)'): gfid(folder(large, size=20), ref, Colours())
+
+
+def test_the_halves_of_a_sorted_set_are_alike(sorted_by_class):
+    t = validate(Colours(), sorted_by_class, 15, dict(cast=(.2, .6), missing=(1,)))
+    assert t.halves < .01 and t.rises['cast'] and t.where(axis='missing')[0]['fd'] > 10*t.halves
+    class Turns:                                      # every other image is of the other class
+        classes = ('a', 'b')
+        def __len__(self): return 40
+        def batch(self, at): return dict(image=torch.stack([torch.full((3, 16, 16), i % 2-.5+i*1e-4) for i in at]), label=torch.tensor([i % 2 for i in at]))
+    assert validate(Colours(), Turns(), 20, dict(cast=(.1, .4))).halves < .05
+
+
+WRONG = {'NaN': lambda x: x*math.nan, 'infinite': lambda x: x/0, 'of 0 to 255': lambda x: x*127.5+127.5,
+         **{t: lambda x, t=t: (x*100).to(getattr(torch, t)) for t in ('uint8', 'int64', 'bool')}}
+
+
+@pytest.mark.parametrize('wrong', WRONG)
+def test_extractors_get_images_as_floats_between_minus_one_and_one(wrong, eyes, ref):
+    x = WRONG[wrong](World(6).batch(range(6))['image'])
+    for call in (lambda: eyes(x), lambda: VFMExtractor(VFM('tiny'))(x), lambda: reference(x, Exact()), lambda: gfid(x, ref, eyes),
+                 lambda: rfid(Identity(), x, eyes)):
+        with pytest.raises(UserError) as e: call()
+        assert one_line(e)
+
+
+def test_a_number_that_is_not_finite_is_told_not_returned():
+    a, far = plain(), plain(seed=1)
+    far = Statistics(far.mu*1e200, far.sigma, n=24)
+    with pytest.raises(UserError, match='beyond what float64 holds') as e: compare_statistics(a, far)
+    assert one_line(e)
+    class Rows(Colours):
+        def __call__(self, x): return dict(features=x.mean((2, 3)).double()[:-1])
+    with pytest.raises(UserError, match='3 rows of features for 4 images'): reference(torch.zeros(4, 3, 8, 8), Rows())
+    for words in (dict(batch_size=0), dict(batch_size=1.5)):
+        with pytest.raises(UserError, match='batch_size'): reference(torch.zeros(4, 3, 8, 8), Colours(), **words)
+
+
 def test_bad_input_is_named(tmp_path, eyes, ref):
     world = World(80, seed=1)
     small = Statistics(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
@@ -316,7 +576,7 @@ def test_bad_input_is_named(tmp_path, eyes, ref):
              'where 9 were asked for': lambda: write_samples(tmp_path/'x.npz', torch.zeros(5, 3, 8, 8), n=9),
              'no conversion': lambda: write_samples(tmp_path/'x.npz', world, conversion='ceil'),
              'how many images': lambda: write_samples(tmp_path/'x.npz', iter([])),
-             'samples contain NaN': lambda: write_samples(tmp_path/'x.npz', torch.full((5, 3, 8, 8), math.nan)),
+             'hold NaN': lambda: write_samples(tmp_path/'x.npz', torch.full((5, 3, 8, 8), math.nan)),
              'give each a file': lambda: write_samples(tmp_path/'x.npz', [torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)]),
              'two halves': lambda: validate(eyes, World(100), 80)}
     for text, call in cases.items():

@@ -153,6 +153,7 @@ def test_training_stops_after_many_bad_steps_with_batch_and_state_beside_it(tmp_
             b = super().batch(at)
             return b if self.good else dict(b, mean=b['mean']*math.nan)
         good = True
+        def fingerprint(self): return 'the same set'
     data, t = Spoilt(), task_of()
     fit(t, loader(data, 8), 16, Run(tmp_path/'r'), show=quiet)
     data.good = False
@@ -387,3 +388,76 @@ def test_the_bundled_net_draws_what_is_asked_for():
     with torch.no_grad(): said = torch.cat([look(x)['probs'].argmax(1) for x in s.images.split(64)])
     assert (said == s.labels).double().mean() > .7      # .8 of what it says of real images, less three errors of 128 samples
     assert s.facts['guidance'] == dict(guidance=4.5, interval=[.2, 1.], weak='dit-vfmvae-tiny-f8d16-early', weak_null=True)
+
+
+NAN = float('nan')
+CONFIGS = [dict(lr=v) for v in (-1., 0, NAN, math.inf, 1e300, 'x', True)] + [dict(ema=v) for v in (1., -.1, NAN, 'x')] + [
+    dict(betas=v) for v in (.9, (.9,), (.9, 1.), (NAN, .9), 'ab')] + [dict(weight_decay=v) for v in (-1, NAN, 'x')] + [
+    dict(clip=v) for v in (0, -1, NAN, 'x', True)] + [dict(path='liner'), dict(predict=3)] + [
+    dict(weights=v) for v in (dict(flow=NAN), dict(flow=-1.), dict(flow='x'), dict(flw=1.), 3, ['flow'])] + [
+    dict(laws=v) for v in (('uniform', 0), (('uniform', 1),), (('uniform', 0), ('uniform', 0)), (('uniforn', 0),), (('uniform', 'x'),), 3, None, (),
+                           ((dict(law='uniform', shift=-1.), 0),), ((dict(low='uniform'), 0),), ((dict(law='logit_normal', std=NAN), 0),), ((3, 0),))]
+
+
+@pytest.mark.parametrize('wrong', CONFIGS, ids=str)
+def test_a_recipe_of_wrong_values_is_one_line(wrong):
+    with pytest.raises(UserError, match=f'FlowConfig.{next(iter(wrong))}') as e: FlowConfig(**wrong)
+    assert '\n' not in str(e.value)
+
+
+def test_a_law_in_another_spelling_is_the_same_recipe():
+    assert FlowConfig(laws=((dict(law='uniform'), 0),)) == FlowConfig(laws=[['uniform', 0.]]) == FlowConfig()
+    how = dict(law='logit_normal', mean=.8)
+    assert FlowConfig(laws=(('uniform', 0), (how, 10))).laws == (('uniform', 0), (how, 10))
+
+
+SAMPLING = [dict(steps=v) for v in (0, -1, 1.5, NAN, 'x', True)] + [dict(guidance=v) for v in (NAN, math.inf, -math.inf, 1e30, 'x', None)] + [
+    dict(shift=v) for v in (0, -1, NAN, math.inf, 'x')] + [dict(batch_size=v) for v in (0, -1, .5)] + [dict(channels=v) for v in (0, 1.5, 'x')] + [
+    dict(interval=v) for v in ((.8, .2), (NAN, 1.), (0, 'x'), 3, (0,))] + [dict(seed=v) for v in (.5, NAN, 'x')] + [
+    dict(norm=NAN, method='sde'), dict(last_step=2., method='sde'), dict(atol=-1., method='dopri5')]
+
+
+@pytest.mark.parametrize('wrong', SAMPLING, ids=str)
+def test_sampling_of_wrong_values_is_one_line(wrong):
+    net = net_of()
+    for weak in (None, net) if 'guidance' in wrong else (None,):
+        with pytest.raises(UserError) as e: sample_latents(net, [0, 1], (3, 4, 4), weak=weak, **dict(steps=2) | wrong)
+        assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('labels', [[], [5], [-1], [.5], ['x'], torch.tensor([7])], ids=str)
+def test_labels_that_are_none_are_one_line(labels):
+    with pytest.raises(UserError) as e: sample_latents(net_of(), labels, (3, 4, 4), steps=1)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('method', ['euler', 'heun', 'rk4', 'sde'])
+def test_sampling_that_leaves_the_numbers_says_so(method):
+    net = net_of()
+    with torch.no_grad(): net.final_layer.linear.weight.fill_(3e38)
+    for how in (dict(), dict(states=True)):
+        with pytest.raises(UserError, match='ended in NaN or infinity') as e: sample_latents(net, [0, 1], (3, 4, 4), steps=2, method=method, **how)
+        assert '\n' not in str(e.value) and not net.final_layer.linear.weight.isnan().any()
+    for seed in (2**70, -3): assert sample_latents(net_of(), [0], (3, 4, 4), seed=seed, steps=1).isfinite().all()
+
+
+def test_a_watch_that_goes_on_keeps_its_schedule(tmp_path):
+    def go(name, images):
+        t, run = task_of(), Run(tmp_path/name)
+        w = Watch(t, Rows(48), 64, run, n=8)
+        fit(t, loader(Rows(), 8), images, run, log_every=2, save_every=3, show=w)
+        return w.rows, run.rows('watch.jsonl')
+    straight, _ = go('a', 200)
+    go('b', 88)                                   # looked at 64; the last row of the log is at 88
+    again, kept = go('b', 200)
+    assert [r['images'] for r in straight] == [64, 128, 192] and straight == again == kept
+
+
+def test_a_flow_run_goes_on_behind_the_same_vfm_only(tmp_path):
+    run, ds = Run(tmp_path/'r'), Rows(images=True)
+    fit(task_of('repa'), loader(ds, 8), 8, run, show=quiet)
+    other = task_of('repa')
+    with torch.no_grad(): next(other.vfms[0].parameters()).add_(1e-3)
+    with pytest.raises(UserError, match='frozen.vfm0: .* there'): fit(other, loader(ds, 8), 16, run, show=quiet)
+    with pytest.raises(UserError, match='data: .* there'): fit(task_of('repa'), loader(Rows(images=True, classes=3), 8), 16, run, show=quiet)
+    assert fit(task_of('repa'), loader(ds, 8), 16, run, log_every=1, show=quiet)[-1]['images'] == 16

@@ -127,7 +127,7 @@ def test_spatial(case):
 
 LINEAR, RIGID = ('rotation', 'scale', 'offset', 'columns', 'map'), ('rotation', 'scale', 'offset')
 SIMILAR = {'svcca': ('scale', 'offset', 'columns'), 'svcca99': RIGID, 'cca': LINEAR, 'cca_squared': LINEAR, 'pwcca': ('scale', 'offset'), 'linear_r2': LINEAR,
-           'ridge_r2': ('rotation', 'offset'), 'procrustes': RIGID, 'procrustes_angular': RIGID, 'procrustes_disparity': RIGID,
+           'ridge_r2': RIGID, 'procrustes': RIGID, 'procrustes_angular': RIGID, 'procrustes_disparity': RIGID,
            'rsa': RIGID, 'rsa_pearson': RIGID, 'rsa_cosine': ('rotation', 'scale'), 'rsa_correlation': ('scale',),
            'mean_cosine': ('scale',), 'alignment': ('scale',),
            'effective_rank': RIGID, 'effective_rank_eigen': RIGID, 'participation_ratio': RIGID,
@@ -319,7 +319,7 @@ def test_compare_says_what_each_function_says():
                 edit_distance_knn=[edit_distance_knn(p, q, 6)], cka=[cka(p, q)], cka_unbiased=[cka(p, q, unbiased=True)], cka_rbf=[cka(p, q, 'rbf', .8)],
                 cka_rbf_unbiased=[cka(p, q, 'rbf', .8, unbiased=True)], svcca=[svcca(a, b, 4)], svcca99=[svcca99(a, b)], cca=[cca(a, b)],
                 cca_squared=[cca(a, b, True)], pwcca=[pwcca(a, b), pwcca(b, a)], linear_r2=[linear_r2(a, b), linear_r2(b, a)],
-                ridge_r2=[linear_r2(a, b, 2.), linear_r2(b, a, 2.)], procrustes=[procrustes(a, b)], procrustes_angular=[procrustes(a, b, 'angular')],
+                ridge_r2=[linear_r2(a, b, 2., True), linear_r2(b, a, 2., True)], procrustes=[procrustes(a, b)], procrustes_angular=[procrustes(a, b, 'angular')],
                 procrustes_disparity=[procrustes(a, b, 'disparity')], rsa=[rsa(a, b)], rsa_pearson=[rsa(a, b, method='pearson')],
                 rsa_cosine=[rsa(a, b, 'cosine')],
                 rsa_correlation=[rsa(a, b, 'correlation')], alignment=[alignment(a, b)], mean_cosine=[mean_cosine(a, b)],

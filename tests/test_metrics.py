@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vfmvae.core import UserError
-from vfmvae.metrics import _inside, frechet, frechet_features, inception_score, moments, precision_recall, psnr, ssim
+from vfmvae.losses import ssim_loss
+from vfmvae.metrics import _inside, frechet, frechet_features, inception_score, moments, precision_recall, psnr, ssim, ssim_signed
 
 
 def normal(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -35,7 +36,19 @@ def test_image_metrics_are_torchmetrics_per_image():
     for i in range(3):
         a, b = x[i:i+1], y[i:i+1]
         assert torch.allclose(psnr(x, y)[i], peak_signal_noise_ratio(a, b, data_range=2.))
-        assert torch.allclose(ssim(x, y)[i], structural_similarity_index_measure(a, b, data_range=2.), atol=1e-6)
+        assert torch.allclose(ssim(x, y)[i], structural_similarity_index_measure((a+1)/2, (b+1)/2, data_range=1.), atol=1e-6)
+        assert torch.allclose(ssim_signed(x, y)[i], structural_similarity_index_measure(a, b, data_range=2.), atol=1e-6)
+    assert torch.allclose(1-ssim_signed(x, y).mean(), ssim_loss(x, y), atol=1e-6)
+    assert torch.allclose(ssim(x.bfloat16(), x.bfloat16()), torch.ones(3)) and psnr(x.half(), y.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize('metric', [psnr, ssim, ssim_signed])
+@pytest.mark.parametrize('spoil', [lambda x: x*float('nan'), lambda x: ((x+1)*127.5).byte(), lambda x: (x+1)*127.5, lambda x: x[..., :19], lambda x: x[:2],
+                                   lambda x: x[0], lambda x: x[:, :1], lambda x: None])
+def test_what_is_no_picture_is_one_line(metric, spoil):
+    for pair in ((images(0), spoil(images(0))), (spoil(images(0)), images(0))):
+        with pytest.raises(UserError) as e: metric(*pair)
+        assert '\n' not in str(e.value)
 
 
 def test_one_image_is_a_batch():
@@ -58,12 +71,60 @@ def test_precision_recall_slow_and_chunked():
     assert _inside(b, a, 3, chunk=7) == _inside(b, a, 3)
 
 
+@pytest.mark.parametrize('scale', [1e-200, 1e-6, 1e6, 1e150])
+def test_scores_do_not_depend_on_the_unit_of_the_features(scale):
+    a, b = normal(60, 5), normal(50, 5, 1)*1.5
+    assert precision_recall(a*scale, b*scale) == precision_recall(a, b) == precision_recall(a+1e6, b+1e6)
+    if scale in (1e-6, 1e6): assert frechet_features(a*scale, b*scale) == pytest.approx(scale**2*frechet_features(a, b), rel=1e-10)
+
+
+def test_twins_lie_in_each_others_balls_of_radius_zero():
+    a = normal(40, 64).repeat(4, 1)+3
+    order = torch.randperm(160, generator=torch.Generator().manual_seed(2))
+    assert precision_recall(a, a[order]) == (1, 1)
+    assert precision_recall(a, a[order]+1e-3) == (0, 0)
+
+
+def test_torch_fidelity_agrees():
+    pytest.importorskip('torch_fidelity')
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_prc import calculate_precision_recall_full
+    a, b = normal(90, 6), normal(70, 6, 1)*1.3+.2
+    theirs = fid_statistics_to_metric(*(fid_features_to_statistics(x) for x in (a, b)), False)['frechet_inception_distance']
+    assert frechet_features(a, b) == pytest.approx(theirs, rel=1e-9)
+    assert precision_recall(a, b) == pytest.approx(calculate_precision_recall_full(b, a), abs=1e-6)
+    for splits in (1, 7): assert inception_score(a.softmax(1), splits) == pytest.approx(
+        isc_features_to_metric(a, splits, shuffle=False)['inception_score_mean'], rel=1e-9)
+
+
+EYE, NAN = np.eye(3), float('nan')
+LOPSIDED = EYE + np.triu(np.full((3, 3), .1), 1)
 @pytest.mark.parametrize('call, says', [
     (lambda: moments(torch.randn(3)), '(n,d)'),
+    (lambda: moments(torch.zeros(5, 0)), '(n,d)'),
+    (lambda: moments(normal(5, 2)*1j), 'complex'),
+    (lambda: moments(normal(5, 2) > 0), 'bool'),
+    (lambda: moments(normal(5, 2).to_sparse()), 'sparse'),
+    (lambda: moments([[1, 2], [3]]), 'different lengths'),
+    (lambda: moments([['a', 'b'], ['c', 'd']]), 'real numbers'),
+    (lambda: moments(np.array(['2026-01-01', '2026-01-02'], 'datetime64[D]')), 'real numbers'),
+    (lambda: moments(normal(5, 2)*NAN), 'NaN'),
     (lambda: frechet_features(normal(5, 2), normal(5, 3)), 'same feature extractor'),
+    (lambda: frechet(np.zeros(3), EYE, np.zeros(3), -EYE), 'second covariance'),
+    (lambda: frechet(np.zeros(3), -EYE, np.zeros(3), EYE), 'first covariance'),
+    (lambda: frechet(np.zeros(3), EYE, np.zeros(3), EYE+np.array([[0, 2, 0], [2, 0, 0], [0, 0, 0]])), 'negative variances'),
+    (lambda: frechet(np.zeros(3), LOPSIDED, np.zeros(3), EYE), 'not symmetric'),
+    (lambda: frechet(np.zeros(3), EYE, np.zeros(3), LOPSIDED), 'not symmetric'),
+    (lambda: frechet(np.zeros(3), EYE[:2], np.zeros(3), EYE), '(d,d)'),
+    (lambda: frechet(np.zeros((1, 3)), EYE, np.zeros(3), EYE), '(d,)'),
+    (lambda: frechet(np.full(3, NAN), EYE, np.zeros(3), EYE), 'NaN'),
+    (lambda: frechet(np.full(3, 1e200), EYE, np.zeros(3), EYE), 'scale the features'),
     (lambda: inception_score(normal(5, 3)), 'softmax'),
-    (lambda: precision_recall(normal(5, 2), normal(5, 2), k=5), 'between 1 and 4'),
-    (lambda: psnr(images(0), images(1)[0]), 'cannot be compared'),
+    *((lambda s=s: inception_score(normal(5, 3).softmax(1), s), 'splits') for s in (0, 6, -1, 1.5, True, NAN, '1', None)),
+    *((lambda k=k: precision_recall(normal(5, 2), normal(6, 2), k), 'k') for k in (0, 5, -1, 1.5, True, NAN, '1', None)),
+    (lambda: precision_recall(normal(5, 2), normal(5, 2)*NAN), 'fake features'),
+    (lambda: psnr(images(0), images(1)[:1]), 'cannot be compared'),
 ])
 def test_bad_input_is_one_line(call, says):
     with pytest.raises(UserError) as e: call()

@@ -1,15 +1,16 @@
 """Laws of training: resuming, accumulation and several processes change nothing; what is not named does not move."""
-import json, subprocess, sys, textwrap
+import json, os, subprocess, sys, textwrap
+from pathlib import Path
 import pytest, torch
 from torch import nn
 from dataclasses import replace
 from functools import partial
 from vfmvae.adversarial import PatchGAN, ProjectedDiscriminator
-from vfmvae.core import UserError, load_weights
-from vfmvae.data import World, loader
-from vfmvae.losses import latent_transform, pixel, ssim_loss, target_transform
+from vfmvae.core import UserError, home, load_weights, save_weights, write_atomic
+from vfmvae.data import World, folder as image_folder, loader
+from vfmvae.losses import latent_transform, perceptual, pixel, ssim_loss, target_transform, vfm_taps
 from vfmvae.tok_train import SCALES, STAGES, TINY, Settled, Stage, TokenizerTask, fitting_scales, select, tokenizer_losses
-from vfmvae.train import NotFinite, Run, fit, load_nets, read_nets, task_state, warm_cosine
+from vfmvae.train import EMA, NotFinite, Run, fit, load_nets, provenance, read_nets, task_state, warm_cosine
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 from vfmvae.vfm import VFM
 
@@ -171,12 +172,12 @@ def test_a_skipped_step_changes_nothing():
         assert start.keys() == end.keys() and all(torch.equal(v, start[k]) for k, v in end.items())
 
 
-def test_a_picture_that_is_not_finite_is_named_by_every_loss_and_leaves_no_trace():
+def test_a_picture_that_is_not_finite_is_named_and_leaves_no_trace():
     t, b = full(stage=replace(FULL, warmup=())), data().batch_at(0)
     t.step([data().batch_at(1)], lambda x: x.backward(), lambda ok=True: ok, 4)
     start = {k: v.clone() for k, v in task_state(t)[0].items()}
     b['image'][1, 0, 3, 3] = float('nan')
-    with pytest.raises(NotFinite, match='gan_real'): t.step([b], lambda x: x.backward(), lambda ok=True: ok, 4)
+    with pytest.raises(NotFinite, match='the pictures'): t.step([b], lambda x: x.backward(), lambda ok=True: ok, 4)
     assert all(torch.equal(v, start[k]) for k, v in task_state(t)[0].items())
 
 
@@ -486,3 +487,371 @@ def test_a_compiled_decoder_trains_the_same_model():
         out.append(t.step([data().batch_at(0)], lambda x: x.backward(), lambda ok=True: ok, 4))
         assert not [k for k in t.model.own_state() if '_orig_mod' in k]
     assert out[0] == out[1]
+
+
+# what a run is known by -------------------------------------------------------------------------------------------------------------------------
+
+class Small:
+    "The smallest task: one convolution, with an average. `seen` holds the keys of each step's micro-batches."
+    def __init__(self, width=3, seed=0):
+        torch.manual_seed(seed)
+        self.width, net, self.seen = width, nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, 3, 1)), []
+        self.nets, self.ema, self.optimizers = dict(net=net), EMA(net, 50), dict(net=torch.optim.Adam(net.parameters(), 1e-3))
+    def config(self): return dict(width=self.width)
+    def defaults(self): return dict(width=3)
+    def step(self, micro, backward, sync, seen):
+        self.seen.append([[*b['key']] for b in micro])
+        self.optimizers['net'].zero_grad()
+        loss = sum(self.nets['net'](b['image']).square().mean() for b in micro)/len(micro)
+        backward(loss); sync(); self.optimizers['net'].step(); self.ema.update(self.nets['net'], 4, seen)
+        return dict(loss=loss.item())
+
+
+def paint(folder, colours):
+    from PIL import Image
+    folder.mkdir(exist_ok=True)
+    for i, c in enumerate(colours): Image.new('RGB', (16, 16), (c, 40, 255-c)).save(folder/f'{i:02d}.png')
+    return folder
+
+
+def small_fit(folder, run, images=8, task=None, **kw):
+    task = task or Small()
+    return task, fit(task, loader(image_folder(folder, size=16), 4), images, Run(run), log_every=1, show=quiet, **kw)
+
+
+def edited(folder):
+    from PIL import Image
+    Image.new('RGB', (16, 16), (1, 2, 3)).save(folder/'03.png')
+    return folder
+
+
+OTHER = {'another set of the same length': lambda d: paint(d/'green', range(100, 108)),
+         'another set with more images': lambda d: paint(d/'green', range(100, 116)),
+         'a set with one image less': lambda d: (d/'red'/'07.png').unlink() or d/'red',
+         'an edited picture': lambda d: edited(d/'red'),
+         'a renamed picture': lambda d: (d/'red'/'07.png').rename(d/'red'/'08.png') and d/'red'}
+
+
+@pytest.mark.parametrize('what', OTHER)
+@pytest.mark.parametrize('images', [8, 16])
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, what, images):
+    small_fit(paint(tmp_path/'red', range(8)), tmp_path/'run')
+    with pytest.raises(UserError, match='data: .* there, .* here.*choose another run name or delete') as e:
+        small_fit(OTHER[what](tmp_path), tmp_path/'run', images)
+    assert '\n' not in str(e.value)
+
+
+def test_the_same_data_in_another_spelling_is_the_same(tmp_path, monkeypatch):
+    a, rows = small_fit(paint(tmp_path/'red', range(8)), tmp_path/'run')
+    monkeypatch.chdir(tmp_path)
+    for folder, run in (('red', 'run/'), (str(tmp_path/'run'/'..'/'red'), Run(tmp_path/'run').dir)):
+        t, again = small_fit(folder, Path(run), task=Small(seed=9))
+        assert t.seen == [] and again == rows and same(a, t)           # finished: its result, and not a step more
+    assert len(small_fit('red', Path('run'), 16)[1]) == 4
+
+
+def test_a_shorter_run_than_there_is_is_refused(tmp_path):
+    paint(tmp_path/'red', range(8))
+    small_fit(tmp_path/'red', tmp_path/'run', 16)
+    with pytest.raises(UserError, match='has seen 16 images already, more than 8'): small_fit(tmp_path/'red', tmp_path/'run', 8)
+
+
+def shifted(vfm):
+    with torch.no_grad(): next(vfm.parameters()).add_(1e-3)
+    return vfm
+
+
+def test_a_run_goes_on_behind_the_same_frozen_weights_only(tmp_path):
+    stage = Stage('s', dict(l1=1., perceptual=1., gan=.1))
+    def made(vfm=None, critic=None, seen=None):
+        torch.manual_seed(0)
+        look = partial(perceptual, features=vfm_taps(seen or VFM('tiny'), [1]))
+        return TokenizerTask(VFMVAE(TINY, vfm or VFM('tiny')), stage, look, 100, critics=dict(gan=ProjectedDiscriminator(critic or VFM('tiny'))))
+    fit(made(), data(), 4, Run(tmp_path/'a'), show=quiet)
+    for name, other in {'model.vfm': dict(vfm=shifted(VFM('tiny'))), 'gan.vfm': dict(critic=shifted(VFM('tiny'))),
+                        'perceptual.0': dict(seen=shifted(VFM('tiny')))}.items():
+        with pytest.raises(UserError, match=f'frozen.{name}: .* there') as e: fit(made(**other), data(), 8, Run(tmp_path/'a'), show=quiet)
+        assert '\n' not in str(e.value)
+    assert fit(made(), data(), 8, Run(tmp_path/'a'), log_every=1, show=quiet)[-1]['images'] == 8
+
+
+def test_a_run_remembers_the_weights_that_it_began_with(tmp_path):
+    files = [save_weights(tmp_path/f'{i}.safetensors', Small(seed=i).nets['net'].state_dict(), dict(recipe=dict(images=4))) for i in (1, 2)]
+    def go(start, images, run='run'):
+        t = Small()
+        state = read_nets(start)[0] if start else {}
+        load_nets(t, dict(net=state['model'], ema=state['ema']) if state else {})
+        return fit(t, data(), images, Run(tmp_path/run), log_every=1, show=quiet)
+    go(files[0], 4)
+    for other in (files[1], None):
+        with pytest.raises(UserError, match='start_weights: .* there'): go(other, 8)
+    assert len(go(files[0], 8)) == 2
+    go(None, 4, 'fresh')
+    with pytest.raises(UserError, match='start_weights: None there'): go(files[0], 8, 'fresh')
+
+
+def rewrite(run, change):
+    "Changes the JSON of the newest checkpoint as if older code had written it."
+    side = run.checkpoints()[-1].with_suffix('.json')
+    meta = json.loads(side.read_text())
+    change(meta)
+    side.write_text(json.dumps(meta))
+
+
+def test_a_checkpoint_from_before_fingerprints_goes_on_with_a_word(tmp_path):
+    straight = Small()
+    fit(straight, data(), 16, show=quiet)
+    fit(Small(), data(), 8, run := Run(tmp_path/'a'), show=quiet)
+    rewrite(run, lambda m: m.update(loop=dict(batch=4, seed=0)))
+    with pytest.warns(UserWarning, match='data was not kept'): fit(t := Small(), data(), 16, run, show=quiet)
+    assert same(straight, t)
+
+
+def test_a_setting_that_the_code_gained_stands_at_its_default(tmp_path):
+    fit(task(), data(), 4, run := Run(tmp_path/'a'), show=quiet)
+    def old(meta):
+        for k in ('cos_margin', 'warmup'): del meta['config']['stage'][k]
+        del meta['config']['model']['legacy'], meta['config']['precision'], meta['config']['clip']
+    rewrite(run, old)
+    assert fit(task(), data(), 8, run, log_every=1, show=quiet)[-1]['images'] == 8
+    rewrite(run, lambda m: m['config']['stage'].pop('cos_margin'))
+    with pytest.raises(UserError, match='stage.cos_margin: 0.0 there, 0.3 here'):
+        fit(task(stage=replace(STAGE, cos_margin=.3)), data(), 12, run, show=quiet)
+    assert fit(task(stage=replace(STAGE, weights=dict(STAGE.weights, gan=0.))), data(), 12, run, log_every=1, show=quiet)[-1]['images'] == 12
+
+
+def test_another_number_of_micro_batches_is_said_and_goes_on(tmp_path):
+    fit(Small(), data(8), 8, run := Run(tmp_path/'a'), show=quiet)
+    with pytest.warns(UserWarning, match='accumulate: 1 there, 2 here'): fit(t := Small(), data(4), 16, run, accumulate=2, show=quiet)
+    assert len(t.seen) == 1
+
+
+@pytest.mark.parametrize('images,batch,parts', [(20, 8, 2), (20, 8, 4), (13, 6, 3), (9, 8, 8), (16, 8, 2)])
+@pytest.mark.parametrize('augment', [False, True])
+def test_a_step_is_the_same_images_however_it_is_split(tmp_path, images, batch, parts, augment):
+    ds = image_folder(paint(tmp_path/'a', range(images)), size=16, augment=augment)
+    class Sees(Small):
+        def step(self, micro, *a):
+            self.pixels = [*getattr(self, 'pixels', []), torch.cat([b['image'] for b in micro]).clone()]
+            return super().step(micro, *a)
+    one, many = Sees(), Sees()
+    fit(one, loader(ds, batch, seed=3), 7*batch, show=quiet)
+    fit(many, loader(ds, batch//parts, seed=3), 7*batch, accumulate=parts, show=quiet)
+    assert [[k for b in step for k in b] for step in one.seen] == [[k for b in step for k in b] for step in many.seen]
+    assert {len(step) for step in many.seen} == {parts} and {len(b) for step in many.seen for b in step} == {batch//parts}
+    assert len(one.seen) == 7 and all(torch.equal(a, b) for a, b in zip(one.pixels, many.pixels, strict=True))
+
+
+def test_a_batch_larger_than_the_set_is_one_line():
+    with pytest.raises(UserError, match='a batch of 8 is larger than the set'): fit(Small(), loader(World(6), 4), 16, accumulate=2, show=quiet)
+
+
+# what lies in a run's folder ---------------------------------------------------------------------------------------------------------------------
+
+def test_a_path_is_that_path_and_a_name_lies_at_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Run(Path('x')).dir.resolve() == tmp_path/'x' and Run('./y').dir.resolve() == tmp_path/'y'
+    assert Run('x').dir == home()/'runs'/'x'
+    for bad in ('', '..', 'a\0b', 'n'*300):
+        with pytest.raises(UserError): Run(bad)
+    (tmp_path/'file').write_text('')
+    for bad in (tmp_path/'file', tmp_path/'file'/'run'):
+        with pytest.raises(UserError) as e: Run(bad)
+        assert '\n' not in str(e.value)
+
+
+def test_every_log_is_cut_back_whole_when_a_run_goes_on(tmp_path):
+    run = Run(tmp_path/'a')
+    for s in range(1, 7):
+        run.log(dict(step=s, images=4*s, loss=float('nan') if s == 2 else .5))
+        if s % 2 == 0: run.log(dict(images=4*s, levels=[]), 'watch.jsonl')
+        run.log(dict(step=s, images=4*s, terms=['x']), 'skipped.jsonl')
+    for name in ('log', 'watch', 'skipped'): (run.dir/f'{name}.jsonl').open('a').write('{"step": 7, "ima')        # torn by a kill
+    assert len(run.history()) == 6 and len(run.rows('watch.jsonl')) == 3
+    before = {p.name: p.read_bytes() for p in run.dir.iterdir()}
+    assert [r['step'] for r in run.history(before=4)] == [1, 2, 3, 4]                                             # the row at 4 stays
+    lines = {p.name: [json.loads(x, parse_constant=pytest.fail) for x in p.read_text().splitlines()] for p in run.dir.iterdir()}
+    assert [r['images'] for r in lines['watch.jsonl']] == [8, 16] and [r['step'] for r in lines['skipped.jsonl']] == [1, 2, 3, 4]
+    assert lines['log.jsonl'][1]['loss'] is None and {*lines} == {*before}
+    (run.dir/'log.jsonl').open('a').write('{"torn')
+    run.log(dict(step=5, images=20))
+    assert [r['step'] for r in run.history()] == [1, 2, 3, 4, 5]                                                  # not glued to the torn one
+    assert run.history(before=0) == [] and (run.dir/'watch.jsonl').read_text() == ''
+
+
+def test_a_log_is_whole_when_the_disk_is_full(tmp_path, monkeypatch):
+    run = Run(tmp_path/'a')
+    for s in (1, 2, 3): run.log(dict(step=s, images=s))
+    whole = (run.dir/'log.jsonl').read_bytes()
+    def full(*a, **kw): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(Path, 'write_text', full)
+        with pytest.raises(UserError, match='No space left') as e: run.history(before=1)
+    assert (run.dir/'log.jsonl').read_bytes() == whole and '\n' not in str(e.value)
+
+
+def test_a_folder_that_cannot_be_written_or_a_full_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
+    usage = type('usage', (), dict(free=100))
+    monkeypatch.setattr('vfmvae.train.shutil.disk_usage', lambda p: usage)
+    t = Small()
+    with pytest.raises(UserError, match='a checkpoint takes about .* MB'): fit(t, data(), 8, Run(tmp_path/'a'), show=quiet)
+    assert t.seen == []
+
+
+def test_temporary_files_of_killed_writers_go_at_the_next_start(tmp_path):
+    run = Run(tmp_path/'a')
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    names = []
+    write_atomic(run.dir/'look.png', lambda p: names.append(p.name) or p.write_bytes(b''))
+    for pid in (dead.pid, os.getpid()): (run.dir/names[0].replace(f'-{os.getpid()}-', f'-{pid}-')).write_bytes(b'x')
+    Run(tmp_path/'a')
+    assert [p.name for p in run.dir.glob('.look.png.*.tmp')] == names                                              # the writer that lives
+
+
+def test_readers_and_bar_are_closed_when_a_training_fails():
+    closed = []
+    class Feed:
+        batch_size = 4
+        def steps(self, start):
+            try:
+                while True: yield World(4).batch(range(4))
+            finally: closed.append('feed')
+    class Fails(Small):
+        def step(self, *a): raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): fit(Fails(), Feed(), 8, show=quiet)
+    assert closed == ['feed']
+    class Ends(Feed):
+        def steps(self, start): yield World(4).batch(range(4))
+    with pytest.raises(UserError, match='the loader ended'): fit(Small(), Ends(), 16, show=quiet)
+
+
+def test_where_a_result_comes_from_is_its_own_repository(tmp_path, monkeypatch):
+    import vfmvae
+    from vfmvae.train import _commit
+    git = lambda *a: subprocess.run(['git', '-C', tmp_path, '-c', 'user.name=n', '-c', 'user.email=e', *a], check=True, capture_output=True)
+    package = tmp_path/'environment'/'vfmvae'
+    package.mkdir(parents=True)
+    for name in ('__init__.py', 'train.py'): (package/name).write_text('')
+    (tmp_path/'notes.txt').write_text('somebody else')
+    git('init'); git('add', 'notes.txt'); git('commit', '-m', 'theirs')
+    monkeypatch.setattr(vfmvae, '__file__', str(package/'__init__.py'))
+    def now():
+        _commit.cache_clear()
+        p = provenance()
+        return p['commit'], p['dirty']
+    try:
+        assert now() == (None, None)                       # a stranger's repository around an environment
+        git('add', 'environment'); git('commit', '-m', 'ours')
+        commit, dirty = now()
+        assert commit and dirty is False
+        (package/'train.py').write_text('changed')
+        assert now() == (commit, True)
+    finally: _commit.cache_clear()
+
+
+# what is wrong is said in one line, before the work -----------------------------------------------------------------------------------------------
+
+NUMBERS = [dict(lr=v) for v in (-1., 0., float('nan'), float('inf'), 1e300, '1', True)] + [
+    {k: v} for k in ('accumulate', 'log_every', 'save_every', 'patience') for v in (0, -1, 1.5, 'x', True, float('nan'))] + [
+    dict(seed=v) for v in (2**70, -2**70, .5, 'x')] + [dict(images=v) for v in (0, -1, 3, 1.5, float('nan'), 'x')]
+
+
+@pytest.mark.parametrize('wrong', NUMBERS, ids=str)
+def test_a_number_out_of_range_is_one_line_before_the_first_step(tmp_path, wrong):
+    t = Small()
+    with pytest.raises(UserError, match=next(iter(wrong))) as e: fit(t, data(), **dict(dict(images=8, run=Run(tmp_path/'a'), show=quiet), **wrong))
+    assert '\n' not in str(e.value) and t.seen == [] and not Run(tmp_path/'a').checkpoints()
+    with pytest.raises(UserError): Run(tmp_path/'a', keep=0)
+
+
+def test_large_seeds_train():
+    for seed in (2**62, -1, 10**15): fit(Small(), data(), 4, seed=seed, show=quiet)
+
+
+@pytest.mark.parametrize('wrong', [dict(lr=-1.), dict(lr=0.), dict(lr=float('nan')), dict(lr=float('inf')), dict(lr=1e300), dict(lr='x'), dict(lr_critics=0.),
+                                   dict(images=-1), dict(images=.5), dict(weights=dict(l1=float('inf'))), dict(weights=dict(l1=float('nan'))),
+                                   dict(weights=dict(l1='x')), dict(weights=3), dict(train='synthesis'), dict(warmup='gan'), dict(equivariance=.5),
+                                   dict(equivariance=(float('nan'), 1.)), dict(equivariance=('x', 1.)), dict(multiscale_until=-1), dict(cos_margin='x'),
+                                   dict(dist_margin=float('nan'))], ids=str)
+def test_a_stage_of_wrong_values_is_one_line(wrong):
+    with pytest.raises(UserError, match="stage 'a'") as e: Stage(**dict(dict(name='a', weights=dict(l1=1.)), **wrong))
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('wrong', [dict(half_life=-1), dict(half_life=float('nan')), dict(half_life='x'), dict(betas=(0., 1.)), dict(betas=.9),
+                                   dict(betas=(float('nan'), .9)), dict(clip=0.), dict(clip=float('nan')), dict(start=-1), dict(start='x')], ids=str)
+def test_a_task_of_wrong_values_is_one_line(wrong):
+    with pytest.raises(UserError) as e: TokenizerTask(VFMVAE(TINY, VFM('tiny')), STAGE, **wrong)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('wrong', [dict(half_life=-1.), dict(half_life=float('nan')), dict(rampup=-1.), dict(constant=1.5),
+                                   dict(constant=float('nan'))], ids=str)
+def test_an_average_of_wrong_values_is_one_line(wrong):
+    with pytest.raises(UserError, match='average'): EMA(nn.Linear(1, 1), **wrong)
+
+
+def test_the_average_leaves_the_frozen_vfm_alone_and_is_the_published_one(monkeypatch):
+    from timm.utils import ModelEmaV3
+    model = VFMVAE(TINY, VFM('tiny'))
+    mine, theirs, lerp, moved = EMA(model, constant=.9), ModelEmaV3(model, decay=.9, exclude_buffers=True), torch._foreach_lerp_, []
+    assert mine.net.vfm is model.vfm and mine.net.synthesis is not model.synthesis and not mine.net.training
+    for _ in range(3):
+        with torch.no_grad():
+            for p in model.trainable().values(): p.add_(.1*torch.randn_like(p))
+            for b in model.mapping.buffers(): b.add_(1.)
+        theirs.update(model)
+        with monkeypatch.context() as m:
+            m.setattr(torch, '_foreach_lerp_', lambda a, b, weight: moved.append(len(a)) or lerp(a, b, weight=weight))
+            mine.update(model, 8, 8)
+    assert all(torch.equal(v, theirs.module.state_dict()[k]) for k, v in mine.net.state_dict().items())
+    assert {*moved} == {len(model.trainable())}
+
+
+def test_frozen_weights_that_share_memory_share_it_where_they_move():
+    from vfmvae.train import _move
+    vfm = VFM('tiny')
+    t = TokenizerTask(VFMVAE(TINY, vfm), Stage('s', dict(l1=1., gan=.1)), critics=dict(gan=ProjectedDiscriminator(vfm)))
+    own = {k: v.double() for k, v in t.model.state_dict().items()}
+    _move([*t.nets.values(), t.ema.net], torch.float64)
+    frozen = [{p.data_ptr() for p in n.vfm.parameters()} for n in (t.model, t.critics['gan'], t.ema.net)]
+    assert frozen[0] == frozen[1] == frozen[2] and len(frozen[0]) == len(list(vfm.parameters()))
+    assert all(v.dtype == torch.float64 and torch.equal(v, own[k]) for k, v in t.model.state_dict().items())
+    moving = {p.data_ptr() for p in t.params}
+    assert len(moving) == len(t.params) and not moving & {p.data_ptr() for p in t.ema.net.parameters()}
+    assert {p.dtype for p in vfm.parameters()} == {torch.float32}
+
+
+DAMAGE = {'an optimizer with NaN': lambda t, m: t['task.optimizers.net.state.0.exp_avg'].fill_(float('nan')),
+          'an optimizer of another shape': lambda t, m: t.update({'task.optimizers.net.state.0.exp_avg': torch.zeros(2)}),
+          'no state of the optimizer': lambda t, m: m['task']['optimizers']['net'].pop('state'),
+          'a parameter that is not there': lambda t, m: m['task']['optimizers']['net']['state'].update({'99': {}}),
+          'no optimizer': lambda t, m: m['task'].update(optimizers={}), 'no nets': lambda t, m: m['task'].pop('nets'),
+          'words for numbers': lambda t, m: m['task']['optimizers']['net']['param_groups'][0].update(lr='fast'),
+          'groups of another number': lambda t, m: m['task']['optimizers']['net'].update(param_groups=[]),
+          'a net of another shape': lambda t, m: t.update({'task.nets.net.0.bias': torch.zeros(7)}),
+          'a tensor that is not there': lambda t, m: t.pop('task.nets.net.0.bias'), 'a step in words': lambda t, m: m.update(step='two'),
+          'another step': lambda t, m: m.update(step=99), 'no configuration': lambda t, m: m.pop('config'), 'no state': lambda t, m: m.update(task=None)}
+
+
+@pytest.mark.parametrize('what', DAMAGE)
+def test_a_checkpoint_that_is_damaged_is_one_line(tmp_path, what):
+    fit(Small(), data(), 4, run := Run(tmp_path/'a'), show=quiet)
+    tensors, meta = load_weights(path := run.checkpoints()[-1])
+    DAMAGE[what](tensors, meta)
+    save_weights(path, tensors, meta)
+    with pytest.raises(UserError, match='choose another run name or delete') as e: fit(Small(), data(), 8, run, show=quiet)
+    assert '\n' not in str(e.value)
+
+
+def test_weights_of_something_else_are_one_line(tmp_path):
+    files = dict(foreign=({'a': torch.zeros(2)}, {}), strange=({'a': torch.zeros(2)}, dict(recipe=[1])), nan=({'a': torch.full((2,), float('nan'))}, {}),
+                 torn=({'a': torch.zeros(2)}, dict(task=dict(nets={'__tensor__': 'b'}), images=1, config={})), words=({}, dict(recipe=dict(images='x'))))
+    for name, (tensors, meta) in files.items():
+        path = save_weights(tmp_path/f'{name}.safetensors', tensors, meta)
+        with pytest.raises(UserError) as e: load_nets(task(), read_nets(path)[0])
+        assert '\n' not in str(e.value), name
+    t = Small()
+    with pytest.raises(UserError, match='the weights do not fit') as e: load_nets(t, dict(net={'a': torch.zeros(2)}))
+    assert '\n' not in str(e.value)

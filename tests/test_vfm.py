@@ -200,7 +200,8 @@ def test_threads_that_share_a_vfm_do_not_mix_their_features():
         for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-4)
 
 
-PUBLISHED = [('tiny', '', 'bilinear', True), ('vit_base_patch16_224.mae', 'mae', 'bilinear', False), ('eva02_large_patch14_224.mim_m38m', 'eva', 'bicubic', False),
+PUBLISHED = [('tiny', '', 'bilinear', True), ('vit_base_patch16_224.mae', 'mae', 'bilinear', False),
+             ('eva02_large_patch14_224.mim_m38m', 'eva', 'bicubic', False),
              ('vit_small_patch14_dinov2.lvd142m', 'dino', 'bicubic', True), ('vit_small_patch16_224.dino', 'dino', 'bicubic', True),
              ('vit_base_patch16_siglip_512.v2_webli', 'siglip', 'bilinear', True)]
 

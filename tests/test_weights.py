@@ -79,9 +79,9 @@ def test_json_of_a_tokenizer_that_says_nonsense(tmp_path):
     for key in ('family', 'config'):
         for odd in ODD: line(load_tokenizer, written(path, own, about | {key: odd}), False)
     for odd in ([], {}, 3, ['a']): line(load_tokenizer, written(path, own, about | {'name': odd}), False)
-    for text in ('', '[]', '3', '{', 'null', '{"a": NaN}', '['*5000, '\ud800'.encode('utf-8', 'surrogatepass').decode('latin1')): line(load_tokenizer, written(path, own, text), False)
+    for text in ('', '[]', '3', '{', 'null', '{"a": NaN}', '['*5000): line(load_tokenizer, written(path, own, text), False)
     for i, (f, default) in enumerate(asdict(VFMVAE_TINY).items()):
-        for odd in ODD[i % 4::4]:
+        for odd in ODD[i % 6::6]:
             if odd == default or isinstance(default, bool) and odd is True or isinstance(default, str) and f == 'vfm' and isinstance(odd, str): continue
             try: load_tokenizer(written(path, own, about | {'config': about['config'] | {f: odd}}), False)
             except UserError as e: assert '\n' not in str(e) and len(str(e)) < 600, (f, odd)
@@ -93,10 +93,11 @@ def test_json_of_a_net_that_says_nonsense(tmp_path):
     for key in ('family', 'config'):
         for odd in ODD: line(open_net, written(path, own, about | {key: odd}))
     for i, f in enumerate(asdict(NET_TINY)):
-        for odd in ODD[i % 4::4]:
+        for odd in ODD[i % 6::6]:
             try: open_net(written(path, own, about | {'config': about['config'] | {f: odd}}))
             except UserError as e: assert '\n' not in str(e) and len(str(e)) < 600, (f, odd)
-    good = dict(tokenizer='t', latent=[16, 8, 8], scale=dict(mean=[0.]*16, std=[1.]*16), classes=['a', 'b', 'c'], sampling=dict(steps=4), recipe=dict(flow=dict(ema=.9)), step=3)
+    good = dict(tokenizer='t', latent=[16, 8, 8], scale=dict(mean=[0.]*16, std=[1.]*16), classes=['a', 'b', 'c'], step=3,
+                sampling=dict(steps=4), recipe=dict(flow=dict(ema=.9)))
     assert open_net(written(path, own, about | good)).meta['step'] == 3
     for k, bads in dict(tokenizer=[[], 3], latent=['x', [16], [15, 8, 8], [16, -8, 8], [16, 8, 10**11], [16, 8, 'a']], classes=['abc', [1, 2, 3], ['a']],
                         scale=[[1], dict(mean=[0.]*16), dict(mean=[0.]*16, std=[0.]*16), dict(mean='x', std=[1.]*16), dict(mean=[0.]*3, std=[1.]*3)],
@@ -163,8 +164,8 @@ BOMBS = {name: (pickled(x), stores) for name, x, stores in bombs()}
 def test_a_pickle_that_asks_for_more_than_the_file_holds(name, tmp_path):
     data, stores = BOMBS[name]
     line(read_torch, zipped(tmp_path/'a.pt', data, **stores))
-    old = b''.join(pickle.dumps(x, 2) for x in (0x1950a86a20f9469cfc6c, 1001, dict(protocol_version=1001, little_endian=True, type_sizes={}))) + data + pickle.dumps([], 2)
-    (tmp_path/'b.pt').write_bytes(old)
+    head = 0x1950a86a20f9469cfc6c, 1001, dict(protocol_version=1001, little_endian=True, type_sizes={})
+    (tmp_path/'b.pt').write_bytes(b''.join(pickle.dumps(x, 2) for x in head) + data + pickle.dumps([], 2))
     line(read_torch, tmp_path/'b.pt')
     for f in ('a.pt', 'b.pt'): line(VFM, 'tiny', tmp_path/f)
 
@@ -178,7 +179,7 @@ def test_other_files_of_torch(tmp_path):
     for wrapped in (dict(model=state), dict(state_dict=dict(state), epoch=3, args=dict(lr=.1))):
         torch.save(wrapped, tmp_path/'w.pt')
         assert same(says(VFM('tiny', tmp_path/'w.pt')), want)
-    for f, b in whole.items():
+    for b in whole.values():
         for n in (0, 1, 10, 100, len(b)//2, len(b)-1):
             (tmp_path/'cut.pt').write_bytes(b[:n])
             line(read_torch, tmp_path/'cut.pt')
@@ -199,8 +200,9 @@ def test_other_files_of_torch(tmp_path):
     zipped(tmp_path/'memo2.pt', b'\x80\x02Nr' + struct.pack('<I', 2**31) + b'.')
     zipped(tmp_path/'wide.pt', b'\x80\x02' + b'}'*(2**24+1) + b'.')
     np.savez(tmp_path/'numpy.npz', a=np.zeros(3))
-    for f in ('packed.pt', 'tar.pt', 'folder.pt', 'list.pt', 'number.pt', 'keys.pt', 'three.pt', 'text.pt', 'deep.pt', 'memo.pt', 'memo2.pt', 'wide.pt', 'numpy.npz', 'no.pt'):
-        line(VFM, 'tiny', tmp_path/f)
+    odd = [p for p in tmp_path.iterdir() if p.name not in (*whole, 'w.pt', 'cut.pt', 'bit.pt')]
+    assert len(odd) == 13
+    for f in (*odd, tmp_path/'no.pt'): line(VFM, 'tiny', f)
 
 def test_a_bomb_takes_no_memory(tmp_path):
     path, data = tmp_path/'a.pt', pickled(dict(a=Call(bytearray, 3*10**8)))

@@ -149,8 +149,9 @@ def test_a_size_that_fits_no_grid_is_enlarged_and_said():
 
 
 @weights
-@pytest.mark.parametrize('bad', [dict(image=-1), dict(image=1.), dict(image=True), dict(seed='a'), dict(transform='nose'), dict(strength=361),
-                                 dict(strength=None), dict(transform='hflip', strength=.5), dict(tokenizer='vfmvae'), dict(strength=float('inf'))])
+@pytest.mark.parametrize('bad', [dict(image=-1), dict(image=1.5), dict(image=True), dict(seed='a'), dict(transform='nose'), dict(strength=361),
+                                 dict(seed=10**30), dict(strength=None), dict(transform='hflip', strength=.5), dict(tokenizer='vfmvae'),
+                                 dict(strength=float('inf'))])
 def test_a_state_that_cannot_be_shown_is_refused_in_one_line(bad):
     with pytest.raises(UserError, match=r'^[^\n]+$'): KeepsState(**bad)
     lab = KeepsLab()

@@ -8,7 +8,8 @@ __all__ = ['cknna_parts', 'cknna', 'cknna_null', 'Alignment', 'cknna_score', 'ck
            'Score', 'knn_accuracy', 'linear_probe', 'probe', 'ridge_probe']
 
 # %% ../nbs/13_align.ipynb #641b7fdc
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 # %% ../nbs/13_align.ipynb #db55bbd3
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/13_align.ipynb #fde01cb1
-from .core import Table, UserError
+from .core import Table, UserError, real, whole
 from .features import Bank
-from .neighbours import Graph, _blocks, _graph, _graphs, _rows, _shared, _sorted, knn_graph, mutual_knn, prepare
+from .neighbours import Graph, _blocks, _graph, _graphs, _rows, _shared, _sorted, _square, knn_graph, mutual_knn, prepare
 from .probes import PENALTIES, Score, knn_accuracy, linear_probe, probe, ridge_probe
-from .views import as_source, extract_views, gather, label, views
+from .views import as_source, extract_views, gather, image_set, images_seen, label, say_unfamiliar, views
 _all_ = ['Graph', 'knn_graph', 'mutual_knn', 'prepare', 'PENALTIES', 'Score', 'knn_accuracy', 'linear_probe', 'probe', 'ridge_probe']   # one door for all of it
 
 # %% ../nbs/13_align.ipynb #0c443630
@@ -76,7 +77,8 @@ def _scored(a: Graph, b: Graph) -> None:
 def cknna_parts(a: Any, b: Any,      # as `cknna`
                 k: int | None = 10, unbiased: bool = True
                ) -> dict[str, float]:
-    "The three HSIC values behind `cknna` (kl shared, kk and ll own neighbours) and `pairs`, the number of shared edges. Errors as `cknna`."
+    """The three HSIC values behind `cknna` (kl shared, kk and ll own neighbours) and `pairs`, the number of shared edges. Similarities count in units of
+    the mean squared row length of their side, which is 1 for prepared rows: the unit of the features does not matter. Errors as `cknna`."""
     ga, gb = _graphs(a, b, k, loops=not unbiased)
     _scored(ga, gb)
     both = _common(_sorted(ga), gb)
@@ -85,9 +87,18 @@ def cknna_parts(a: Any, b: Any,      # as `cknna`
 
 # %% ../nbs/13_align.ipynb #48563de8
 def _ratio(kl: Any, kk: Any, ll: Any, eps: float) -> Tensor:
+    eps = real(eps, 'eps', low=0)
     kl, kk, ll = (torch.as_tensor(x, dtype=torch.float64) for x in (kl, kk, ll))
     below = (kk*ll).sqrt()+eps                                        # nan if the product is negative
     return torch.where(below == 0, torch.nan, kl/below)
+
+def _value(kl: Any, kk: Any, ll: Any, eps: float, varies: bool = True) -> float:
+    "The score as a number; one that is nothing is nan and says so, and one that eps drowns says that."
+    if not varies: return float('nan')
+    value, below = _ratio(kl, kk, ll, eps).item(), float(kk*ll)
+    if value != value: warnings.warn('the HSIC of one side is not positive: this score is nan; take more images', stacklevel=3)
+    elif below < eps**2: warnings.warn(f'eps = {eps:g} is more than half of the denominator of this score; eps=0 gives the exact ratio', stacklevel=3)
+    return value
 
 def cknna(a: Any,                # (n,d) rows prepared by the caller, or a graph of `knn_graph(a, k)`
           b: Any,                # (n,e), the same images in the same order
@@ -95,16 +106,35 @@ def cknna(a: Any,                # (n,d) rows prepared by the caller, or a graph
           unbiased: bool = True, # False: a row is its own neighbour, and the score may exceed 1
           eps: float = 1e-6      # added to the denominator: 1e-6 is the published score, 0 the exact ratio
          ) -> float:
-    "HSIC(shared)/(sqrt(HSIC(a) HSIC(b)) + eps) (Huh et al. 2024; spec/alignment.md section 3). nan where the denominator is 0. UserError if a, b do not fit."
-    parts = cknna_parts(a, b, k, unbiased)
-    return _ratio(parts['kl'], parts['kk'], parts['ll'], eps).item()
+    """HSIC(shared)/(sqrt(HSIC(a) HSIC(b)) + eps) (Huh et al. 2024; spec/alignment.md section 3), the same for features in any unit. With a warning nan
+    where all rows of a side are the same or the denominator is 0. UserError if a, b do not fit."""
+    ga, gb = _graphs(a, b, k, loops=not unbiased)
+    parts = cknna_parts(ga, gb, None, unbiased)
+    return _value(parts['kl'], parts['kk'], parts['ll'], eps, ga.varies and gb.varies)
 
 # %% ../nbs/13_align.ipynb #4126267f
+def _together(ga: Graph, gb: Graph) -> list[Tensor] | None:
+    "Rows that are copies of each other on both sides, as (groups, rows of each), one tensor for each size; None: no two rows are."
+    if ga.copies is None or gb.copies is None: return None
+    both, size = (ga.copies.cpu()*ga.n + gb.copies.cpu()).unique(return_inverse=True, return_counts=True)[1:]
+    if size.max() == 1: return None
+    order, start = both.argsort(stable=True), size.cumsum(0)-size
+    return [order[start[size == s][:, None]+torch.arange(s)] for s in size.unique().tolist()]
+
+def _orders(ga: Graph, gb: Graph, times: int, seed: int) -> Iterator[Tensor]:
+    "Random orders of the rows, (n,). Copies on both sides stay together and change places with as many: an image that comes twice is one image."
+    g, groups = torch.Generator().manual_seed(seed), _together(ga, gb)
+    for _ in range(times):
+        if groups is None: order = torch.randperm(gb.n, generator=g)
+        else:
+            order = torch.empty(gb.n, dtype=torch.int64)
+            for rows in groups: order[rows.flatten()] = rows[torch.randperm(len(rows), generator=g)].flatten()
+        yield order.to(gb.idx.device)
+
 def _null(ga: Graph, gb: Graph, unbiased: bool, times: int, seed: int) -> Tensor:
     "HSIC of the shared neighbours with the rows of b in random orders, (times,)."
-    g, a = torch.Generator().manual_seed(seed), _sorted(ga)
-    orders = (torch.randperm(gb.n, generator=g).to(gb.idx.device) for _ in range(times))
-    return torch.tensor([_common(a, gb.shuffled(o)).hsic(unbiased).item() for o in orders], dtype=torch.float64)
+    a = _sorted(ga)
+    return torch.tensor([_common(a, gb.shuffled(o)).hsic(unbiased).item() for o in _orders(ga, gb, times, seed)], dtype=torch.float64)
 
 def cknna_null(a: Any, b: Any,        # as `cknna`
                k: int | None = 10, unbiased: bool = True, eps: float = 1e-6,
@@ -114,7 +144,8 @@ def cknna_null(a: Any, b: Any,        # as `cknna`
     "`cknna` with the rows of b in `times` random orders, (times,) float64: the score of chance (permutation test). Same seed, same orders."
     ga, gb = _graphs(a, b, k, loops=not unbiased)
     parts = cknna_parts(ga, gb, None, unbiased)
-    return _ratio(_null(ga, gb, unbiased, times, seed), parts['kk'], parts['ll'], eps)
+    null = _ratio(_null(ga, gb, unbiased, whole(times, 'times', 1), whole(seed, 'seed')), parts['kk'], parts['ll'], eps)
+    return null if ga.varies and gb.varies else torch.full_like(null, torch.nan)
 
 # %% ../nbs/13_align.ipynb #cfb1b2b4
 def _resamples(n: int, times: int, seed: int) -> Tensor:
@@ -144,9 +175,13 @@ def _alignment(ga: Graph, gb: Graph, own: tuple[Tensor, Tensor], weights: Tensor
     "The judged score, and the score with its bootstrap values, (1+times,)."
     score = _ratio(_spread(_common(_sorted(ga), gb), weights, unbiased), *own, eps)
     null = _ratio(_null(ga, gb, unbiased, len(weights), seed), own[0][0], own[1][0], eps)
-    value, low, high = score[0].item(), *score[1:].quantile(score.new_tensor([.025, .975])).tolist()
+    if not (ga.varies and gb.varies and score[0] == score[0]):
+        _value(score[0], own[0][0], own[1][0], eps, ga.varies and gb.varies)
+        nan = float('nan')
+        return Alignment(nan, nan, nan, nan, nan, nan, nan, ga.n, ga.k), score*nan
+    value, low, high = score[0].item(), *score[1:].nanquantile(score.new_tensor([.025, .975])).tolist()
     q95 = null.quantile(.95).item()
-    p = (1+(null >= score[0]).sum().item())/(1+len(null))
+    p = (1+(null >= score[0]-1e-6*score[0].abs()).sum().item())/(1+len(null))        # equal but for rounding is equal
     return Alignment(value, low, high, null.mean().item(), q95, p, max(0., (value-q95)/(1-q95)), ga.n, ga.k), score
 
 # %% ../nbs/13_align.ipynb #0d08bf9c
@@ -157,15 +192,17 @@ def cknna_score(a: Any, b: Any,      # as `cknna`
                ) -> Alignment:
     """`cknna` with interval, chance level, p-value and calibrated value.
     Interval: percentiles of a bootstrap over images with fixed neighbour lists; an image's weight counts in full as a row, by half as a neighbour.
-    The half was chosen by simulation: rows alone give intervals that are too short, full weights too long ones (the notebook; LOG.md)."""
+    The half was chosen by simulation: rows alone give intervals that are too short, full weights too long ones (the notebook; LOG.md).
+    Rows that are copies on both sides stay together in the shuffles, so that p stays right (the interval of such a set is too short). All nan, with a
+    warning, where `cknna` is nan."""
     ga, gb = _graphs(a, b, k, loops=not unbiased)
     _scored(ga, gb)
-    weights = _resamples(ga.n, _times(times), seed)
+    weights = _resamples(ga.n, _times(times), whole(seed, 'seed'))
     own = _spread(_own(ga), weights, unbiased), _spread(_own(gb), weights, unbiased)
     return _alignment(ga, gb, own, weights, unbiased, eps, seed)[0]
 
 def _times(times: int) -> int:
-    if times < 20: raise UserError(f'{times} resamples give no interval; take at least 20, or 200')
+    if (times := whole(times, 'times')) < 20: raise UserError(f'{times} resamples give no interval; take at least 20, or 200')
     return times
 
 # %% ../nbs/13_align.ipynb #cb88e573
@@ -175,14 +212,14 @@ def cknna_pairs(left: Mapping[str, Any],      # name -> (n,d) prepared rows or a
                 unbiased: bool = True, eps: float = 1e-6, times: int = 200, seed: int = 0 # as `cknna_score`
                ) -> Table:
     "One row for each left, right and k: `left`, `right` and the fields of `Alignment`. One graph a set; what stands on both sides is made once."
-    ks, made = ([k] if isinstance(k, int) else list(k)), {}
+    ks, made = [whole(m, 'k') for m in (k if hasattr(k, '__iter__') and not isinstance(k, str) else [k])], {}
     if not (left and right and ks): raise UserError('nothing to compare; give at least one set on each side and one k')
     rows = {name: x.n if isinstance(x, Graph) else len(x) for side in (left, right) for name, x in side.items()}
     if len(set(rows.values())) > 1: raise UserError(f"{', '.join(f'{m}: {n}' for m, n in rows.items())} rows: all sets must describe the same images")
     for side in (left, right):
         for x in side.values():
             if id(x) not in made: made[id(x)] = _graph(x, max(ks), not unbiased)
-    weights, out = _resamples(next(iter(rows.values())), _times(times), seed), {}
+    weights, out = _resamples(next(iter(rows.values())), _times(times), whole(seed, 'seed')), {}
     for m in ks:
         graphs = {i: g.first(m) for i, g in made.items()}
         for g in graphs.values(): _scored(g, g)
@@ -206,6 +243,7 @@ def _kernel(x: Tensor, s: slice, sigma: float | None, unbiased: bool) -> Tensor:
     dot, norm = x[s]@x.T, x.square().sum(1)
     k = dot if sigma is None else torch.exp(-(norm[s, None]+norm-2*dot).clamp(min=0)/(2*sigma**2))
     if unbiased: k.diagonal(s.start).zero_()
+    elif sigma is not None: k.diagonal(s.start).fill_(1)       # no distance to itself, whatever is left of norm+norm-2*dot
     return k
 
 def _kernel_hsics(a: Tensor, b: Tensor, sigma: float | None, unbiased: bool) -> list[Tensor]:
@@ -216,7 +254,19 @@ def _kernel_hsics(a: Tensor, b: Tensor, sigma: float | None, unbiased: bool) -> 
         K, L = _kernel(a, s, sigma, unbiased), _kernel(b, s, sigma, unbiased)
         cross += torch.stack([(K*L).sum(), K.square().sum(), L.square().sum()])
         rows[:, s] = torch.stack([K.sum(1), L.sum(1)])
-    return [_hsic(c, p, p, q, q, unbiased) for c, p, q in zip(cross, rows[[0, 0, 1]], rows[[1, 0, 1]], strict=True)]
+    parts = [_hsic(c, p, p, q, q, unbiased) for c, p, q in zip(cross, rows[[0, 0, 1]], rows[[1, 0, 1]], strict=True)]
+    near = (rows.sum(1)/n - float(not unbiased))/(n-1)              # the mean kernel of two different rows, on each side
+    if sigma is not None and ((near < 1e-6) | (near > 1-1e-5)).any(): parts[1:] = [c*torch.nan for c in parts[1:]]
+    return parts
+
+def _centred(x: Tensor, linear: bool) -> Tensor:
+    """Centred rows in float64. For the linear kernel in units of their size: the rows' length where all have one (1 after `prepare`: the published
+    eps) and it is not all offset, else the root mean square of what is left after centring, which a constant offset leaves alone."""
+    square, c = _square(x) if linear else 1., x.double() - x.double().mean(0)
+    if square == 1: return c
+    size, spread = x.double().norm(dim=1), c.square().sum(1).mean().item()
+    size = size[size > 0]
+    return c/(square if size.max() < (1+1e-5)*size.min() and spread > 1e-4*square else spread)**.5
 
 # %% ../nbs/13_align.ipynb #2d47850b
 def cka(a: Any,                 # (n,d)
@@ -226,19 +276,32 @@ def cka(a: Any,                 # (n,d)
         unbiased: bool = False, # True: the estimator that is 0 on average for unrelated features
         eps: float = 1e-6       # added to the denominator, as published
        ) -> float:
-    "HSIC(a,b)/(sqrt(HSIC(a,a) HSIC(b,b)) + eps) in float64 (Kornblith et al. 2019; spec/alignment.md section 4). nan if the denominator vanishes."
-    a, b = (x - x.mean(0) for x in (_rows(a).double(), _rows(b).double()))
-    if len(a) != len(b): raise UserError(f'{len(a)} and {len(b)} rows: both sides must describe the same images')
+    """HSIC(a,b)/(sqrt(HSIC(a,a) HSIC(b,b)) + eps) in float64 (Kornblith et al. 2019; spec/alignment.md section 4). With the linear kernel the same for
+    features in any unit; the rbf kernel has its width in the unit of the features. With a warning nan where all rows of a side are the same, where all
+    are as near by this kernel, or the denominator vanishes."""
     if kernel not in ('linear', 'rbf'): raise UserError(f"no kernel named {kernel!r}; choose 'linear' or 'rbf'")
+    sigma, eps, (a, b) = real(sigma, 'sigma', above=0), real(eps, 'eps', low=0), (_rows(x).detach() for x in (a, b))
+    if len(a) != len(b): raise UserError(f'{len(a)} and {len(b)} rows: both sides must describe the same images')
     if len(a) < 4: raise UserError(f'CKA of {len(a)} rows; it takes at least 4')
+    if not (_vary(a, 'a') and _vary(b, 'b')): return float('nan')
+    a, b = (_centred(x, kernel == 'linear') for x in (a, b))
     if kernel == 'linear' and max(a.shape[1], b.shape[1]) <= len(a): parts = [_linear_hsic(x, y, unbiased) for x, y in ((a, b), (a, a), (b, b))]
     else: parts = _kernel_hsics(a, b, sigma if kernel == 'rbf' else None, unbiased)
-    kl, kk, ll = (p.item() for p in parts)
-    return _ratio(kl, kk, ll, eps).item()
+    if kernel == 'rbf' and not (parts[1]*parts[2]).sqrt() > eps:
+        warnings.warn(f'an rbf kernel of width sigma = {sigma:g} is the same for nearly all pairs of rows: this CKA is nan; give a sigma near the typical '
+                      'distance of two rows', stacklevel=2)
+        return float('nan')
+    return _value(parts[0], parts[1], parts[2], eps)
+
+def _vary(x: Tensor, name: str) -> bool:
+    if (x != x[0]).any(): return True
+    warnings.warn(f'all rows of {name} are the same: features that never vary have nothing to compare, and this score is nan', stacklevel=3)
+    return False
 
 # %% ../nbs/13_align.ipynb #aad3671a
 def _one(x: Any) -> tuple[Any, int | str]:
-    "(source, layer) of a source, a tokenizer, or such a pair; alone it means the last layer."
+    "(source, layer) of what `as_source` takes, or of such a pair; alone it means the last layer."
+    if isinstance(x, tuple) and len(x) != 2: raise UserError(f'{len(x)} things where a source, or (source, layer), is meant; give one of these')
     source, layer = x if isinstance(x, tuple) else (x, None)
     source = as_source(source)
     return source, source.layers[-1] if layer is None else layer
@@ -259,6 +322,7 @@ def alignment_of(seen: Mapping[tuple[str, str, int | str], Bank],               
     "`alignment_under` on features that are there already: several k, states and pairs from one extraction. UserError if banks are of different images."
     _state(reference_state)
     if not pairs: raise UserError('nothing to compare; give at least one pair (source, reference)')
+    seed = whole(seed, 'seed')
     made: dict[tuple, tuple[Graph, Tensor]] = {}
     weights = _resamples(len(next(iter(seen.values()))), _times(times), seed)
     def graph(at: tuple) -> tuple[Graph, Tensor]:
@@ -281,22 +345,40 @@ def alignment_of(seen: Mapping[tuple[str, str, int | str], Bank],               
     pooling = next(iter(seen.values())).meta.get('pooling')
     return Table(rows, n=rows[0]['n'], k=k, pooling=pooling, reference_state=reference_state, q=q, times=times, seed=seed, draws=draws)
 
-def alignment_under(pairs: Sequence[tuple[Any, Any]],  # (source, reference): FeatureSources or tokenizers, or (one of these, layer)
-                    images: Any,                       # as for `features.extract`
+def alignment_under(pairs: Sequence[tuple[Any, Any]],  # (source, reference): what `views.as_source` takes, or (one of these, layer)
+                    images: Any,                       # what `views.image_set` takes
                     transforms: Any = 'published',     # see `views.views`
                     reference_state: str = 'same',     # as `alignment_of`
                     k: int = 10,                       # neighbours
                     pool: str = 'mean',                # see `features.pool`
                     names: Sequence[str] | None = None, # one per image; None: the keys of the data set
                     batch_size: int = 64, quiet: bool = False, # as for `features.extract`
-                    **kwargs                           # of `alignment_of`: q, times, seed
+                    seed: int = 0,                     # of everything random: resamples, shuffles and what the views draw; 0: the published draws
+                    n: int | None = None,              # this many of the images, spread over the set (`data.take`); None: all
+                    **kwargs                           # of `alignment_of`: q, times
                    ) -> Table:
     """One row for each pair and view, the clean one first: `source`, `reference`, `transform`, `axis`, `strength` and the fields of `Alignment`.
-    Every image is read once. Facts: n, k, pooling, reference_state, and `draws`, the bootstrap values (1+times,) by (source, reference, transform)."""
+    Every image is read once. Facts: n, k, pooling, reference_state, seed, what was seen (`taken`, `data`: see `views.images_seen`), and `draws`, the
+    bootstrap values (1+times,) by (source, reference, transform)."""
     _state(reference_state)
-    todo = [(_one(a), _one(b)) for a, b in pairs]
-    seen = extract_views(gather(s for pair in todo for s in pair), images, transforms, pool, names, batch_size, quiet=quiet) if pairs else {}
-    return alignment_of(seen, [((a.name, at), (b.name, bt)) for (a, at), (b, bt) in todo], transforms, reference_state, k, **kwargs)
+    seed, ds, transforms = whole(seed, 'seed'), image_set(images, n), views(transforms)
+    todo = [(_one(a), _one(b)) for a, b in map(_pair, pairs)]
+    sources = gather(s for pair in todo for s in pair)
+    _enough(ds, k, kwargs.get('times', 200))
+    say_unfamiliar((s for s, _ in sources.values()), ds)
+    seen = extract_views(sources, ds, transforms, pool, names, batch_size, seed=42+seed, quiet=quiet) if todo else {}
+    table = alignment_of(seen, [((a.name, at), (b.name, bt)) for (a, at), (b, bt) in todo], transforms, reference_state, k, seed=seed, **kwargs)
+    return Table(table, **table.facts | images_seen(ds))
+
+def _enough(ds: Any, k: int, times: int) -> None:
+    "Says before any work what would end it."
+    n = len(ds) if isinstance(ds, Sized) else 0
+    if n and not 2 <= whole(k, 'k') < n: raise UserError(f'k = {k} neighbours among {n} rows; choose k between 2 and {n-1}')
+    _times(times)
+
+def _pair(x: Any) -> tuple[Any, Any]:
+    if isinstance(x, tuple | list) and len(x) == 2: return x[0], x[1]
+    raise UserError(f'{x!r:.60} is no pair; give (source, reference), such as (\'vfmvae-tiny-f8d16\', \'tiny\')')
 
 # %% ../nbs/13_align.ipynb #d76f7a16
 def stability(table: Table # of `alignment_under`
@@ -316,13 +398,13 @@ def stability(table: Table # of `alignment_under`
         out.append(row | dict(decided=rows[0]['low'] > rows[0]['q95'], views=len(others), n=rows[0]['n'], k=rows[0]['k']))
     return Table(out, **{k: v for k, v in table.facts.items() if k != 'draws'})
 
-def se_cknna(source: Any,                    # FeatureSource or tokenizer, or (one of these, layer)
+def se_cknna(source: Any,                    # a FeatureSource, a tokenizer, the name or file of one (`views.as_source`), or (one of these, layer)
              reference: Any,                 # likewise: the VFM to agree with
-             images: Any,                    # as for `features.extract`
+             images: Any,                    # what `views.image_set` takes
              transforms: Any = 'published',  # 'published': mixed rotation/scale + 4 noise levels; 'axes': each alone; or see `views.views`
              reference_state: str = 'same',  # the reference sees the 'same' pixels, or the 'clean' ones
              k: int = 10,                    # neighbours
-             **kwargs                        # of `alignment_under`: pool, names, batch_size, times, seed ...
+             **kwargs                        # of `alignment_under`: pool, names, batch_size, times, seed, n ...
             ) -> Table:
     """The table of `alignment_under` for one pair; as attributes `mean` (SE-CKNNA: the plain mean over the views, clean left out), `clean`, `change` and their
     intervals (`mean_low` ...), `decided`, n, k, pooling, reference_state (paper section 4; spec/alignment.md section 6)."""

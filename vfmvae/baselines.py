@@ -6,7 +6,7 @@
 __all__ = ['ResBlock', 'AttnBlock', 'ConvVAEConfig', 'ConvVAE', 'RAEConfig', 'RAE']
 
 # %% ../nbs/08_baselines.ipynb #7387cc86
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/08_baselines.ipynb #6696ffe8
-from .core import Gaussian, UserError, at_least_float32, to_grid, to_tokens
+from .core import Gaussian, UserError, at_least_float32, real, to_grid, to_tokens, whole
 from .dit_layers import sincos_table
 from .layers import norm_groups
 from .tokenizer import LatentStats, families, register_bundled
@@ -24,14 +24,14 @@ from .vae import Encoded, check_images, scaled_features
 from .vfm import CarriesVFM
 
 # %% ../nbs/08_baselines.ipynb #03a3596f
-def _norm(c: int) -> nn.GroupNorm: return nn.GroupNorm(norm_groups(c), c, eps=1e-6)
+def _norm(c: int, groups: int | None) -> nn.GroupNorm: return nn.GroupNorm(groups or norm_groups(c), c, eps=1e-6)
 
 class ResBlock(nn.Module):
     "x + conv2(swish(norm2(conv1(swish(norm1(x)))))), (b,i,h,w) to (b,o,h,w); a 1x1 shortcut where i and o differ (Rombach et al. 2022)."
-    def __init__(self, i: int, o: int):
+    def __init__(self, i: int, o: int, groups: int | None = None):
         super().__init__()
-        self.norm1, self.conv1 = _norm(i), nn.Conv2d(i, o, 3, padding=1)
-        self.norm2, self.conv2 = _norm(o), nn.Conv2d(o, o, 3, padding=1)
+        self.norm1, self.conv1 = _norm(i, groups), nn.Conv2d(i, o, 3, padding=1)
+        self.norm2, self.conv2 = _norm(o, groups), nn.Conv2d(o, o, 3, padding=1)
         if i != o: self.nin_shortcut = nn.Conv2d(i, o, 1)
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
@@ -40,9 +40,9 @@ class ResBlock(nn.Module):
 # %% ../nbs/08_baselines.ipynb #af9b71c8
 class AttnBlock(nn.Module):
     "x + single-head self-attention over the positions of (b,c,h,w), by 1x1 convolutions (Rombach et al. 2022)."
-    def __init__(self, c: int):
+    def __init__(self, c: int, groups: int | None = None):
         super().__init__()
-        self.norm = _norm(c)
+        self.norm = _norm(c, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -64,10 +64,10 @@ class _Up(nn.Module):
 
 class _Level(nn.Module):
     "Residual blocks of one resolution, each followed by attention if asked, then the way to the next."
-    def __init__(self, widths: list[int], attend: bool, **way: nn.Module):
+    def __init__(self, widths: list[int], attend: bool, groups: int | None, **way: nn.Module):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(i, o) for i, o in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(AttnBlock(o) for o in widths[1:] if attend)
+        self.block = nn.ModuleList(ResBlock(i, o, groups) for i, o in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(AttnBlock(o, groups) for o in widths[1:] if attend)
         for k, m in way.items(): setattr(self, k, m)
     def forward(self, x: Tensor) -> Tensor:
         for j, block in enumerate(self.block):
@@ -76,12 +76,17 @@ class _Level(nn.Module):
         return next((getattr(self, k)(x) for k in ('downsample', 'upsample') if hasattr(self, k)), x)
 
 class _Mid(nn.Module):
-    def __init__(self, c: int):
+    def __init__(self, c: int, groups: int | None):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResBlock(c, c), AttnBlock(c), ResBlock(c, c)
+        self.block_1, self.attn_1, self.block_2 = ResBlock(c, c, groups), AttnBlock(c, groups), ResBlock(c, c, groups)
     def forward(self, x: Tensor) -> Tensor: return self.block_2(self.attn_1(self.block_1(x)))
 
 # %% ../nbs/08_baselines.ipynb #4231c660
+def _in_reach(c: Any, sizes: Iterable[str], counts: Iterable[str]) -> None:
+    "UserError unless these fields are whole numbers of a size that a net can have, said before anything is built."
+    for keys, most in ((sizes, 1 << 20), (counts, 256)):
+        for k in keys: whole(getattr(c, k), f'{type(c).__name__}.{k}', 1, most)
+
 @dataclass(frozen=True)
 class ConvVAEConfig:
     "Shape of a `ConvVAE`; defaults: SD-VAE, f8d4 at 256 px. Validated at construction (UserError). JSON by `asdict` and `build_config`."
@@ -95,17 +100,21 @@ class ConvVAEConfig:
     blocks: int = 2                         # residual blocks of a level of the encoder
     decoder_blocks: int = 3                 # ... and of the decoder
     attention: tuple[int, ...] = ()         # levels (0: full resolution) with attention; the middle always has it
+    groups: int | None = None               # of every norm (latent diffusion, diffusers: 32); None: 32, below 128 channels one for every 4
+    quant: bool = True                      # 1x1 convolutions around the latent; the VAEs of SD3 and FLUX have none
     img_size: int = 256                     # nominal image side; others work if the stride divides them
     vfm: str | None = None                  # name of the VFM to align with; None: a plain VAE
     patch: int = 16                         # its patch, pixels
     dim: int = 1024                         # its width
 
     def __post_init__(self) -> None:
-        for k in ('channels', 'width', 'blocks', 'decoder_blocks', 'img_size', 'patch', 'dim'):
-            if getattr(self, k) < 1: raise UserError(f'ConvVAEConfig.{k}: {getattr(self, k)} is not positive')
-        if not self.mults or min(self.mults) < 1: raise UserError(f'ConvVAEConfig.mults: {self.mults} needs one positive factor for each level')
-        if bad := [w for w in self.widths if w % norm_groups(w)]:
-            raise UserError(f'ConvVAEConfig.width: {bad[0]} channels are not divided into norm groups; use multiples of 4 (of 32 above 128)')
+        _in_reach(self, ('channels', 'width', 'img_size', 'patch', 'dim'), ('blocks', 'decoder_blocks'))
+        if self.groups is not None: whole(self.groups, 'ConvVAEConfig.groups', 1)
+        if not 0 < len(self.mults) <= 16: raise UserError(f'ConvVAEConfig.mults: {self.mults} needs one factor for each of 1 to 16 levels')
+        for m in self.mults: whole(m, 'ConvVAEConfig.mults', 1, 1024)
+        if bad := [w for w in (self.width, *self.widths) if w % (self.groups or norm_groups(w))]:
+            raise UserError(f'ConvVAEConfig.width: {bad[0]} channels are not divided into {self.groups or norm_groups(bad[0])} norm groups; '
+                            'give another width or groups=...')
         if bad := [i for i in self.attention if not 0 <= i < len(self.mults)]:
             raise UserError(f'ConvVAEConfig.attention: there is no level {bad[0]}; levels are 0 to {len(self.mults)-1}')
         if self.img_size % self.stride: raise UserError(f'ConvVAEConfig.img_size: {self.img_size} is not a multiple of the stride {self.stride}')
@@ -144,9 +153,10 @@ class _Encoder(nn.Module):
         super().__init__()
         w = (c.width, *c.widths)
         self.conv_in = nn.Conv2d(3, c.width, 3, padding=1)
-        self.down = nn.ModuleList(_Level([w[i]]+[w[i+1]]*c.blocks, i in c.attention, **({'downsample': _Down(w[i+1])} if i < len(c.mults)-1 else {}))
-                                  for i in range(len(c.mults)))
-        self.mid, self.norm_out, self.conv_out = _Mid(w[-1]), _norm(w[-1]), nn.Conv2d(w[-1], 2*c.channels, 3, padding=1)
+        self.down = nn.ModuleList(_Level([w[i]]+[w[i+1]]*c.blocks, i in c.attention, c.groups,
+                                         **({'downsample': _Down(w[i+1])} if i < len(c.mults)-1 else {})) for i in range(len(c.mults)))
+        self.mid, self.norm_out = _Mid(w[-1], c.groups), _norm(w[-1], c.groups)
+        self.conv_out = nn.Conv2d(w[-1], 2*c.channels, 3, padding=1)
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down: x = level(x)
@@ -156,10 +166,10 @@ class _Decoder(nn.Module):
     def __init__(self, c: ConvVAEConfig):
         super().__init__()
         w = (*c.widths, c.widths[-1])
-        self.conv_in, self.mid = nn.Conv2d(c.channels, w[-1], 3, padding=1), _Mid(w[-1])
-        self.up = nn.ModuleList(_Level([w[i+1]]+[w[i]]*c.decoder_blocks, i in c.attention, **({'upsample': _Up(w[i])} if i else {}))
+        self.conv_in, self.mid = nn.Conv2d(c.channels, w[-1], 3, padding=1), _Mid(w[-1], c.groups)
+        self.up = nn.ModuleList(_Level([w[i+1]]+[w[i]]*c.decoder_blocks, i in c.attention, c.groups, **({'upsample': _Up(w[i])} if i else {}))
                                 for i in range(len(c.mults)))
-        self.norm_out, self.conv_out = _norm(w[0]), nn.Conv2d(w[0], 3, 3, padding=1)
+        self.norm_out, self.conv_out = _norm(w[0], c.groups), nn.Conv2d(w[0], 3, 3, padding=1)
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up): x = level(x)
@@ -188,7 +198,7 @@ class ConvVAE(CarriesVFM):
         c = config
         self.config, self.name, self.stride, self.channels = c, c.name, c.stride, c.channels
         self.encoder, self.decoder = _Encoder(c), _Decoder(c)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(2*c.channels, 2*c.channels, 1), nn.Conv2d(c.channels, c.channels, 1)
+        self.quant_conv, self.post_quant_conv = (nn.Conv2d(n, n, 1) if c.quant else nn.Identity() for n in (2*c.channels, c.channels))
         self.stats = LatentStats(c.channels)
         self.meta: dict = {}
         _start(self)
@@ -261,11 +271,10 @@ class RAEConfig:
     tau: float = .8            # training noise: z + sigma n with sigma ~ U(0, tau) per image
 
     def __post_init__(self) -> None:
-        for k in ('patch', 'channels', 'stride', 'img_size', 'width', 'depth', 'heads'):
-            if getattr(self, k) < 1: raise UserError(f'RAEConfig.{k}: {getattr(self, k)} is not positive')
+        _in_reach(self, ('patch', 'channels', 'stride', 'img_size', 'width', 'heads'), ('depth',))
         if self.width % self.heads or self.width % 4: raise UserError(f'RAEConfig.width: {self.width} must be a multiple of 4 and of the {self.heads} heads')
         if self.img_size % self.stride: raise UserError(f'RAEConfig.img_size: {self.img_size} is not a multiple of the stride {self.stride}')
-        if self.tau < 0: raise UserError(f'RAEConfig.tau: {self.tau} is negative')
+        real(self.tau, 'RAEConfig.tau', 0)
     @property
     def scale(self) -> float:
         "Images are resized by this before the VFM sees them: one token per latent pixel."

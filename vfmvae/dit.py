@@ -72,8 +72,7 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
     for k, f in DiTConfig.__dataclass_fields__.items():
         if f.type in ('int', int):
             least = 0 if k.startswith(('head_', 'cls_', 'base_')) else 1
-            yield k, type(v := getattr(c, k)) is int and v >= least, f'{v!r} must be a whole number, at least {least}'
-        if f.type in ('bool', bool): yield k, type(v := getattr(c, k)) is bool, f'{v!r} must be True or False'
+            yield k, (v := getattr(c, k)) >= least, f'{v!r} must be at least {least}'
     for k, known in dict(norm=NORMS, mlp=MLPS, qk_norm=QK_NORMS).items(): yield k, (v := getattr(c, k)) in known, f"{v!r} is none of {', '.join(known)}"
     yield 'mlp_ratio', c.mlp_ratio > 0 and int(c.hidden_size*c.mlp_ratio) > 1, f'{c.mlp_ratio} leaves the MLP no width; 4 is usual'
     yield 'label_dropout', 0 <= c.label_dropout < 1, f'{c.label_dropout} is no share; 0.1 is usual'
@@ -82,7 +81,7 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
         yield k, heads > 0 and dim > 0 and dim % heads == 0, f'{heads} heads do not divide a width of {dim}'
         yield k, not c.rope or (dim//heads) % 4 == 0, f'rope needs heads of 4, 8, 12 ... channels, not {dim}/{heads}; choose another number of heads'
     yield 'hidden_size', not c.pos_embed or c.hidden_size % 4 == 0, f'{c.hidden_size} must be a multiple of 4 for pos_embed'
-    yield 'z_dims', all(type(d) is int and d > 0 for d in c.z_dims), f'{c.z_dims} must be widths of alignment targets, such as (768,)'
+    yield 'z_dims', all(d > 0 for d in c.z_dims), f'{c.z_dims} must be widths of alignment targets, such as (768,)'
     yield 'encoder_depth', not c.z_dims or c.encoder_depth <= c.depth, f'{c.encoder_depth} is more than the {c.depth} blocks there are'
     yield 'base_depth', c.base_depth <= c.depth, f'{c.base_depth} is more than the {c.depth} blocks there are'
     yield 'cls_dim', not (c.cls_dim and c.head_depth), 'a class token and a DDT head do not go together; set one of them to 0'
@@ -244,34 +243,40 @@ def save_net(path: str | Path, # `*.safetensors`
     return save_weights(path, net.state_dict(), dict(meta, family='dit', config=asdict(net.config)))
 
 def _check_meta(meta: Mapping, c: DiTConfig, side: Path) -> None:
-    "UserError unless what the JSON of a net says of its latents, classes and samples is of the right kind and fits the net."
-    kinds: dict[str, Any] = dict(tokenizer=str, scale=Mapping, latent=list, classes=list, sampling=Mapping, recipe=Mapping, step=int)
-    if bad := [k for k, kind in kinds.items() if k in meta and not isinstance(meta[k], kind) and meta[k] is not None]:
-        raise UserError(f'{side}: {bad[0]} is {str(meta[bad[0]])[:40]!r}, which is no {kinds[bad[0]].__name__.lower()}; copy it again')
+    "UserError unless what a net's JSON says of its latents, classes and samples is of the right kind and fits the net."
+    kinds: dict[str, Any] = dict(tokenizer=str, scale=Mapping, latent=list, classes=list, sampling=Mapping,
+                                 recipe=Mapping, step=int)
+    if bad := [k for k, kind in kinds.items() if k in meta and not isinstance(meta[k], kind | None)]:
+        said = str(meta[bad[0]])[:40]
+        raise UserError(f'{side}: {bad[0]} is {said!r}, which is no {kinds[bad[0]].__name__.lower()}; copy it again')
     if shape := meta.get('latent'):
         if [c.in_channels, *(whole(n, f'{side}: latent', 1, 2**16) for n in shape[1:])] != shape or len(shape) != 3:
-            raise UserError(f'{side}: a latent {str(shape)[:40]} is not one of this net, ({c.in_channels},h,w); copy it again')
+            raise UserError(f'{side}: a latent {str(shape)[:40]} is none of this net, ({c.in_channels},h,w); copy it again')
     if scale := meta.get('scale'):
         try: numbers = [torch.tensor(scale[k], dtype=torch.float32) for k in ('mean', 'std')]
-        except (KeyError, TypeError, ValueError, RuntimeError): raise UserError(f'{side}: the scale has no mean and std of numbers; copy it again') from None
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise UserError(f'{side}: the scale has no mean and std of numbers; copy it again') from None
         LatentStats(c.in_channels).check(*numbers)
     names = meta.get('classes') or []
     if names and (len(names) != c.num_classes or not all(isinstance(n, str) for n in names)):
-        raise UserError(f'{side}: classes are {len(names)}, this net knows {c.num_classes}, each by its name; copy it again')
-    if not isinstance((meta.get('recipe') or {}).get('flow') or {}, Mapping): raise UserError(f'{side}: recipe.flow is no mapping; copy it again')
+        raise UserError(f'{side}: {len(names)} classes for a net of {c.num_classes}, or not each by its name; copy it again')
+    if not isinstance((meta.get('recipe') or {}).get('flow') or {}, Mapping):
+        raise UserError(f'{side}: recipe.flow is no mapping; copy it again')
 
 def open_net(path: str | Path # written by `save_net`
             ) -> DiT:
-    """Builds a saved net, in eval mode; `.meta` is its JSON. UserError if the file is damaged, is no net, does not fit its own configuration, or if a weight
-    is no usable number."""
+    """Builds a saved net, in eval mode; `.meta` is its JSON. UserError if the file is damaged, is no net, does not fit its
+    own configuration, or if a weight is no usable number."""
     (tensors, meta), side = load_weights(path), sidecar(path)
     if meta.get('family') != 'dit' or not isinstance(meta.get('config'), Mapping):
-        raise UserError(f'{path} has no net configuration beside it ({side.name}); published checkpoints open with load_net')
+        raise UserError(f'{path} has no net configuration beside it ({side.name}); '
+                        'published checkpoints open with load_net')
     with torch.device('meta'): net = DiT(meta['config'])
     own = net.state_dict()
     complain(own, tensors, str(path), 'its own configuration')
     _check_meta(meta, net.config, side)
-    # copies, in the net's type: the file may be in half precision, and is mapped into memory, where who writes it anew would change an open net
+    # copies in the net's type: the file may be in half precision, and is mapped into memory: who writes it anew in place
+    # would change a net that is open
     made = {k: v.to(own[k].dtype if v.is_floating_point() else v.dtype, copy=True) for k, v in tensors.items()}
     check_weights(made, path, own)
     net.load_state_dict(made, assign=True)

@@ -8,7 +8,7 @@ __all__ = ['CONVERSIONS', 'DEGRADATIONS', 'Extractor', 'WorldNet', 'WorldExtract
            'Record', 'compare_statistics', 'rfid', 'gfid', 'validate']
 
 # %% ../nbs/16b_evaluate.ipynb #6bb6e50e
-import json, math, warnings, zipfile
+import copy, io, itertools, json, math, os, warnings, zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/16b_evaluate.ipynb #6772c87c
-from .core import Table, UserError, data_dir, load_weights, nearest, write_atomic
-from .data import to_uint8, transform
-from .features import _place, _samples, batches
+from .core import Table, UserError, data_dir, load_weights, nearest, to_json, whole, write_atomic
+from .data import ImageSet, World, check_images, spread, take, taken, to_uint8, transform
+from .features import _place, _samples, as_images, batches
 from .metrics import frechet, inception_score, precision_recall
 from .tokenizer import image_seed
 from .train import provenance, world
@@ -40,9 +40,7 @@ class Extractor(Protocol):
         "Images (b,3,H,W) in [-1,1] -> `features` (b,d); where it has them `spatial` (b,s) for sFID and `probs` (b,c) for the Inception score."
         ...
 
-def _images(x: Tensor) -> Tensor:
-    if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'an extractor takes images (b,3,H,W) in [-1,1], not {tuple(x.shape)}')
-    return x
+def _images(x: Tensor) -> Tensor: return check_images(x, 'an extractor')
 
 # %% ../nbs/16b_evaluate.ipynb #69c4fd53
 def _conv(a: int, b: int, k: int, stride: int = 1) -> nn.Sequential:
@@ -168,9 +166,35 @@ class Moments:
         return self.mean, self.scatter/(self.n-1)
 
 # %% ../nbs/16b_evaluate.ipynb #e7873846
+def _covariance(m: Any, c: Any, what: str) -> None:
+    "UserError unless m (d,) and c (d,d) are finite floats and c is symmetric and positive semidefinite, both to rounding (of float32)."
+    if m is None and c is None: return
+    fit = isinstance(m, Tensor) and isinstance(c, Tensor) and m.ndim == 1 and len(m) and tuple(c.shape) == (len(m),)*2
+    if not fit:
+        shapes = [tuple(getattr(t, 'shape', ())) for t in (m, c)]
+        raise UserError(f'{what} do not fit: {shapes}; want (d,) and (d,d)')
+    if not (m.is_floating_point() and c.is_floating_point()):
+        raise UserError(f'{what} are {m.dtype} and {c.dtype}; give floating numbers')
+    if not (m.isfinite().all() and c.isfinite().all()): raise UserError(f'{what} contain NaN or infinity; make them again')
+    if not (top := c.abs().max().double()): return
+    c = c.double()/top                      # the largest entry of a covariance is a variance
+    if (c-c.T).abs().max() > 1e-6: raise UserError(f'{what}: the covariance is not symmetric; make them again')
+    c.diagonal().add_(1e-6*c.trace().clamp(min=0))
+    if torch.linalg.cholesky_ex(c)[1]: raise UserError(f'{what}: the covariance has negative variances; make them again')
+
+def _facts(n: Any, size: Any, words: Mapping[str, Any], whose: str) -> None:
+    "UserError unless n is a count, size (H,W) and the words are text, or None."
+    if n is not None: whole(n, f'n of {whose}', 2)
+    if size is not None:
+        if not isinstance(size, tuple) or len(size) != 2: raise UserError(f'size of {whose} is {str(size)[:40]}, not (H,W)')
+        for v in size: whole(v, f'size of {whose}', 1)
+    for k, v in words.items():
+        if not isinstance(v, str | None): raise UserError(f'{k} of {whose} is {str(v)[:40]!r}, not text')
+
+# %% ../nbs/16b_evaluate.ipynb #db73b1bd
 @dataclass(frozen=True)
 class Statistics:
-    "Moments of a set of images through one extractor; what is not known is None. `save` and `open` use ADM's npz names."
+    "Moments of a set of images through one extractor; what is not known is None. `save` and `open` use ADM's npz names. UserError on what is none."
     mu: Tensor                      # (d,) float64
     sigma: Tensor                   # (d,d) unbiased covariance
     mu_s: Tensor | None = None      # (s,) of the spatial features
@@ -182,40 +206,90 @@ class Statistics:
     name: str | None = None         # of the set
     features: Tensor | None = field(default=None, repr=False) # (n,d), for precision and recall
     probs: Tensor | None = field(default=None, repr=False)    # (n,c), for the Inception score
+    resized: str | None = None      # what the images were before they were brought to `size`; None: the same, or not known
     def __post_init__(self):
-        whose = self.name or 'the statistics'
+        whose = self.name if isinstance(self.name, str) and self.name else 'the statistics'
         for m, c, what in ((self.mu, self.sigma, 'mu and sigma'), (self.mu_s, self.sigma_s, 'mu_s and sigma_s')):
-            if m is None and c is None: continue
-            if m is None or c is None or m.ndim != 1 or tuple(c.shape) != (len(m),)*2:
-                raise UserError(f'{what} of {whose} do not fit: {[None if t is None else tuple(t.shape) for t in (m, c)]}; want (d,) and (d,d)')
-            if not (m.isfinite().all() and c.isfinite().all()): raise UserError(f'{what} of {whose} contain NaN or infinity; make them again')
+            _covariance(m, c, f'{what} of {whose}')
+        if self.mu is None: raise UserError(f'{whose} have no mu and sigma; make them with reference(...)')
+        _facts(self.n, self.size, {k: getattr(self, k) for k in ('extractor', 'preprocessing', 'name', 'resized')}, whose)
+        for k, v, d in (('features', self.features, len(self.mu)), ('probs', self.probs, None)):
+            if v is None: continue
+            if v.ndim != 2 or not v.is_floating_point() or d not in (None, v.shape[1]) or self.n not in (None, len(v)):
+                raise UserError(f'{k} of {whose} are {v.dtype} {tuple(v.shape)}; want floats, a row for each of the n images')
+            if not v.isfinite().all(): raise UserError(f'{k} of {whose} contain NaN or infinity; make them again')
     def __repr__(self) -> str:
-        return f'Statistics({self.name or "unnamed"}: {self.n or "?"} images, {len(self.mu)} dimensions, {self.extractor or "extractor not stated"})'
+        seen = self.extractor or 'extractor not stated'
+        return f'Statistics({self.name or "unnamed"}: {self.n or "?"} images, {len(self.mu)} dimensions, {seen})'
     def save(self, path: str | Path) -> Path: # `*.npz`
-        "Writes mu, sigma, mu_s, sigma_s as ADM does, features and probs if kept, and the facts as one JSON string `facts`; atomically, without pickle."
-        arrays = {k: getattr(self, k).numpy() for k in ('mu', 'sigma', 'mu_s', 'sigma_s', 'features', 'probs') if getattr(self, k) is not None}
-        facts = json.dumps({k: getattr(self, k) for k in ('n', 'extractor', 'preprocessing', 'size', 'name')})
+        "Writes mu, sigma, mu_s, sigma_s as ADM does, features and probs if kept, and the facts as JSON text `facts`; atomically, without pickle."
+        arrays = {k: getattr(self, k).numpy() for k in _NUMBERS if getattr(self, k) is not None}
+        facts = to_json({k: getattr(self, k) for k in _FACTS}, None)
         def write(p):
             with open(p, 'wb') as f: np.savez(f, facts=np.array(facts), **arrays)
         return write_atomic(Path(path), write)
     @classmethod
     def open(cls, path: str | Path) -> 'Statistics':
         "Of `save`, or of ADM (`VIRTUAL_imagenet256_labeled.npz`), which says nothing of extractor and count. UserError: missing, damaged, no moments."
-        a = _npz(path, ('mu', 'sigma', 'mu_s', 'sigma_s', 'features', 'probs', 'facts'))
+        a = _npz(path, _NUMBERS, ('facts',))
         if not {'mu', 'sigma'} <= {*a}: raise UserError(f"{path} has no mu and sigma; make them with reference(...).save")
-        facts = json.loads(str(a.pop('facts'))) if 'facts' in a else dict(name=Path(path).stem)
-        if facts.get('size'): facts['size'] = tuple(facts['size'])
-        try: tensors = {k: torch.from_numpy(v.astype(np.float32 if k in ('features', 'probs') else np.float64)) for k, v in a.items()}
-        except (TypeError, ValueError): raise UserError(f'{path} holds arrays that are not numbers; write it again') from None
-        return cls(**tensors, **facts)  # type: ignore[arg-type]
+        facts: Any = dict(name=Path(path).stem)
+        if 'facts' in a:
+            try: facts = json.loads(str(a.pop('facts')))
+            except (ValueError, RecursionError): raise UserError(f'the facts in {path} are not JSON; copy it again') from None
+            if not isinstance(facts, dict) or not {*facts} <= {*_FACTS}:
+                raise UserError(f"the facts in {path} are not {', '.join(_FACTS)}; make it again with reference(...).save")
+        if isinstance(facts.get('size'), list): facts['size'] = tuple(facts['size'])
+        half = dict.fromkeys(('features', 'probs'), np.float32)
+        tensors = {k: torch.from_numpy(v.astype(half.get(k, np.float64), copy=False)) for k, v in a.items()}
+        try: return cls(**tensors, **facts)  # type: ignore[arg-type]
+        except UserError as e: raise UserError(f'{path}: {e}') from None
 
-def _npz(path: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    "Those of the arrays that are there, pickle refused."
+_NUMBERS = ('mu', 'sigma', 'mu_s', 'sigma_s', 'features', 'probs')
+_FACTS = ('n', 'extractor', 'preprocessing', 'size', 'name', 'resized')
+
+# %% ../nbs/16b_evaluate.ipynb #6f2752e5
+_MOST = 2**30      # bytes that a file of statistics may unpack to, unless it is half as large itself
+_WIDEST = 8192     # dimensions of features: no extractor has as many
+
+@contextmanager
+def _archive(path: str | Path) -> Iterator[zipfile.ZipFile]:
+    "An npz as an archive. UserError for whatever is wrong with it, or with what is read from it."
+    if not os.path.isfile(path): raise UserError(f'no file {path}; check the path')
     try:
-        with np.load(path, allow_pickle=False) as f: return {k: f[k] for k in names if k in f.files}
-    except FileNotFoundError: raise UserError(f'no file {path}; check the path') from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as e:
-        raise UserError(f'{path} is not a whole npz of plain arrays ({str(e).splitlines()[0] if str(e) else type(e).__name__}); copy it again') from None
+        with zipfile.ZipFile(path) as z: yield z
+    except UserError: raise
+    except Exception as e:     # of the archive, its compression, numpy's headers: damaged bytes may end in any
+        why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+        raise UserError(f'{path} is not a whole npz of plain arrays, or is damaged or cut off ({why}); copy it again') from None
+
+def _header(z: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, int, bool]:
+    "Shape, type, offset and whether columns come first of an array, by its header, which must account for the member's size. ValueError if not."
+    with z.open(f'{name}.npy') as f: head = io.BytesIO(f.read(2**16))
+    first = np.lib.format.read_magic(head) == (1, 0)
+    shape, columns, dtype = (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(head)
+    has, says = z.getinfo(f'{name}.npy').file_size, head.tell() + math.prod(shape)*dtype.itemsize
+    if dtype.hasobject or min(shape, default=0) < 0 or has != says:
+        raise ValueError(f'{name} is {dtype} {shape}, which are not its {has} bytes')
+    return shape, dtype, head.tell(), columns
+
+def _npz(path: str | Path, numbers: Sequence[str], words: Sequence[str]) -> dict[str, np.ndarray]:
+    "Those of the arrays that are there: `numbers` of floats, `words` of one text each. UserError before anything large is read."
+    with _archive(path) as z:
+        there = [k for k in (*numbers, *words) if f'{k}.npy' in z.namelist()]
+        members = [z.getinfo(f'{k}.npy') for k in there]
+        if (size := sum(m.file_size for m in members)) > max(_MOST, 2*sum(m.compress_size for m in members)):
+            raise UserError(f'{path} unpacks to {size/1e9:.1f} GB, {_MOST/1e9:.1f} are taken; it is no file of statistics')
+        for k in there:
+            shape, dtype, _, _ = _header(z, k)
+            if dtype.kind != ('f' if k in numbers else 'U') or (k in words and shape):
+                raise UserError(f'{k} of {path} is {dtype} {shape}, not {"floating numbers" if k in numbers else "text"}; write it again')
+            if k.startswith('sigma') and max(shape, default=0) > _WIDEST:
+                raise UserError(f'{k} of {path} is {shape}: more than {_WIDEST} dimensions; it is no file of statistics')
+        out = {}
+        for k in there:
+            with z.open(f'{k}.npy') as f: out[k] = np.lib.format.read_array(f, allow_pickle=False)
+        return out
 
 # %% ../nbs/16b_evaluate.ipynb #2f5e265d
 class _Stripe:
@@ -225,10 +299,11 @@ class _Stripe:
     def batch(self, indices: Iterable[int]) -> dict: return self.ds.batch([self.at[i] for i in indices])
 
 def _part(images: Any, rank: int, of: int) -> Any:
-    if of == 1: return images
     if isinstance(images, Tensor): return images[rank::of]
-    if hasattr(images, 'batch'): return _Stripe(images, rank, of)
+    if hasattr(images, 'batch'): return images if of == 1 else _Stripe(images, rank, of)
     return (s for i, s in enumerate(_samples(images)) if i % of == rank)
+
+def _rank() -> int: return torch.distributed.get_rank() if world() > 1 else 0
 
 def _everyone(mine: Any) -> list:
     "What each process has, by rank."
@@ -243,8 +318,26 @@ def _braid(parts: list[Tensor]) -> Tensor:
     for r, p in enumerate(parts): out[r::len(parts)] = p
     return out
 
+def _watched(data: Any) -> tuple[Any, set[tuple[int, int]]]:
+    "The data (see `as_images`), and the sizes (H,W) that its pictures are found to have in their files as they are read; none where there are none."
+    seen: set[tuple[int, int]] = set()
+    if not hasattr(data, '__iter__') or hasattr(data, '__getitem__'): data = as_images(data)
+    if not isinstance(data, ImageSet): return data, seen
+    def read(i):
+        im = data.read(i)
+        seen.add((im.height, im.width))
+        return im
+    own = copy.copy(data)
+    own.read = read
+    return own, seen
+
+def _resized(seen: set[tuple[int, int]], size: tuple[int, ...]) -> str | None:
+    "'from 128x128 px', 'from 48x64 to 480x640 px, enlarged'; None if pictures of these sizes stay as they are."
+    if seen <= {tuple(size)}: return None
+    small, large = min(seen, key=lambda s: (min(s), s)), max(seen, key=lambda s: (min(s), s))
+    return f"from {' to '.join(dict.fromkeys(f'{h}x{w}' for h, w in (small, large)))} px" + ', enlarged'*(min(small) < min(size))
+
 # %% ../nbs/16b_evaluate.ipynb #825777e3
-@torch.no_grad()
 def reference(images: Any,            # tensor (n,3,H,W) in [-1,1], dataset, `read_samples(path)`, or iterable of images or batches
               extractor: Extractor,   # a module is moved to `device` if one is given
               batch_size: int = 64,
@@ -253,31 +346,42 @@ def reference(images: Any,            # tensor (n,3,H,W) in [-1,1], dataset, `re
               name: str | None = None # of the set
              ) -> Statistics:
     """Statistics of a set of images, float64, the same for any batch size and number of processes (each of which must call it with the whole set).
-    UserError: fewer than 2 images, images of unequal size, an extractor that gives NaN."""
-    place = _place(extractor, device)
+    UserError: fewer than 2 images, images of unequal size, of integers or with NaN, an extractor that gives NaN."""
+    images, seen = _watched(images)
+    return _statistics(_part(images, _rank(), world()), extractor, batch_size, keep, device, name, seen)
+
+@torch.no_grad()
+def _statistics(mine: Any, extractor: Extractor, batch_size: int, keep: bool, device: Any, name: str | None, seen: Any) -> Statistics:
+    "`reference` of images of which every process has its own part."
+    place, trouble = _place(extractor, device), None
     sums: dict[str, Moments] = {}
     kept: dict[str, list[Tensor]] = {}
     sizes: set[tuple[int, ...]] = set()
-    rank = torch.distributed.get_rank() if world() > 1 else 0
-    for batch in batches(_part(images, rank, world()), batch_size):
-        x = batch['image'].to(place)
-        sizes.add(tuple(x.shape[2:]))
-        if len(sizes) > 1: break                  # said below, when every process has come that far
-        for k, v in extractor(x).items():
-            if k != 'probs': sums.setdefault(k, Moments()).add(v)
-            if keep and k != 'spatial': kept.setdefault(k, []).append(v.float().cpu())
-    every = _everyone((sums, {k: torch.cat(v) for k, v in kept.items()}, sizes))
-    sizes, names = set().union(*(e[2] for e in every)), sorted({k for e in every for k in e[0]})
+    try:
+        for batch in batches(mine, whole(batch_size, 'batch_size', 1)):
+            x = batch['image']
+            sizes.add(tuple(x.shape[2:]))
+            if len(sizes) > 1: break              # said below, when every process has come that far
+            for k, v in extractor(x.to(place)).items():
+                if len(v) != len(x): raise UserError(f'{extractor.name} gives {len(v)} rows of {k} for {len(x)} images')
+                if k != 'probs': sums.setdefault(k, Moments()).add(v)
+                if keep and k != 'spatial': kept.setdefault(k, []).append(v.float().cpu())
+    except UserError as error: trouble = error    # the others must not wait for this one
+    every = _everyone((sums, {k: torch.cat(v) for k, v in kept.items()}, sizes, seen, trouble))
+    if bad := [e[-1] for e in every if e[-1]]: raise bad[0]
+    sizes, seen = (set().union(*(e[k] for e in every)) for k in (2, 3))
     if len(sizes) > 1: raise UserError(f'images of unequal size {sorted(sizes)[:2]} in one set; crop them to one')
-    if 'features' not in names: raise UserError(f'no images for {extractor.name}; statistics need at least 2')
-    total: dict[str, Moments] = {k: Moments() for k in names}
+    if not sizes: raise UserError(f'no images for {extractor.name}; statistics need at least 2')
+    total: dict[str, Moments] = {k: Moments() for k in sorted({k for e in every for k in e[0]})}
+    if 'features' not in total: raise UserError(f'{extractor.name} gives no `features`; see Extractor')
     for e in every:
         for k, m in e[0].items(): total[k].merge(m)
     rows = {k: _braid([e[1][k] for e in every if k in e[1]]) for k in every[0][1]}
     mu, sigma = total['features'].result()
     mu_s, sigma_s = total['spatial'].result() if 'spatial' in total else (None, None)
-    facts: dict[str, Any] = dict(n=total['features'].n, extractor=extractor.name, preprocessing=extractor.preprocessing, size=sizes.pop(), name=name)
-    return Statistics(mu, sigma, mu_s, sigma_s, features=rows.get('features'), probs=rows.get('probs'), **facts)
+    size = sizes.pop()
+    return Statistics(mu, sigma, mu_s, sigma_s, total['features'].n, extractor.name, extractor.preprocessing, size, name,
+                      rows.get('features'), rows.get('probs'), _resized(seen, size))
 
 # %% ../nbs/16b_evaluate.ipynb #99afc5aa
 CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = dict(
@@ -296,7 +400,7 @@ def write_samples(path: str | Path,       # `*.npz`
                  ) -> Path:
     "ADM's sample file: `arr_0` uint8 (n,H,W,3), and `conversion`. Written atomically, as the images come. UserError: fewer than n, unequal sizes, NaN."
     to8 = _conversion(conversion)
-    n = n if n is not None else len(images) if isinstance(images, Sized) else 0
+    n = whole(n, 'n', 1) if n is not None else len(images) if isinstance(images, Sized) else 0
     if n < 1: raise UserError('write_samples needs to know how many images come; give n')
     def write(p: Path) -> None:
         done, size = 0, None
@@ -319,22 +423,19 @@ class SampleFile:
     "An npz of samples, read as it is walked through: batches (b,3,H,W) in [-1,1]; `.shape` (n,H,W,3), `.conversion` (None if it does not say)."
     def __init__(self, path: str | Path): # `arr_0` uint8 (n,H,W,3)
         self.path = Path(path)
-        said = _npz(path, ('conversion',))
+        said = _npz(path, (), ('conversion',))
         self.conversion = str(said['conversion']) if 'conversion' in said else None
         with self._open() as (_, shape): self.shape = shape
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, tuple[int, ...]]]:
-        try:
-            with zipfile.ZipFile(self.path) as z, z.open('arr_0.npy') as f:
-                read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(f) == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read(f)
-                if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or not shape[0]:
-                    raise UserError(f'arr_0 of {self.path} is {dtype} {shape}, not uint8 (N,H,W,3); write it with write_samples')
+        with _archive(self.path) as z:
+            if 'arr_0.npy' not in z.namelist(): raise UserError(f'{self.path} has no arr_0; statistics open with Statistics.open')
+            shape, dtype, start, columns = _header(z, 'arr_0')
+            if dtype != np.uint8 or columns or len(shape) != 4 or shape[3] != 3 or not math.prod(shape) or math.prod(shape[1:]) > 2**28:
+                raise UserError(f'arr_0 of {self.path} is {dtype} {shape}, not uint8 (N,H,W,3); write it with write_samples')
+            with z.open('arr_0.npy') as f:
+                f.read(start)
                 yield f, shape
-        except UserError: raise
-        except KeyError: raise UserError(f'{self.path} has no arr_0; statistics open with Statistics.open') from None
-        except (zipfile.BadZipFile, EOFError, ValueError, OSError) as e:
-            raise UserError(f'{self.path} is damaged or cut off ({str(e).splitlines()[0] if str(e) else type(e).__name__}); copy it again') from None
     def __len__(self) -> int: return self.shape[0]
     def __repr__(self) -> str:
         return f'{len(self)} samples of {self.shape[1]}x{self.shape[2]} px in {self.path.name}, conversion {self.conversion or "not stated"}'
@@ -342,6 +443,7 @@ class SampleFile:
         "uint8 (b,H,W,3), b <= size, in order. UserError where the file ends too early or its checksum is wrong."
         with self._open() as (f, shape):
             one = math.prod(shape[1:])
+            size = max(1, min(size, 2**28//one))
             for i in range(0, shape[0], size):
                 b = min(size, shape[0]-i)
                 if len(raw := f.read(b*one)) < b*one: raise UserError(f'{self.path} ends within sample {i+len(raw)//one} of {shape[0]}; copy it again')
@@ -367,6 +469,10 @@ class Record:
     preprocessing: str                      # of the extractor, and the way to 8 bits
     biased: bool                            # n or reference_n <= feature dimensions: singular covariance, the value depends on n above all
     subject: str | None = None              # tokenizer, checkpoint or file
+    size: tuple[int, ...] | None = None     # (H,W) of the images judged, before the extractor's preprocessing
+    resized: str | None = None              # what they were before: 'from 128x128 px'; None: the same, or not known
+    reference_resized: str | None = None    # the same of the reference
+    taken: str | None = None                # which images of the set; None: all
     latent: str | None = None               # rFID: 'mode' or 'sample'
     sampler: str | None = None
     steps: int | None = None
@@ -382,7 +488,7 @@ class Record:
     made: dict = field(default_factory=dict) # commit, date, versions, hardware
     def json(self) -> dict:
         "Everything, as JSON can hold it."
-        return json.loads(json.dumps(asdict(self), default=str))
+        return json.loads(to_json(asdict(self)))
     def __repr__(self) -> str:
         more = ', '.join(f'{k} {v:.4g}' for k, v in self.metrics.items() if k != 'fd')
         facts = ', '.join(f'{f.name} {getattr(self, f.name)}' for f in fields(self)[9:-1] if getattr(self, f.name) is not None)
@@ -396,16 +502,20 @@ def compare_statistics(a: Statistics,            # judged
                        pr_n: int = 10_000        # the first so many features of either set; 0: neither precision nor recall
                       ) -> dict[str, float]:
     """fd, and where both sides have what it takes: sfid, is (of the judged; splits of about 5,000 as in ADM), precision and recall.
-    UserError if extractor, dimensions or image sizes differ."""
+    UserError if extractor, dimensions or image sizes differ, or if a number is not finite."""
     if None not in (a.extractor, b.extractor) and a.extractor != b.extractor:
         raise UserError(f'statistics of {a.extractor} and of {b.extractor} cannot be compared; use one extractor for both')
     if len(a.mu) != len(b.mu): raise UserError(f'features of {len(a.mu)} and {len(b.mu)} dimensions; use one extractor for both')
     if None not in (a.size, b.size) and a.size != b.size: raise UserError(f'images of {a.size} against {b.size}; resize them or take another reference')
-    out = dict(fd=frechet(a.mu, a.sigma, b.mu, b.sigma))
-    if a.mu_s is not None and b.mu_s is not None: out['sfid'] = frechet(a.mu_s, a.sigma_s, b.mu_s, b.sigma_s)
+    neighbours, pr_n = whole(neighbours, 'neighbours', 1), whole(pr_n, 'pr_n', 0)
+    try:
+        out = dict(fd=frechet(a.mu, a.sigma, b.mu, b.sigma))
+        if a.mu_s is not None and b.mu_s is not None: out['sfid'] = frechet(a.mu_s, a.sigma_s, b.mu_s, b.sigma_s)
+    except torch.linalg.LinAlgError: raise UserError('these covariances have no square root in float64; look at the features') from None
     if a.probs is not None: out['is'] = inception_score(a.probs, _splits(len(a.probs)))
     if pr_n and a.features is not None and b.features is not None and neighbours < min(len(a.features), len(b.features), pr_n):
         out['precision'], out['recall'] = precision_recall(b.features[:pr_n], a.features[:pr_n], neighbours)
+    if bad := [k for k, v in out.items() if not math.isfinite(v)]: raise UserError(f'{bad[0]} is not a finite number; look at the features')
     return out
 
 def _splits(n: int) -> int: return max(1, round(n/5000))
@@ -418,29 +528,39 @@ def _record(kind: str, a: Statistics, b: Statistics, neighbours: int, pr_n: int,
     used: dict[str, int] = {}
     if 'precision' in metrics: used |= dict(neighbours=neighbours, pr_n=min(pr_n, max(counts)))
     if 'is' in metrics: used |= dict(splits=_splits(counts[0]))
-    facts |= dict(n=a.n, reference=b.name, reference_n=b.n, extractor=a.extractor, biased=biased, made=provenance(), **used)
+    facts |= dict(n=a.n, reference=b.name, reference_n=b.n, extractor=a.extractor, biased=biased, size=a.size, reference_resized=b.resized,
+                  made=provenance(), **used)
+    facts.setdefault('resized', a.resized)
     return Record(kind, metrics['fd'], metrics, **facts)
 
 # %% ../nbs/16b_evaluate.ipynb #e2b052f7
+def _some(data: Any, n: int | None) -> tuple[Any, str | None]:
+    "n of the data and, in words, which; all and None without n. Of a data set or tensor they are spread over it. UserError: fewer than n."
+    if n is None: return data, None
+    if not (isinstance(data, Tensor) or hasattr(data, 'batch')): return list(itertools.islice(_samples(data), n)), f'the first {n}'
+    if n > (of := len(data)): raise UserError(f'{n-of} images too few for n = {n}; lower n')
+    some = take(data, n)
+    return some, None if n == of else f'{n} of {of}, spread' if isinstance(data, Tensor) else taken(some)
+
 @torch.no_grad()
 def rfid(tokenizer: Any,                 # encode and decode
          data: Any,                      # tensor (n,3,H,W) in [-1,1], dataset, or iterable of images or batches
          extractor: Extractor,
-         n: int | None = None,           # the first so many images; None: all
+         n: int | None = None,           # so many images, spread over a set, the first of an iterable; None: all
          sample: bool = False,           # posterior samples as in the published numbers (seeded by pixels) instead of the mode
          conversion: str = 'round',      # of reconstructions to 8 bits, a key of CONVERSIONS (published: 'repa')
          batch_size: int = 32, device: Any = None, seed: int = 0, name: str | None = None, # of the data
          neighbours: int = 3, pr_n: int = 10_000
         ) -> Record:
-    "The Frechet distance between reconstructions and their originals, as a record. UserError: no images, fewer than n, unequal sizes, NaN."
-    to8, place = _conversion(conversion), _place(tokenizer, device)
-    def originals() -> Iterator[Tensor]:
-        left = n if n is not None else -1
-        for b in batches(data, batch_size):
-            x = b['image'] if left < 0 else b['image'][:left]
-            yield x
-            if left >= 0 and not (left := left-len(x)): return
-        if left > 0: raise UserError(f'{left} images too few for n = {n}; lower n')
+    """The Frechet distance between reconstructions and their originals, as a record; each process encodes and decodes its part.
+    UserError: no images, fewer than n, unequal sizes, NaN."""
+    to8, place, batch_size = _conversion(conversion), _place(tokenizer, device), whole(batch_size, 'batch_size', 1)
+    if not isinstance(data, Tensor | Sequence) and not hasattr(data, 'batch') and iter(data) is data:
+        raise UserError('rfid walks through the data twice; give a tensor, a dataset or a list, not an iterator')
+    name = name or getattr(data, 'name', None) or type(data).__name__
+    data, seen = _watched(data)
+    chosen, taken = _some(data, None if n is None else whole(n, 'n', 2))
+    def originals() -> Iterator[Tensor]: return (b['image'] for b in batches(_part(chosen, _rank(), world()), batch_size))
     def rebuilt() -> Iterator[Tensor]:
         for x in originals():
             posterior = tokenizer.encode(x.to(place))
@@ -450,12 +570,10 @@ def rfid(tokenizer: Any,                 # encode and decode
             y = tokenizer.decode(z)
             if not y.isfinite().all(): raise UserError(f'{tokenizer.name} decodes to NaN or infinity; look at its weights and precision')
             yield to8(y).cpu().float()/127.5 - 1
-    if not isinstance(data, Tensor | Sequence) and not hasattr(data, 'batch') and iter(data) is data:
-        raise UserError('rfid walks through the data twice; give a tensor, a dataset or a list, not an iterator')
-    name = name or getattr(data, 'name', None) or type(data).__name__
-    real, fake = (reference(f(), extractor, batch_size, pr_n > 0 or f is rebuilt, device, name) for f in (originals, rebuilt))
+    real, fake = (_statistics(f(), extractor, batch_size, pr_n > 0 or f is rebuilt, device, name, seen) for f in (originals, rebuilt))
+    if n is not None and real.n < n: raise UserError(f'{n-real.n} images too few for n = {n}; lower n')
     return _record('rFID', fake, real, neighbours, pr_n, preprocessing=f'{extractor.preprocessing}; reconstructions to 8 bits by {conversion}',
-                   subject=tokenizer.name, latent='sample' if sample else 'mode', seed=seed if sample else None,
+                   subject=tokenizer.name, latent='sample' if sample else 'mode', seed=seed if sample else None, taken=taken,
                    precision=str(next((p.dtype for p in tokenizer.parameters()), None)).removeprefix('torch.') if isinstance(tokenizer, nn.Module) else None)
 
 # %% ../nbs/16b_evaluate.ipynb #7a83719c
@@ -473,19 +591,19 @@ def gfid(samples: Any,                 # tensor (n,3,H,W) in [-1,1], dataset-lik
     if how.get('labels') not in (None, 'random', 'balanced'): raise UserError(f"labels are 'random' or 'balanced', not {how['labels']!r}; see spec section 5")
     ref = against if isinstance(against, Statistics) else Statistics.open(against)
     images: Any
+    seen: set[tuple[int, int]] = set()
     if isinstance(samples, str | Path):
         samples = read_samples(samples)
         how.setdefault('subject', samples.path.name)
-    if isinstance(samples, SampleFile): images, way = samples, conversion or samples.conversion or 'a conversion that is not stated'
+    if isinstance(samples, SampleFile):
+        images, way = _part(samples, _rank(), world()), conversion or samples.conversion or 'a conversion that is not stated'
     else:
         to8, way = _conversion(conversion or 'round'), conversion or 'round'
-        images = (to8(_finite(b['image'])).float()/127.5 - 1 for b in batches(samples, batch_size))
-    got = reference(images, extractor, batch_size, True, device)
+        samples, seen = _watched(samples)
+        mine = batches(_part(samples, _rank(), world()), whole(batch_size, 'batch_size', 1))
+        images = (to8(check_images(b['image'].cpu(), 'samples')).float()/127.5 - 1 for b in mine)     # a GPU's NaN would be black
+    got = _statistics(images, extractor, batch_size, True, device, None, seen)
     return _record('gFID', got, ref, neighbours, pr_n, preprocessing=f'{extractor.preprocessing}; samples to 8 bits by {way}', **how)
-
-def _finite(x: Tensor) -> Tensor:
-    if not x.isfinite().all(): raise UserError('the samples contain NaN or infinity; draw them again')
-    return x
 
 # %% ../nbs/16b_evaluate.ipynb #a745db6a
 DEGRADATIONS: dict[str, tuple[float, ...]] = dict(blur=(.5, 1, 2, 4), noise=(.05, .1, .2, .3), cast=(.1, .2, .3, .4), colour=(.2, .4, .6, .8),
@@ -494,9 +612,20 @@ DEGRADATIONS: dict[str, tuple[float, ...]] = dict(blur=(.5, 1, 2, 4), noise=(.05
 def _spoil(x: Tensor, axis: str, s: float, seed: int) -> Tensor:
     return (x + s*x.new_tensor([1., 0., -1.]).view(3, 1, 1)).clamp(-1, 1) if axis == 'cast' else transform(x, axis, s, seed)
 
+def _halves(data: Any, n: int, seed: int) -> tuple[list[int], list[int]]:
+    "Two times n indices: of the world, which has no order, its first; of another set 2n spread over it, of which neighbours are dealt out by draw."
+    if isinstance(data, World): return list(range(n)), list(range(n, 2*n))
+    pairs, swap = np.array(spread(2*n, len(data))).reshape(n, 2), np.random.default_rng(seed % 2**63).permutation(n) % 2
+    return pairs[range(n), swap].tolist(), pairs[range(n), 1-swap].tolist()
+
+def _labels(data: Any) -> list[int]:
+    if isinstance(data, World): return data.factors(range(len(data)))['label'].tolist()
+    if (known := getattr(data, 'labels', None)) is not None: return [int(k) for k in known]
+    return [k for j in range(0, len(data), 512) for k in data.batch(range(j, min(j+512, len(data))))['label'].tolist()]
+
 def validate(extractor: Extractor,
-             data: Any,         # a dataset with labels (`.batch`, `.classes`), at least 2n images; for `missing` so many of the classes that stay
-             n: int = 1000,     # images in each half
+             data: Any,         # a dataset with labels, at least 2n images; for `missing` so many of the classes that stay
+             n: int = 1000,     # images in each half; both halves are spread over the set
              axes: Mapping[str, Sequence[float]] = DEGRADATIONS, # of `transform`; `cast`: red up and blue down by so much; `missing`: absent classes
              batch_size: int = 64, seed: int = 0, device: Any = None
             ) -> Table:
@@ -508,20 +637,21 @@ def validate(extractor: Extractor,
                 x = data.batch(indices[i:i+batch_size])['image']
                 yield x if change is None else change(x, seed+indices[i])
         return reference(run(), extractor, batch_size, False, device)
-    if len(data) < 2*n: raise UserError(f'two halves of {n} need {2*n} images, not {len(data)}; lower n')
-    ref, second = stats(range(n)), list(range(n, 2*n))
+    data, _ = _watched(data)
+    if not hasattr(data, 'batch'): raise UserError('validate needs a data set with labels; see data.as_dataset')
+    if len(data) < 2*whole(n, 'n', 2): raise UserError(f'two halves of {n} need {2*n} images, not {len(data)}; lower n')
+    first, second = _halves(data, n, seed)
+    ref, others = stats(first), sorted({*range(len(data))}-{*first})
     distance = lambda s: frechet(s.mu, s.sigma, ref.mu, ref.sigma)
     halves, rows, rises = distance(stats(second)), [], {}
     for axis, strengths in axes.items():
-        label: dict[int, int] = {}
-        for j in range(n, len(data) if axis == 'missing' else n, 512):
-            label |= dict(enumerate(data.batch(range(j, min(j+512, len(data))))['label'].tolist(), j))
+        label = _labels(data) if axis == 'missing' else []
         last, up = halves, True
         for s in strengths:
             if axis == 'missing':
-                stay = [i for i, k in label.items() if k >= s][:n]
+                stay = [i for i in others if label[i] >= s]
                 if len(stay) < n: raise UserError(f'{len(stay)} images without the first {s} classes, {n} are needed; give more data')
-                fd = distance(stats(stay))
+                fd = distance(stats(stay[:n] if isinstance(data, World) else [stay[i] for i in spread(n, len(stay))]))
             else: fd = distance(stats(second, lambda x, at, axis=axis, s=s: _spoil(x, axis, s, at)))
             rows.append(dict(axis=axis, strength=s, fd=fd))
             last, up = fd, up and fd > last

@@ -6,12 +6,14 @@
 __all__ = ['Shelf', 'Banks', 'ExplorerState', 'Strip', 'strip', 'Side', 'Explored', 'Explorer', 'layer_name']
 
 # %% ../nbs/19b_explorer.ipynb #e4d52bb9
-import hashlib, io, threading
+import io, re, threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 # %% ../nbs/19b_explorer.ipynb #1ca4c29b
 import torch
@@ -19,36 +21,47 @@ from torch import Tensor, nn
 
 # %% ../nbs/19b_explorer.ipynb #778cb259
 from .align import Graph, cknna, cknna_null, knn_graph, mutual_knn, prepare
-from .core import UserError, home, load_weights, nearest, save_weights
-from .data import CROPS, TRANSFORMS, open_image, to_tensor, to_uint8, transform
+from .core import UserError, digest, home, load_weights, nearest, save_weights, sidecar, whole
+from .data import CROPS, TRANSFORMS, Subset, World, open_image, take, taken, to_tensor, to_uint8
 from .features import pool
 from .measures import METRICS, compare
 from .metrics import psnr
 from .plots import PALETTE, curves
-from .recipes import open_data, open_tokenizer
-from .tokenizer import tokenizers
-from .vfm import _ALIASES, VFM, _known
+from .recipes import open_tokenizer
+from .tokenizer import net_digest, tokenizers
+from .vfm import _ALIASES, VFM, _known as _known_vfm
 from .views import Fitted, as_source, extract_views, label, see
-from .widgets import ColourFit, Control, Job, Lab, Sheet, _names, _number, _whole, middle, steps, transform_controls
+from .widgets import (ColourFit, Control, Job, Lab, Sheet, _about, _files, _fits, _images, _join, _noted, _reach, _read,
+                            _settle, _strange, _times, middle, steps, transform_controls)
 
 # %% ../nbs/19b_explorer.ipynb #154e6103
 class Shelf:
-    "The first `n` images of a data set, held as 8 bit: whom an image is compared with. UserError: fewer than 12, or one that cannot be read."
+    """`n` images of a data set, taken by `data.take`, held as 8 bit: whom an image is compared with. `words`: which these are.
+    UserError: fewer than 12, or one that cannot be read."""
     def __init__(self, images: Any,  # a data set with `.batch(indices)`
                  n: int = 256,
                  tick: Callable[[int], None] = lambda n: None): # told how many were read
-        n = min(n, len(images))
-        if n < 12: raise UserError(f'{n} images give no neighbourhood; give a set of at least 12')
+        some = take(images, n)
+        if len(some) < 12: raise UserError(f'{len(some)} images give no neighbourhood; give a set of at least 12')
         parts: list[dict] = []
-        for i in range(0, n, 32):
-            parts.append(images.batch(list(range(i, min(i+32, n)))))
+        for i in range(0, len(some), 32):
+            parts.append(_read(some, range(i, min(i+32, len(some)))))
             tick(len(parts[-1]['image']))
         self.pixels = torch.cat([to_uint8(p['image']) for p in parts])
-        self.labels = torch.cat([p.get('label', torch.zeros(len(p['image']), dtype=torch.long)) for p in parts])
+        self.labels = torch.cat([p['label'] for p in parts])
         self.names = [k for p in parts for k in p['key']]
         self.classes = tuple(getattr(images, 'classes', ()))
-        self.digest = hashlib.blake2b(self.pixels.numpy().tobytes(), digest_size=6).hexdigest()
+        self.digest = digest({'pixels': self.pixels})
+        self.taken, self.spread = taken(some), isinstance(some, Subset)
+        self.words = f'{len(some)} images ({self.taken})'
+        self._place = {k: i for i, k in enumerate(self.names)}
     def __len__(self) -> int: return len(self.pixels)
+    def place(self, key: str) -> int | None:
+        "Where an image of the set is here; None: nowhere."
+        return self._place.get(key)
+    def called(self, i: int) -> str:
+        "Image i for a sentence: its number, and its key where that is not its number in the set."
+        return f'{i} ({self.names[i]})' if self.spread else f'{i}'
     def batch(self, indices: Sequence[int]) -> dict:
         "dict(image (b,3,s,s) in [-1,1], key), as `extract_views` reads it."
         at = list(indices)
@@ -59,15 +72,48 @@ _DRAW = ('noise', 'colour', 'occlusion', 'translation', 'crop')    # of TRANSFOR
 
 def _nets(source: Any) -> list[Any]:
     "What a source looks through: itself, or what its adapter holds."
+    if isinstance(source, nn.Module): return [source]
     return [getattr(source, a) for a in ('net', 'tokenizer', 'vfm') if hasattr(source, a)] or [source]
 
-def _weights(source: Any) -> str:
-    "A short name of what a source is made of: the shapes and sums of its weights."
-    parts = [source.name, repr(getattr(source, 'ratio', ''))]
-    for net in _nets(source):
-        tensors = net.state_dict().items() if isinstance(net, nn.Module) else ()
-        parts += [f'{k} {tuple(v.shape)} {v.double().sum():.9e} {v.double().abs().sum():.9e}' for k, v in tensors]
-    return hashlib.blake2b('\n'.join(parts).encode(), digest_size=6).hexdigest()
+_VERSION = attrgetter('_version')
+_MARKS: WeakKeyDictionary = WeakKeyDictionary()     # source -> (its tensors, how often they were written, its mark)
+
+def _tensors(source: Any) -> list[Tensor]:
+    "All that count how often they were written."
+    nets = [net for net in _nets(source) if isinstance(net, nn.Module)]
+    return [t for net in nets for t in (*net.parameters(), *net.buffers()) if not t.is_inference()]
+
+def _written(tensors: Sequence[Tensor]) -> int: return sum(map(_VERSION, tensors))
+
+def _known(x: Any) -> bool:
+    "Is all code that an object holds of a library, as far as its class and its functions tell?"
+    functions = [v for v in vars(x).values() if callable(v) and not isinstance(v, nn.Module)]
+    homes = [type(x).__module__, *(getattr(f, '__module__', None) or '' for f in functions)]
+    return all(h.partition('.')[0] in ('vfmvae', 'torch', 'timm', 'functools', 'builtins', '_operator') for h in homes)
+
+def _mark(source: Any) -> str:
+    """`net_digest` of a FeatureSource or a net, made anew when somebody has written into its weights. '' where code of no library
+    decides, too: none can tell whether it is still the same."""
+    held = _MARKS.get(source)
+    if held is None or held[1] != _written(held[0]):
+        tensors = _tensors(source)
+        before = _written(tensors)
+        parts = [source, *(m for n in _nets(source) for m in (n.modules() if isinstance(n, nn.Module) else [n]))]
+        held = _MARKS[source] = tensors, before, net_digest(source) if all(map(_known, parts)) else ''
+    return held[2]
+
+def _look_again(source: Any) -> None:
+    "Forgets the mark of a source some of whose tensors are others by now."
+    held = _MARKS.get(source)
+    if held is not None and [*map(id, held[0])] != [*map(id, _tensors(source))]: del _MARKS[source]
+
+def _who(source: Any) -> str:
+    "The mark of a source; of one without, what tells it from others as long as it lives."
+    return _mark(source) or f'object {id(source)} {_written(_tensors(source))}'
+
+def _same(a: Any, b: Any) -> bool:
+    "Do two sources or nets compute the same? Two objects of one net do."
+    return a is b or _mark(a) == _mark(b) != ''
 
 class _Patient:
     "A shelf that waits before each batch until the way is free, and tells what was read."
@@ -80,41 +126,48 @@ class _Patient:
 
 class Banks:
     "Pooled features (n,c) of a shelf, by source, layer, view and seed: in memory, else on disk, else a job."
-    def __init__(self, shelf: Shelf, folder: Path | None = None): # None: `labs` under home()
-        self.shelf, self.folder = shelf, folder
-        self._held: dict[tuple, dict[Any, Tensor]] = {}
-        self._digests: dict[tuple, tuple[Any, str]] = {}
-    def _key(self, source: Any, view: tuple[str, float] | None, seed: int) -> tuple[str, str]:
-        at = (source.name, *map(id, _nets(source)))
-        if at not in self._digests: self._digests[at] = _nets(source), _weights(source)     # the nets are held, so that an id stays its own
+    def __init__(self, shelf: Shelf, folder: Path | None = None, # None: `labs` under home()
+                 who: Callable[[Any], str] = _who):              # what tells a source from others
+        self.shelf, self.folder, self.who = shelf, folder, who
+        self._held: dict[tuple, tuple[dict[Any, Tensor], Any]] = {}      # and the source: without a mark, its place in memory tells
+    def key(self, source: Any, view: tuple[str, float] | None, seed: int = 0) -> tuple[str, str]:
+        "What tells the source's features of this view from any others: of the source, of the view."
         drawn = f' seed {seed}' if view is not None and view[0] in _DRAW else ''
-        return f'{source.name.replace("/", "_")}-{self._digests[at][1]}', label(view)+drawn
-    def _path(self, key: tuple[str, str]) -> Path:
-        return (self.folder or home()/'labs')/key[0]/f'{self.shelf.digest}-{len(self.shelf)} {key[1]}.safetensors'
+        return self.who(source), ('clean' if view is None else f'{view[0]} {float(view[1])!r}')+drawn
+    def _path(self, source: Any, key: tuple[str, str]) -> Path | None:
+        "None: a source whose features nobody could tell from another's in the next session."
+        if not _mark(source): return None
+        name = re.sub('[^A-Za-z0-9@.-]', '_', source.name)[:80]
+        return (self.folder or home()/'labs')/f'{name}-{key[0]}'/f'{self.shelf.digest} {key[1]}.safetensors'
     def get(self, source: Any, view: tuple[str, float] | None, seed: int = 0) -> dict[Any, Tensor] | None:
         "Layer -> (n,c), or None: not computed yet."
-        key = self._key(source, view, seed)
-        if key not in self._held and self._path(key).is_file():
-            try: tensors, _ = load_weights(self._path(key))
+        key = self.key(source, view, seed)
+        if key not in self._held and (path := self._path(source, key)) and path.is_file():
+            try: tensors, _ = load_weights(path)
             except UserError: return None     # a damaged file is written anew
-            if {*map(str, source.layers)} <= {*tensors}: self._held[key] = {k: tensors[str(k)] for k in source.layers}
-        return self._held.get(key)
+            if {*map(str, source.layers)} <= {*tensors}:
+                self._held[key] = {k: tensors[str(k)] for k in source.layers}, source
+        return self._held.get(key, (None,))[0]
     def job(self, sources: Sequence[Any], view: tuple[str, float] | None, seed: int = 0) -> Job:
         "Computes what `get` lacks of these sources, all their layers in one pass."
         def run(free: Callable, tick: Callable) -> None:
-            todo = {s.name: (s, list(s.layers)) for s in sources if self.get(s, view, seed) is None}
-            found = extract_views(todo, _Patient(self.shelf, free, tick), [view] if view else (), batch_size=32, seed=seed, quiet=True, clean=view is None)
-            for s, layers in todo.values():
-                self._held[self._key(s, view, seed)] = made = {k: found[label(view), s.name, k].features for k in layers}
-                save_weights(self._path(self._key(s, view, seed)), {str(k): v for k, v in made.items()},
-                             dict(source=s.name, view=label(view), seed=seed, images=self.shelf.names[:3]+['...'], n=len(self.shelf)))
+            todo = {str(self.key(s, view, seed)): (s, list(s.layers)) for s in sources if self.get(s, view, seed) is None}
+            found = extract_views(todo, _Patient(self.shelf, free, tick), [view] if view else (), batch_size=32, seed=seed,
+                                  quiet=True, clean=view is None)
+            for name, (s, layers) in todo.items():
+                key, made = self.key(s, view, seed), {k: found[label(view), name, k].features for k in layers}
+                if str(key) != name: continue       # somebody wrote into its weights meanwhile
+                self._held[key] = made, s
+                if (path := self._path(s, key)) is not None:
+                    about = dict(source=s.name, view=key[1], images=self.shelf.names[:3]+['...'], n=len(self.shelf), taken=self.shelf.taken)
+                    save_weights(path, {str(k): v for k, v in made.items()}, about)
         return Job(label(view), len(self.shelf), run)
 
 # %% ../nbs/19b_explorer.ipynb #f74d4f23
 @dataclass(frozen=True)
 class ExplorerState:
     "What the explorer shows. UserError on a value that cannot be shown."
-    images: str = 'world'            # 'world', a folder of images, or shards
+    images: str = 'world'            # 'world', a folder of images, shards, or the name of a set that the lab was given
     image: int = 0                   # which of them
     uploaded: str = ''               # the name of an uploaded image that takes its place; '': none
     tokenizers: tuple[str, ...] = ('vfmvae-tiny-f8d16',) # one to four: registered names, files, or of the lab's own
@@ -126,15 +179,13 @@ class ExplorerState:
     metric: str = 'cknna'            # a key of METRICS
     seed: int = 0                    # of transforms that draw
     def __post_init__(self) -> None:
-        _names(self, vars(self))
-        for name in ('image', 'seed', 'k'): _whole(name, getattr(self, name))
+        _settle(self)
         listed = (self.tokenizers,) if isinstance(self.tokenizers, str) else self.tokenizers
         if not isinstance(listed, Iterable) or not all(isinstance(t, str) for t in listed): raise UserError(f'tokenizers are names, not {listed!r}')
         object.__setattr__(self, 'tokenizers', tuple(listed))
         if not 1 <= len(set(self.tokenizers)) == len(self.tokenizers) <= 4:
             raise UserError(f"one to four different tokenizers stand side by side, not {', '.join(self.tokenizers) or 'none'}; choose others")
-        _number('strength', self.strength)
-        transform(torch.zeros(1, 3, 64, 64), self.transform, self.strength)
+        _reach(self.transform, self.strength)
         if self.metric not in METRICS: raise UserError(f"no metric {self.metric!r}{nearest(self.metric, METRICS)} (known: {', '.join(METRICS)})")
         if self.k < 2: raise UserError(f'k = {self.k} neighbours; choose at least 2')
     @property
@@ -187,6 +238,7 @@ class Explored:
     shelf: Shelf | None
     steps: int                       # points of a whole curve
     chance: tuple[float, float] | None = None # CKNNA: where 90 % of random pairings of the images lie; None: another metric, or not computed yet
+    note: str = ''                   # what to know about the images: enlarged, of a kind that a tokenizer does not know
 
 # %% ../nbs/19b_explorer.ipynb #6cffc40e
 _KS, _MOST = (2, 3, 5, 10, 15, 20, 30, 50), 50
@@ -205,39 +257,128 @@ def _of_vfm(changes: dict, state: Any, look_up: Callable) -> dict:
     layer = changes.get('layer', state.layer)
     return changes if layer == -1 else changes | dict(layer=_layer(look_up(changes.get('vfm', state.vfm)), layer))
 
+_FILES = ('.safetensors', '.pth', '.pt', '.ckpt')      # of tokenizers
+
+def _is_tokenizer(name: str | Path) -> bool: return str(name) in tokenizers or Path(name).suffix in _FILES
+
+def _bundled(name: str) -> Any:
+    if name == 'tiny': return VFM('tiny')
+    return tokenizers[name] if name in tokenizers else None
+
+def _by_name(own: Any) -> dict[str, Any]:
+    "Name -> net. UserError: no net, no name, or two different nets of one name."
+    found: dict[str, Any] = {}
+    for o in own if isinstance(own, list | tuple) else [own]:
+        named = isinstance(o, str | Path)
+        net = o if not named else open_tokenizer(o) if _is_tokenizer(o) else VFM(str(o))
+        name = str(o) if named else getattr(as_source(o), 'name', None)
+        if not isinstance(name, str): raise UserError(f'a {type(o).__name__} has no name; give it one (.name = ...)')
+        _one(name, net, found[name] if name in found else _bundled(name))
+        found.setdefault(name, net)
+    return found
+
+def _one(name: str, net: Any, other: Any) -> None:
+    "UserError: another net of that name computes something else."
+    if other is not None and not _same(other, net):
+        raise UserError(f'two different nets are named {name!r}, one of them yours; give it another name (.name = ...)')
+
 class _Seen:
-    "What the explorer has opened: data sets, nets, banks, colours, scores; each once."
-    def __init__(self, own: Sequence[Any], size: int, n: int):
-        self.own, self.size, self.n = {o.name: o for o in own}, size, n
+    "What a lab has opened: data sets, nets, banks, colours, scores; each once, until a file behind it is rewritten."
+    def __init__(self, own: Any, size: int, n: int):
+        self.size, self.n = whole(size, 'size', 8, 4096), whole(n, 'n', 0)
+        self.own = _by_name(own)
+        self.sets: dict[str, Any] = {}     # name -> data set that was handed over
         self.made: dict[tuple, Any] = {}
+        self.files: dict[tuple, tuple] = {}     # of what was made: the files behind it, and how they were
         self.last: dict[tuple, tuple[Tensor, Any]] = {}
+        self.now: dict[int, str] = {}           # what tells the sources of this look apart
         self.lock = threading.RLock()
+    def who(self, source: Any) -> str:
+        "As `_who`, asked once a look."
+        if (held := self.now.get(id(source))) is None: held = self.now[id(source)] = _who(source)
+        return held
     def once(self, key: tuple, make: Callable) -> Any:
         if key in self.made: return self.made[key]      # nobody waits for a net that another thread opens
         with self.lock:
             if key not in self.made: self.made[key] = make()
-        return self.made[key]
+            return self.made[key]
     def of(self, who: tuple, x: Tensor, make: Callable) -> Any:
         "make(x), kept until `who` is shown another x: a move of k or of the layer asks no net again."
         if (held := self.last.get(who)) is None or not torch.equal(held[0], x): held = self.last[who] = x, make(x)
         return held[1]
-    def data(self, spec: str) -> Any: return self.once(('data', spec), lambda: open_data(spec, size=self.size, n=10_000, seed=8))
-    def banks(self, spec: str) -> Banks | None: return self.made.get(('banks', spec))
+    def check(self, spec: str, *names: str) -> None:
+        "As a look begins: forgets a set and nets of these names whose files were rewritten, and what an own net was made of."
+        for key in (('data', spec), *(('tokenizer', n) for n in names)):
+            if (held := self.files.get(key)) is None or _times(held[0]) == held[1]: continue
+            with self.lock:
+                old = self.made.pop(key, None)
+                gone = [g for g in (old, self.banks(key[1])) if g is not None]
+                for k in [*self.made]:
+                    if k == ('source', key[1]) or any(v is g for v in k for g in gone): del self.made[k]
+                self.files.pop(key, None)
+        for n in (n for n in names if n in self.own):
+            for source in (self.own[n], self.made.get(('source', n)), self.made.get(('vfm', n))):
+                if source is not None: _look_again(source)
+        self.now = {}
+    def give(self, images: Any) -> str:
+        "The name of a data set that was handed over: words stay words."
+        if isinstance(images, str | Path): return str(images)
+        made = _images(images, self.size)
+        known = next((n for n, s in self.sets.items() if s is made), None)
+        if known is None:
+            kind = type(images).__name__
+            known = next(n for n in (kind, *(f'{kind} {i}' for i in range(2, 10**6))) if n not in self.sets)
+            self.sets[known] = made
+        return known
+    def data(self, spec: str) -> Any:
+        def make() -> Any:
+            made = self.sets[spec] if spec in self.sets else _images(spec, self.size)
+            self.files['data', spec] = (at := _files(made, self.n)), _times(at)
+            return made
+        return self.once(('data', spec), make)
+    def _at(self, spec: str) -> tuple:
+        return 'banks', self.made.get(('data', spec)), self.files.get(('data', spec), ((), ()))[1]
+    def banks(self, spec: str) -> Banks | None: return self.made.get(self._at(spec))
     def fill(self, spec: str) -> Job:
+        data, at = self.data(spec), self._at(spec)
         def run(free: Callable, tick: Callable) -> None:
-            made = Banks(Shelf(self.data(spec), self.n, tick))
-            self.once(('banks', spec), lambda: made)
-        return Job('reading', min(self.n, len(self.data(spec))), run)
-    def vfm(self, name: str) -> Fitted: return self.once(('vfm', name), lambda: Fitted(self.own[name] if name in self.own else VFM(name)))
-    def tokenizer(self, name: str) -> Any: return self.once(('tokenizer', name), lambda: self.own[name] if name in self.own else open_tokenizer(name))
+            made = Banks(Shelf(data, self.n, tick), who=self.who)
+            self.once(at, lambda: made)
+        return Job('reading', min(self.n, len(data)), run)
+    def vfm(self, name: str) -> Any:
+        def make() -> Any:
+            net = self.own[name] if name in self.own else VFM(name)
+            return Fitted(net) if hasattr(net, 'patch') else as_source(net)
+        return self.once(('vfm', name), make)
+    def tokenizer(self, name: str) -> Any:
+        def make() -> Any:
+            if name in self.own: return self.own[name]
+            if name not in tokenizers: self.files['tokenizer', name] = (at := (name, sidecar(name))), _times(at)
+            return open_tokenizer(name)
+        return self.once(('tokenizer', name), make)
     def source(self, name: str) -> Any: return self.once(('source', name), lambda: as_source(self.tokenizer(name)))
-    def colours(self, spec: str, source: Any, layer: Any, x: Tensor) -> ColourFit:
+    def colours(self, banks: Banks | None, source: Any, layer: Any, x: Tensor) -> ColourFit:
         "Fitted to the first images of the shelf, so that a colour means the same at every move; to x while there is no shelf."
-        if (banks := self.banks(spec)) is None: return ColourFit(source.features(x, [layer])[layer])
-        return self.once(('colours', spec, source.name, layer), lambda: ColourFit(source.features(banks.shelf.batch(range(12))['image'], [layer])[layer]))
+        if banks is None: return ColourFit(source.features(x, [layer])[layer])
+        key = ('colours', banks, banks.key(source, None), layer)
+        return self.once(key, lambda: ColourFit(source.features(banks.shelf.batch(range(12))['image'], [layer])[layer]))
     def graph(self, banks: Banks, source: Any, layer: Any, view: Any, seed: int) -> Graph:
-        key = ('graph', banks, *banks._key(source, view, seed), layer)
+        key = ('graph', banks, banks.key(source, view, seed), layer)
         return self.once(key, lambda: knn_graph(prepare(banks.get(source, view, seed)[layer]), min(_MOST, len(banks.shelf)-1)))  # type: ignore[index]
+    def some(self, spec: str) -> Tensor:
+        "Up to 32 images (b,3,H,W) that stand for a set: of its shelf, else spread over it."
+        data, banks = self.data(spec), self.banks(spec)
+        few: Any = take(banks.shelf if banks else data, 32)
+        return self.once(('some', data), lambda: _read(few, range(len(few)))['image'])
+    def note(self, spec: str, sources: Sequence[Any]) -> str:
+        "What to know about a set: pictures enlarged or left out, or unlike those that a bundled net behind these sources knows."
+        data = self.data(spec)
+        images = data if isinstance(data, World) else self.some(spec)
+        strange = self.once(('strange', data, *map(self.who, sources)), lambda: _strange(sources, images))
+        return _join(strange, _about(data))
+    def side(self, spec: str) -> int:
+        "Pixels of its images."
+        return getattr(self.data(spec), 'size', None) or self.size
 
 # %% ../nbs/19b_explorer.ipynb #45e5a796
 class Explorer(Lab):
@@ -246,34 +387,39 @@ class Explorer(Lab):
     def __init__(self, state: ExplorerState | None = None, # None: the default
                  size: int = 64,                           # pixels of the square images
                  n: int = 256,                             # images that neighbours and scores are taken among
-                 own: Sequence[Any] = (),                  # VFMs and tokenizers, known here by their name
-                 **changes: Any):                          # fields of the state
+                 own: Any = (),                            # VFMs and tokenizers, objects, names or files: known by their name
+                 **changes: Any):                          # fields of the state; `images`: whatever `data.as_dataset` takes, too
         super().__init__(state)
         self.seen = _Seen(own, size, n)
         self.uploads: dict[str, Tensor] = {}      # name -> (3,size,size)
+        self.small: dict[str, str] = {}           # name -> how it was enlarged
         self.set(**changes)
     def set(self, **changes: Any) -> 'Explorer':
         "As `Lab.set`. A new VFM starts at its last layer, a new set at its first image, a new transform in the middle of its grid."
-        return super().set(**changes)
+        return super().set(**changes | (dict(images=self.seen.give(changes['images'])) if 'images' in changes else {}))
     def follow(self, changes: dict) -> dict:
         "See `set`."
         if changes.get('images', self.state.images) != self.state.images: changes = dict(image=0, uploaded='') | changes
         if changes.get('image', self.state.image) != self.state.image: changes = dict(uploaded='') | changes
         return middle(_of_vfm(changes, self.state, self.seen.vfm), self.state.transform)
     def allow(self, state: ExplorerState) -> None:
-        "UserError: no such images, image, upload, tokenizer, VFM or layer, or a k that the set is too small for."
+        "UserError: no such images, image, upload, tokenizer, VFM or layer; a set too small for k, images for the strength."
+        self.seen.check(state.images)
         n = len(self.seen.data(state.images))
         if state.image >= n: raise UserError(f'no image {state.image}; there are {n}, counted from 0')
         if state.uploaded and state.uploaded not in self.uploads: raise UserError(f'no upload named {state.uploaded!r}; upload it first')
         for name in state.tokenizers:
             if name not in self.seen.own and name not in tokenizers and not Path(name).suffix: open_tokenizer(name)    # says what is known
             if Path(name).suffix and not Path(name).is_file() and name not in self.seen.own: raise UserError(f'no file {name}; check the path')
-        if state.vfm not in self.seen.own and state.vfm != 'tiny': _known(_ALIASES.get(state.vfm, state.vfm))
+        if state.vfm not in self.seen.own and state.vfm != 'tiny': _known_vfm(_ALIASES.get(state.vfm, state.vfm))
         n = min(self.seen.n, n)
         if state.k > min(_MOST, n-2): raise UserError(f'k = {state.k} neighbours among {n} images; choose at most {min(_MOST, n-2)}')
+        _fits(state.transform, state.strength, self.seen.side(state.images))
     def receive(self, name: str, data: bytes) -> None:
         "Shows an uploaded image: any mode, first frame, largest square. UserError if it is none or smaller than 8 pixels."
-        self.uploads[name] = to_tensor(CROPS['square'](open_image(io.BytesIO(data), name=name), self.seen.size))
+        im = open_image(io.BytesIO(data), name=name)
+        self.uploads[name] = to_tensor(CROPS['square'](im, self.seen.size))
+        self.small[name] = f'{name} has {im.width} x {im.height} px and was enlarged.'*(min(im.size) < self.seen.size)
         self.set(uploaded=name)
     def panel(self, state: ExplorerState) -> dict[str, Control]:
         "Images first, then nets, then the transform, then the measure."
@@ -296,6 +442,7 @@ class Explorer(Lab):
         return list(dict.fromkeys([None, state.view, *rest]))
     def jobs(self, state: ExplorerState) -> list[Job]:
         "Reading the others, then their features in every view of the curve."
+        self.seen.check(state.images, *state.tokenizers)
         if (banks := self.seen.banks(state.images)) is None: return [self.seen.fill(state.images)]
         sources = [self.seen.vfm(state.vfm), *map(self.seen.source, state.tokenizers)]
         return [banks.job(sources, v, state.seed) for v in self._todo(state) if any(banks.get(s, v, state.seed) is None for s in sources)]
@@ -308,8 +455,8 @@ class Explorer(Lab):
                 return _GRAPHS[state.metric](mine.first(k), other.first(k), k)
             a, b = (banks.get(s, view, seed)[layer] for s, layer in ((source, 'latent'), (eye, state.layer)))  # type: ignore[index]
             return compare(a, b, state.metric, k=k)[0]['value']
-        drawn = seed if view and view[0] in _DRAW else 0
-        return self.seen.once(('score', banks, source.name, state.vfm, state.layer, view, drawn, state.metric, k), make)
+        keys = banks.key(source, view, seed), banks.key(eye, view, seed)
+        return self.seen.once(('score', banks, *keys, state.layer, state.metric, k), make)
     def _curve(self, banks: Banks | None, state: ExplorerState, source: Any) -> tuple[tuple[float, float], ...]:
         if banks is None: return ()
         there = [v for v in self._todo(state) if all(banks.get(s, v, state.seed) is not None for s in (source, self.seen.vfm(state.vfm)))]
@@ -323,35 +470,43 @@ class Explorer(Lab):
         def make(source: Any) -> Tensor:
             mine, other = (self.seen.graph(banks, s, layer, None, 0).first(state.k) for s, layer in ((source, 'latent'), (eye, state.layer)))
             return cknna_null(mine, other, state.k, times=30).quantile(torch.tensor([.05, .95], dtype=torch.float64))
-        ends = torch.stack([self.seen.once(('chance', banks, s.name, state.vfm, state.layer, state.k), partial(make, s)) for s in sources])
+        pairs = {s: (banks.key(s, None), banks.key(eye, None)) for s in sources}
+        ends = torch.stack([self.seen.once(('chance', banks, *k, state.layer, state.k), partial(make, s)) for s, k in pairs.items()])
         return ends[:, 0].min().item(), ends[:, 1].max().item()
-    def _strip(self, banks: Banks | None, state: ExplorerState, source: Any, layer: Any, pair: Tensor) -> Strip | None:
+    def _strip(self, banks: Banks | None, source: Any, layer: Any, pair: Tensor, *k_own: Any) -> Strip | None:
         bank = banks.get(source, None) if banks is not None else None
-        if bank is None or banks is None: return None
-        return strip(bank[layer], pair, state.k, state.image if not state.uploaded and state.image < len(banks.shelf) else None)
-    def _image(self, state: ExplorerState) -> tuple[Tensor, str]:
-        if state.uploaded: return self.uploads[state.uploaded][None], state.uploaded
+        return None if bank is None else strip(bank[layer], pair, *k_own)
+    def _image(self, state: ExplorerState) -> tuple[Tensor, str, str]:
+        "Image, its name on the screen, its key in the set."
+        if state.uploaded: return self.uploads[state.uploaded][None], state.uploaded, ''
         data = self.seen.data(state.images)
-        batch, classes = data.batch([state.image]), getattr(data, 'classes', ())
-        return batch['image'], classes[int(batch['label'][0])] if len(classes) > 1 else batch['key'][0]
+        batch, classes = _read(data, [state.image]), getattr(data, 'classes', ())
+        label = int(batch['label'][0])
+        return batch['image'], classes[label] if len(classes) > 1 and label >= 0 else batch['key'][0], batch['key'][0]
     @torch.no_grad()
     def look(self, state: ExplorerState) -> Explored:
         "The image before and after, seen by all; strips and curves as far as the banks reach."
-        banks, (x, name) = self.seen.banks(state.images), self._image(state)
+        self.seen.check(state.images, state.vfm, *state.tokenizers)
+        (x, name, key), banks = self._image(state), self.seen.banks(state.images)
         changed = see(x, state.view, [state.image], state.seed)[0][1]
-        eye = self.seen.vfm(state.vfm)
-        h = [self.seen.of(('vfm', eye.name, i), v, partial(eye.features, layers=eye.layers))[state.layer] for i, v in enumerate((x, changed))]
-        colour = self.seen.colours(state.images, eye, state.layer, x)
-        sides = [self._side(banks, state, t, x, changed) for t in state.tokenizers]
-        own = self._strip(banks, state, eye, state.layer, torch.cat([pool(v) for v in h]))
+        eye, place = self.seen.vfm(state.vfm), banks.shelf.place(key) if banks else None
+        ask = partial(eye.features, layers=eye.layers)
+        h = [self.seen.of(('vfm', self.seen.who(eye), i), v, ask)[state.layer] for i, v in enumerate((x, changed))]
+        colour = self.seen.colours(banks, eye, state.layer, x)
+        sides = [self._side(banks, state, t, x, changed, place) for t in state.tokenizers]
+        own = self._strip(banks, eye, state.layer, torch.cat([pool(v) for v in h]), state.k, place)
+        nets = [*map(self.seen.source, state.tokenizers), eye]
+        note = self.seen.note(state.images, nets) if banks and not state.uploaded else ''
+        if state.uploaded: note = _join(self.seen.of(('strange', *map(self.seen.who, nets)), x, partial(_strange, nets)), self.small.get(state.uploaded, ''))
         return Explored(state, name, x[0], changed[0], (colour(h[0])[0], colour(h[1])[0]), own, tuple(sides),
-                        banks.shelf if banks else None, len(self._todo(state)), self._chance(banks, state))
-    def _side(self, banks: Banks | None, state: ExplorerState, name: str, x: Tensor, changed: Tensor) -> Side:
+                        banks.shelf if banks else None, len(self._todo(state)), self._chance(banks, state), note)
+    def _side(self, banks: Banks | None, state: ExplorerState, name: str, x: Tensor, changed: Tensor, own: int | None) -> Side:
         tok, source = self.seen.tokenizer(name), self.seen.source(name)
-        z = [self.seen.of(('latent', name, i), v, lambda v: tok.encode(v).mode()) for i, v in enumerate((x, changed))]
-        again = self.seen.of(('again', name), z[1], lambda z: tok.decode(z).clamp(-1, 1))
-        colour = self.seen.colours(state.images, source, 'latent', x)
-        near = self._strip(banks, state, source, 'latent', torch.cat([v.mean((2, 3)) for v in z]))
+        who = self.seen.who(source)
+        z = [self.seen.of(('latent', who, i), v, lambda v: tok.encode(v).mode()) for i, v in enumerate((x, changed))]
+        again = self.seen.of(('again', who), z[1], lambda z: tok.decode(z).clamp(-1, 1))
+        colour = self.seen.colours(banks, source, 'latent', x)
+        near = self._strip(banks, source, 'latent', torch.cat([v.mean((2, 3)) for v in z]), state.k, own)
         return Side(name, again[0], (again-changed).abs().mean(1)[0]/2, psnr(again, changed).item(), (colour(z[0])[0], colour(z[1])[0]),
                     near, self._curve(banks, state, source))
     def sheet(self, result: Explored, width: float) -> Sheet:
@@ -421,6 +576,7 @@ def _explored_sheet(r: Explored, width: float) -> Sheet:
     if missing: sheet.text(width-.1-1.4, sheet.height-1.52, f'{missing} of {r.steps} points: computing ...', 7, '#555555')
     n = len(r.shelf) if r.shelf else 0
     about = dict(images=s.images, image=s.image, transform=s.transform, vfm=s.vfm, layer=s.layer, k=s.k, metric=s.metric, seed=s.seed, n=n,
+                 taken=r.shelf.taken if r.shelf else '', **_noted(r.note),
                  **(dict(chance_low=r.chance[0], chance_high=r.chance[1]) if r.chance else {}))
     sheet.data = [dict(tokenizer=t.name, strength=a, value=b, **about) for t in r.sides for a, b in t.curve]
     for d in sheet.data:
@@ -432,7 +588,7 @@ def _explored_words(r: Explored) -> str:
     s = r.state
     def near(x: Strip | None) -> str: return f'{sum(x.kept)} of {len(x.near)} neighbours stay' if x else 'neighbours are being computed'
     words = [f'{r.name}: image {s.uploaded or s.image} of {s.images}, {s.transform} {s.strength:g} ({TRANSFORMS[s.transform].unit}), seed {s.seed}. '
-             f'VFM {s.vfm}, {layer_name(s.layer)}: {near(r.strip)}{f" among {len(r.shelf)} images" if r.shelf else ""}.']
+             f'VFM {s.vfm}, {layer_name(s.layer)}: {near(r.strip)}{f" among {r.shelf.words}" if r.shelf else ""}.']
     for t in r.sides:
         at = dict(t.curve)
         now, start = at.get(float(s.strength)), at.get(TRANSFORMS[s.transform].identity)
@@ -440,4 +596,4 @@ def _explored_words(r: Explored) -> str:
         was = f' ({start:.3f} without the transform)' if start is not None and now is not None else ''
         words.append(f'{t.name}: reconstruction {t.psnr:.1f} dB; {near(t.strip)}; {score}{was}.')
     if r.chance: words.append(f'Chance: {r.chance[0]:.3f} to {r.chance[1]:.3f} (90 % of random pairings).')
-    return ' '.join(words)
+    return _join(*words, r.note)

@@ -17,13 +17,14 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/16_flow_train.ipynb #8ec03dc1
-from .core import Gaussian, UserError, write_atomic
-from .dit import DiT, NetFeatures, Parts
-from .flow import FLOW_WEIGHTS, ImageNoise, classifier_free, flow_loss, guide, internal_guidance, field as velocity_of, part, sample
+from .core import Gaussian, UserError, nearest, real, whole, write_atomic
+from .dit import DiT, DiTConfig, NetFeatures, Parts
+from .flow import (FLOW_WEIGHTS, KINDS, LAWS, PATHS, TERMS, ImageNoise, classifier_free, field as velocity_of, flow_loss, guide,
+                         internal_guidance, part, sample, sample_t)
 from .latents import LatentCache, cache_latents
 from .plots import show_images, to_png
 from .robustness import layer_scores
-from .train import EMA, NotFinite, world
+from .train import EMA, NotFinite, betas_of, defaults_of, world
 _all_ = ['LatentCache', 'cache_latents']   # one door for caching and training
 
 # %% ../nbs/16_flow_train.ipynb #c90e2898
@@ -40,13 +41,35 @@ class FlowConfig:
     clip: float | None = None           # largest gradient norm
     ema: float = .9999                  # decay of the average, per step
     def __post_init__(self) -> None:
-        object.__setattr__(self, 'laws', tuple((law, int(at)) for law, at in self.laws))
-        object.__setattr__(self, 'betas', tuple(self.betas))
+        def need(ok: bool, text: str) -> None:
+            if not ok: raise UserError(f'FlowConfig.{text}')
+        need(isinstance(self.weights, Mapping), f'weights: {self.weights!r} is no mapping of loss terms to numbers')
+        for k, w in self.weights.items():
+            need(k in TERMS, f"weights: no loss term {k!r}{nearest(str(k), TERMS)} (known: {', '.join(TERMS)})")
+            real(w, f'FlowConfig.weights: {k}', low=0, high=1e9)
+        object.__setattr__(self, 'laws', self._laws())
+        object.__setattr__(self, 'betas', betas_of(self.betas, 'FlowConfig.betas'))
         object.__setattr__(self, 'weights', dict(self.weights))
-        if not self.laws or self.laws[0][1] != 0 or any(a[1] >= b[1] for a, b in zip(self.laws, self.laws[1:], strict=False)):
-            raise UserError(f'FlowConfig.laws: {self.laws} must begin at 0 images and rise')
-        for k, ok in dict(lr=self.lr > 0, ema=0 <= self.ema < 1, clip=self.clip is None or self.clip > 0, weight_decay=self.weight_decay >= 0).items():
-            if not ok: raise UserError(f'FlowConfig.{k}: {getattr(self, k)} is out of range')
+        need(self.path in PATHS, f"path: {self.path!r} is not one of {', '.join(PATHS)}")
+        need(self.predict in KINDS, f"predict: {self.predict!r} is not one of {', '.join(KINDS)}")
+        real(self.lr, 'FlowConfig.lr', above=0, high=1e3)
+        real(self.weight_decay, 'FlowConfig.weight_decay', low=0, high=1e3)
+        if self.clip is not None: real(self.clip, 'FlowConfig.clip', above=0)
+        real(self.ema, 'FlowConfig.ema', low=0, high=1-1e-9)
+    def _laws(self) -> tuple:
+        "The laws, each in one spelling, once they could be drawn from."
+        try: laws = tuple((law, whole(at, 'FlowConfig.laws', 0)) for law, at in self.laws)
+        except (TypeError, ValueError): laws = ()
+        if not laws or laws[0][1] != 0 or any(a[1] >= b[1] for a, b in zip(laws, laws[1:], strict=False)):
+            raise UserError(f'FlowConfig.laws: {self.laws!r}: pairs ((law, images), ...) must begin at 0 images and rise')
+        found = []
+        for law, at in laws:
+            how = dict(law) if isinstance(law, Mapping) else dict(law=law)
+            try: sample_t(1, generator=torch.Generator(), **how)
+            except (TypeError, ValueError) as e:
+                raise UserError(f"FlowConfig.laws: {law!r}: {e} (known: {', '.join(LAWS)})") from None
+            found.append((how['law'] if how.keys() == {'law'} else how, at))
+        return tuple(found)
     def law(self, seen: int) -> Any:
         "The law of t after `seen` images."
         return [law for law, at in self.laws if at <= seen][-1]
@@ -87,10 +110,17 @@ class FlowTask:
         self.optimizers = dict(net=torch.optim.AdamW(params, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True))
         self.ema = EMA(net, constant=config.ema)
         self._forward: Any = None
+        self._labelled = False              # whether labels on a device were looked at, which waits for it
         self.per_sample: tuple[Tensor, Tensor] | None = None    # noise levels and errors of the last step
     def config(self) -> dict:
         "Net and recipe, as JSON."
         return dict(net=asdict(self.net.config), flow=asdict(self.flow), vfms=[v.name for v in self.vfms], precision=self.precision)
+    def defaults(self) -> dict:
+        "What `config` says where nothing is set."
+        return dict(net=defaults_of(DiTConfig), flow=defaults_of(FlowConfig), precision='fp32')
+    def frozen(self) -> dict[str, nn.Module]:
+        "The VFMs, which no run keeps."
+        return {f'vfm{i}': v for i, v in enumerate(self.vfms)}
 
     def _run(self, net: DiT, z: Tensor) -> Callable:
         "The net, compiled if asked; its position tables are made before, so that they are constants."
@@ -109,8 +139,12 @@ class FlowTask:
         z = Gaussian(batch['mean'], batch.get('logvar')).sample(given.get('generator'))
         if z.ndim != 4 or z.shape[1] != c.in_channels:
             raise UserError(f'latents {tuple(z.shape)} for a net of {c.in_channels} channels; the cache is of another tokenizer')
-        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < c.num_classes:
-            raise UserError(f'labels from {int(y.min())} to {int(y.max())} for a net of {c.num_classes} classes; build the net with num_classes for this data')
+        if len(y) and (y.device.type == 'cpu' or not self._labelled):
+            low, high = torch.stack(torch.aminmax(y)).tolist()
+            if not 0 <= low <= high < c.num_classes:
+                raise UserError(f'labels from {low} to {high} for a net of {c.num_classes} classes; '
+                                'build the net with num_classes for this data')
+            self._labelled = True
         drop = (torch.rand(len(y)) < c.label_dropout).to(y.device) if net.training and c.label_dropout else None
         cls, targets = self._targets(batch, (z.shape[2]//c.patch_size, z.shape[3]//c.patch_size))
         run = self._run(net, z)
@@ -183,8 +217,10 @@ def sample_latents(net: DiT,
                    **how: Any                       # for `trajectory`: shift, form, last_step, grid ...
                   ) -> Any:
     "Latents (n,c,h,w) on unit scale; with `states` a pair of them and of (steps+1,n,c,h,w), noise first. The net is called in eval mode, on its own device."
-    y, c = torch.as_tensor(labels, dtype=torch.int64), net.config
+    c, batch_size = net.config, whole(batch_size, 'batch_size', 1)
+    y = labels if isinstance(labels, Tensor) else torch.tensor([whole(k, 'label', 0, c.num_classes) for k in labels])
     index = list(range(len(y)) if index is None else index)
+    if not len(y): raise UserError('no labels, so nothing to sample; give one for each picture')
     if len(index) != len(y): raise UserError(f'{len(index)} numbers for {len(y)} labels; give one each')
     if weak is not None and c.cls_dim: raise UserError('a net with a class token is guided by its null label; leave weak out')
     if isinstance(weak, str):
@@ -221,7 +257,8 @@ def loss_by_level(task: FlowTask, data: Any,      # a LatentCache, best held-out
                   net: DiT | None = None          # None: the average
                  ) -> list[dict[str, float]]:
     "Rows `t`, `flow`: squared error of the velocity at each noise level, mean over n latents; noise depends on the seed and the image alone."
-    net, n, ts = net or task.ema.net, min(n, len(data)), [(k+.5)/levels for k in range(levels)]
+    levels, batch_size = whole(levels, 'levels', 1), whole(batch_size, 'batch_size', 1)
+    net, n, ts = net or task.ema.net, min(whole(n, 'n', 1), len(data)), [(k+.5)/levels for k in range(levels)]
     found: list[list[Tensor]] = [[] for _ in ts]
     was, device = net.training, net.x_embedder.proj.weight.device
     net.eval()
@@ -250,17 +287,16 @@ class Watch:
                  n: int = 256, steps: int = 25, guidance: float = 1., seed: int = 0,
                  then: Callable | None = None     # another `show` to call at every row, such as `Live()`
                 ):
-        if every < 1: raise UserError(f'every {every} images is no interval; give at least 1')
+        if whole(every, 'every') < 1: raise UserError(f'every {every} images is no interval; give at least 1')
+        n, steps, guidance = whole(n, 'n', 1), whole(steps, 'steps', 1), real(guidance, 'guidance')
         self.task, self.data, self.every, self.run, self.tokenizer, self.labels = task, data, every, run, tokenizer, list(labels)
         self.vfm, self.images, self.ts, self.n, self.steps, self.guidance, self.seed, self.then = vfm, images, tuple(ts), n, steps, guidance, seed, then
         self.rows: list[dict] = []
-        self._due: int | None = None
+        self._begun = False
     def __call__(self, history: list[dict]) -> None:
-        seen = history[-1]['images']
-        if self._due is None: self._due = (history[0]['images']//self.every+1)*self.every if len(history) > 1 else self.every
-        if seen >= self._due:
-            self._due = (seen//self.every+1)*self.every
-            self.look(seen)
+        if not self._begun and self.run: self.rows = self.run.rows('watch.jsonl')   # a run that goes on keeps its schedule
+        self._begun, seen = True, history[-1]['images']
+        if seen//self.every > (self.rows[-1]['images']//self.every if self.rows else 0): self.look(seen)
         if self.then: self.then(history)
     def look(self, seen: int) -> dict:
         "Takes the looks now, at `seen` images."

@@ -11,6 +11,7 @@ __all__ = ['EDITS', 'edit_latent', 'ReconstructionState', 'Reconstructed', 'Reco
 import math, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 # %% ../nbs/19c_labs.ipynb #58efacb0
@@ -19,17 +20,18 @@ from torch import Tensor
 
 # %% ../nbs/19c_labs.ipynb #68657a4d
 from .align import cknna, cknna_parts, prepare
-from .core import UserError, nearest
-from .data import transform
+from .core import UserError, nearest, whole
 from .dit import DiT, NetFeatures
-from .explorer import Banks, Shelf, _of_vfm, _Seen, layer_name
+from .explorer import Banks, Shelf, _is_tokenizer, _of_vfm, _one, _Seen, _who, layer_name
 from .flow import ODES, ImageNoise, field, internal_guidance, trajectory
 from .generate import nets as bundled, open_flow, tokenizer_of
 from .metrics import psnr
 from .neighbours import _shared, _sorted
 from .plots import MARKERS, PALETTE, curves, heat
+from .recipes import open_tokenizer
 from .tokenizer import tokenizers
-from .widgets import Control, Job, Lab, Sheet, _names, _number, _whole, middle, pca_colours, transform_controls
+from .widgets import (Control, Job, Lab, Sheet, _fits, _join, _noted, _reach, _read, _settle, middle, pca_colours,
+                            transform_controls)
 
 # %% ../nbs/19c_labs.ipynb #f89b5da7
 EDITS = dict(none='the latent as it is', swap='its right part comes from the other image', interpolate='part of the way to the other image',
@@ -61,9 +63,7 @@ class ReconstructionState:
     amount: float = .5                   # 0..1
     seed: int = 0                        # of mask and noise
     def __post_init__(self) -> None:
-        _names(self, vars(self))
-        for name in ('image', 'other', 'seed'): _whole(name, getattr(self, name))
-        _number('amount', self.amount)
+        _settle(self)
         edit_latent(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), self.edit, self.amount)
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,7 @@ class Reconstructed:
     scales: tuple[Tensor, ...]           # every scale of the edited latent, small first
     psnr: tuple[float, ...]              # dB of each scale with the image shrunk to it
     quality: tuple[float, float]         # dB with the image: without and with the edit
+    note: str = ''                       # what to know about the images
 
 def _grown(x: Tensor, size: Any) -> Tensor: return F.interpolate(x[None], tuple(size), mode='bilinear', antialias=True)[0]
 
@@ -85,31 +86,39 @@ class ReconstructionLab(Lab):
     "A decoder, scale by scale, and a latent edited by hand; see `Lab` and `ReconstructionState`."
     State, title, scrub = ReconstructionState, 'Reconstruction lab', ('amount',)
     def __init__(self, state: ReconstructionState | None = None,
-                 images: Any = 'world',      # 'world', a folder of images, shards, or a data set
-                 size: int = 64,             # pixels of the square images, where `images` is words
-                 own: Sequence[Any] = (),    # tokenizers, known here by their name
+                 images: Any = 'world',      # 'world', a folder of images, shards, or whatever `data.as_dataset` takes
+                 size: int = 64,             # pixels of the square images, unless a data set says otherwise
+                 own: Any = (),              # tokenizers, known here by their name; objects, names or files
                  **changes: Any):            # fields of the state
         super().__init__(state)
-        self.seen = _Seen(own, size, 0)
-        self.images = self.seen.data(images) if isinstance(images, str) else images
+        self.seen = _Seen(own, size, 32)
+        self.spec = self.seen.give(images)
         self.set(**changes)
+    @property
+    def images(self) -> Any:
+        "The data set."
+        return self.seen.data(self.spec)
     def allow(self, state: ReconstructionState) -> None:
         "UserError: a tokenizer or an image that is not there."
+        self.seen.check(self.spec, state.tokenizer)
         if state.tokenizer not in tokenizers: self.seen.tokenizer(state.tokenizer)
         for i in (state.image, state.other):
             if i >= len(self.images): raise UserError(f'no image {i}; there are {len(self.images)}, counted from 0')
     @torch.no_grad()
     def look(self, state: ReconstructionState) -> Reconstructed:
         "Encodes both images, edits, decodes all scales."
+        self.seen.check(self.spec, state.tokenizer)
         tok = self.seen.tokenizer(state.tokenizer)
-        x = self.images.batch([state.image, state.other])['image']
+        x = _read(self.images, [state.image, state.other])['image']
         z = tok.encode(x).mode()
         new = edit_latent(z[:1], z[1:], state.edit, state.amount, state.seed)
         scales = [s[0].clamp(-1, 1) for s in tok.decode_scales(new)][::-1] if hasattr(tok, 'decode_scales') else [tok.decode(new)[0].clamp(-1, 1)]
         plain = tok.decode(z[:1]).clamp(-1, 1)
         each = tuple(psnr(s[None], _grown(x[0], s.shape[1:])[None].clamp(-1, 1)).item() for s in scales)
         quality = (psnr(plain, x[:1]).item(), psnr(scales[-1][None], x[:1]).item())
-        return Reconstructed(state, x[0], x[1], tuple(c[0] for c in pca_colours([z[:1], z[1:], new])), plain[0], scales[-1], tuple(scales), each, quality)
+        colours = tuple(c[0] for c in pca_colours([z[:1], z[1:], new]))
+        return Reconstructed(state, x[0], x[1], colours, plain[0], scales[-1], tuple(scales), each, quality,
+                             self.seen.note(self.spec, [self.seen.source(state.tokenizer)]))
     def sheet(self, result: Reconstructed, width: float) -> Sheet:
         "The images, their latents, and a row of scales: what each shows and what it adds to the one before."
         r, s = result, result.state
@@ -126,14 +135,15 @@ class ReconstructionLab(Lab):
         for j, line in enumerate(lines):
             for i, (im, title) in enumerate(line): sheet.image(.08+i*(side+.08), .28+j*(side+.27), side, im, title)
         sheet.data = [dict(tokenizer=s.tokenizer, image=s.image, edit=s.edit, amount=s.amount, seed=s.seed, scale=im.shape[1], psnr=q,
-                           psnr_plain=r.quality[0]) for im, q in zip(r.scales, r.psnr, strict=True)]
+                           psnr_plain=r.quality[0], **_noted(r.note)) for im, q in zip(r.scales, r.psnr, strict=True)]
         return sheet
     def say(self, result: Reconstructed) -> str:
         "Quality with and without the edit, and of every scale."
         r, s = result, result.state
         what = 'the latent as it is' if s.edit == 'none' else f'{s.edit} {s.amount:g}: {EDITS[s.edit]} ({s.other} is the other image)'
         scales = ', '.join(f'{im.shape[1]} px {q:.1f} dB' for im, q in zip(r.scales, r.psnr, strict=True))
-        return f'Image {s.image} by {s.tokenizer}, {r.quality[0]:.1f} dB. Edit: {what}; then {r.quality[1]:.1f} dB. Scales of the decoder: {scales}.'
+        return _join(f'Image {s.image} by {s.tokenizer}, {r.quality[0]:.1f} dB. Edit: {what}; then {r.quality[1]:.1f} dB.',
+                     f'Scales of the decoder: {scales}.', r.note)
     def panel(self, state: ReconstructionState) -> dict[str, Control]:
         "image, other, tokenizer, edit, amount, seed."
         last = len(self.images)-1
@@ -153,8 +163,7 @@ class NeighbourState:
     layer: int = -1                      # of the VFM
     k: int = 5
     def __post_init__(self) -> None:
-        _names(self, vars(self))
-        for name in ('image', 'k'): _whole(name, getattr(self, name))
+        _settle(self)
         if self.k < 2: raise UserError(f'k = {self.k} neighbours; CKNNA takes at least 2')
 
 @dataclass(frozen=True, eq=False)
@@ -166,16 +175,20 @@ class Neighbours:
     adds: tuple[float, ...] = ()         # what each image adds, products of similarities of shared neighbours
     parts: Mapping[str, float] | None = None # of `align.cknna_parts`
     score: float = math.nan
+    note: str = ''                       # what to know about the images
     @property
     def shared(self) -> set[int]:
         "Neighbours in both."
         return {*self.near[0]} & {*self.near[1]}
 
 class SetLab(Lab):
-    "A lab about a whole set: the first `n` images, their features computed once; `own` VFMs and tokenizers are known by their name."
-    def __init__(self, state: Any = None, images: str = 'world', size: int = 64, n: int = 128, own: Sequence[Any] = (), **changes: Any):
+    """A lab about a whole set: `n` images of it (`data.take`), counted from 0 among themselves, their features computed once.
+    `images`: 'world', a folder, shards, or whatever `data.as_dataset` takes; `own` VFMs and tokenizers, as objects, names or files,
+    are known by their name."""
+    def __init__(self, state: Any = None, images: Any = 'world', size: int = 64, n: int = 128, own: Any = (), **changes: Any):
         super().__init__(state)
-        self.seen, self.images = _Seen(own, size, n), images
+        self.seen = _Seen(own, size, n)
+        self.images = self.seen.give(images)
         self.set(**changes)
     def set(self, **changes: Any) -> Any:
         "As `Lab.set`."
@@ -183,25 +196,33 @@ class SetLab(Lab):
     def source(self, name: str, t: float = .5) -> Any:
         "The FeatureSource of that name: a VFM or a tokenizer. UserError if there is none."
         known = self.seen.own.get(name)
-        if name in tokenizers or hasattr(known, 'encode'): return self.seen.source(name)
-        return self.seen.vfm(name) if known is None or hasattr(known, 'patch') else known
+        tokenizer = _is_tokenizer(name) if known is None else hasattr(known, 'encode')
+        return self.seen.source(name) if tokenizer else self.seen.vfm(name)
+    def check(self, state: Any) -> None:
+        "As a look begins: forgets what lies in files that were rewritten."
+        names = (getattr(state, f, None) for f in ('tokenizer', 'vfm', 'first', 'second', 'source'))
+        self.seen.check(self.images, *filter(None, names))
+    def note(self, sources: Sequence[Any]) -> str:
+        "What to know about the set: see `_Seen.note`."
+        return self.seen.note(self.images, sources)
     def wanted(self, state: Any) -> list[tuple[Any, Any]]:
         "(source, view) of every bank that the picture needs."
         raise NotImplementedError
     def jobs(self, state: Any) -> list[Job]:
         "Reading the set, then the banks."
+        self.check(state)
         if (banks := self.seen.banks(self.images)) is None: return [self.seen.fill(self.images)]
         return [banks.job([s], v, getattr(state, 'seed', 0)) for s, v in self.wanted(state) if banks.get(s, v, getattr(state, 'seed', 0)) is None]
     def ready(self, state: Any) -> Banks | None:
         "The banks, if nothing is missing."
-        banks = self.seen.banks(self.images)
-        return banks if banks is not None and not self.jobs(state) else None
+        return None if SetLab.jobs(self, state) else self.seen.banks(self.images)
     @property
     def last(self) -> int:
         "Number of the last image of the set."
         return min(self.seen.n, len(self.seen.data(self.images)))-1
     def allow(self, state: Any) -> None:
         "UserError: an image outside the set, or too many neighbours."
+        self.check(state)
         if state.image > self.last: raise UserError(f'no image {state.image} in this set; there are {self.last+1}, counted from 0')
         if getattr(state, 'k', 2) > min(50, self.last-1): raise UserError(f'k = {state.k} neighbours among {self.last+1} images; choose fewer')
 
@@ -222,7 +243,7 @@ class NeighbourLab(SetLab):
     def allow(self, state: NeighbourState) -> None:
         "UserError also: a tokenizer or a VFM that is not there."
         super().allow(state)
-        if state.tokenizer not in tokenizers: self.seen.tokenizer(state.tokenizer)
+        self.seen.tokenizer(state.tokenizer)
         self.source(state.vfm)
     @torch.no_grad()
     def look(self, state: NeighbourState) -> Neighbours:
@@ -233,7 +254,8 @@ class NeighbourLab(SetLab):
         i, _, left, right = _shared(_sorted(a), b)
         adds = torch.zeros(a.n, dtype=torch.float64).index_add_(0, i, left*right)
         near = tuple(a.idx[state.image].tolist()), tuple(b.idx[state.image].tolist())
-        return Neighbours(state, banks.shelf, near, tuple(adds.tolist()), cknna_parts(a, b, state.k), cknna(a, b, state.k))
+        return Neighbours(state, banks.shelf, near, tuple(adds.tolist()), cknna_parts(a, b, state.k), cknna(a, b, state.k),
+                          self.note([tok, eye]))
     def sheet(self, result: Neighbours, width: float) -> Sheet:
         "The image, its neighbours in both spaces with those in common marked, and the sum over all images up to this one."
         r, s = result, result.state
@@ -257,17 +279,19 @@ class NeighbourLab(SetLab):
         shares = (grown/total).tolist()
         def draw(ax: Any) -> None: curves({'sum': shares}, 'images added', 'share of the sum', ax=ax)
         sheet.chart(.6, sheet.height-1.45, width-.75, 1.05, (tuple(shares), width), draw, [(s.image, shares[s.image], PALETTE[3])])
-        about = dict(k=s.k, tokenizer=s.tokenizer, vfm=s.vfm, layer=s.layer, cknna=r.score)
-        sheet.data = [dict(image=i, adds=a, share=b, **about) for i, (a, b) in enumerate(zip(r.adds, shares, strict=True))]
+        about = dict(k=s.k, tokenizer=s.tokenizer, vfm=s.vfm, layer=s.layer, cknna=r.score, taken=r.shelf.taken, **_noted(r.note))
+        sheet.data = [dict(image=i, key=r.shelf.names[i], adds=a, share=b, **about)
+                      for i, (a, b) in enumerate(zip(r.adds, shares, strict=True))]
         return sheet
     def say(self, result: Neighbours) -> str:
         "Neighbours in common, what the image adds, and the three sums of the score."
         r, s = result, result.state
         if r.shelf is None or r.parts is None: return 'The features of the set are being computed.'
         p = r.parts
-        return (f'Image {s.image}: {len(r.shared)} of {s.k} neighbours are the same in {s.vfm} ({layer_name(s.layer)}) and in {s.tokenizer}; it adds '
-                f'{r.adds[s.image]:.3f} to a sum of {sum(r.adds):.2f} over {len(r.adds)} images and {p["pairs"]:.0f} shared edges. '
-                f'Centred: shared {p["kl"]:.3g}, own {p["kk"]:.3g} and {p["ll"]:.3g}; CKNNA = shared/sqrt(own own) = {r.score:.3f}.')
+        return _join(f'Image {r.shelf.called(s.image)}: {len(r.shared)} of {s.k} neighbours are the same in {s.vfm} ({layer_name(s.layer)}) '
+                     f'and in {s.tokenizer}; it adds {r.adds[s.image]:.3f} to a sum of {sum(r.adds):.2f} over {r.shelf.words} '
+                     f'and {p["pairs"]:.0f} shared edges.', f'Centred: shared {p["kl"]:.3g}, own {p["kk"]:.3g} and {p["ll"]:.3g}; '
+                     f'CKNNA = shared/sqrt(own own) = {r.score:.3f}.', r.note)
     def panel(self, state: NeighbourState) -> dict[str, Control]:
         "image, tokenizer, vfm, layer, k."
         toks, vfms = _nets(self)
@@ -288,9 +312,7 @@ class LayerState:
     k: int = 10
     image: int = 0                       # whose features are shown
     def __post_init__(self) -> None:
-        _names(self, vars(self))
-        for name in ('row', 'column', 'k', 'image'): _whole(name, getattr(self, name))
-        _number('t', self.t)
+        _settle(self)
         if self.k < 2: raise UserError(f'k = {self.k} neighbours; CKNNA takes at least 2')
         if not 0 <= self.t <= 1: raise UserError(f't = {self.t} is no noise level; choose between 0 (data) and 1 (noise)')
 
@@ -302,24 +324,36 @@ class Layers:
     scores: Tensor | None = None         # (rows, columns)
     image: Tensor | None = None          # (3,H,W) in [-1,1]
     colours: tuple[Tensor, Tensor] | None = None
+    shelf: Shelf | None = None
+    note: str = ''                       # what to know about the images
 
 def _layer_names(source: Any) -> tuple[str, ...]:
     "The layers of a source in words; a velocity net counts its blocks from 0, a VFM has its embedding there."
     if 'embedder' not in source.layers: return tuple(map(layer_name, source.layers))
     return tuple({'embedder': 'embedder', 'final': 'final layer'}.get(k, f'block {k}') for k in source.layers)
 
+def _net_and_tokenizer(x: Any) -> tuple[DiT, Any]:
+    "Of a velocity net and its tokenizer, or of the net alone; objects, names or files."
+    net, tok = x if isinstance(x, tuple | list) else (x, None)
+    net = open_flow(net) if isinstance(net, str | Path) else net
+    return net, open_tokenizer(tok) if isinstance(tok, str | Path) else tok if tok is not None else tokenizer_of(net)
+
 class LayerLab(SetLab):
-    "CKNNA between all layers of two sources; see `SetLab` and `LayerState`. `nets`: name -> (net, its tokenizer), beside the bundled ones."
+    """CKNNA between all layers of two sources; see `SetLab` and `LayerState`. `nets`: name -> net or (net, its tokenizer), as objects,
+    names or files, beside the bundled ones."""
     State, title, scrub = LayerState, 'Layer lab', ('t',)
-    def __init__(self, state: LayerState | None = None, nets: Mapping[str, tuple[DiT, Any]] | None = None, **more: Any):
-        self.nets = dict(nets or {})
+    def __init__(self, state: LayerState | None = None, nets: Mapping[str, Any] | None = None, **more: Any):
+        self.nets = {str(n): _net_and_tokenizer(v) for n, v in dict(nets or {}).items()}
         super().__init__(state, **more)
+        for name, (net, _) in self.nets.items():
+            if name in bundled: _one(name, net, open_flow(name))
+            if name in self.seen.own or name == 'tiny' or name in tokenizers:
+                raise UserError(f'{name!r} is the name of a VFM or a tokenizer; name the net otherwise')
     def source(self, name: str, t: float = .5) -> Any:
         "A VFM, a tokenizer, or a net at noise level t."
         if name not in self.velocity: return super().source(name)
         def make() -> NetFeatures:
-            if name in self.nets: net, tokenizer = self.nets[name]
-            else: tokenizer = tokenizer_of(net := open_flow(name))
+            net, tokenizer = self.nets[name] if name in self.nets else _net_and_tokenizer(name)
             return NetFeatures(net, tokenizer, t=t, name=f'{name}@t{t:g}')
         return self.seen.once(('net', name, t), make)
     @property
@@ -349,11 +383,11 @@ class LayerLab(SetLab):
         def scores() -> Tensor:
             ga, gb = ([self.seen.graph(banks, s, at, None, 0).first(state.k) for at in s.layers] for s in (a, b))
             return torch.tensor([[cknna(x, y, state.k) for y in gb] for x in ga])
-        table = self.seen.once(('layers', *banks._key(a, None, 0), *banks._key(b, None, 0), state.k), scores)
+        table = self.seen.once(('layers', banks, banks.key(a, None), banks.key(b, None), state.k), scores)
         x = banks.shelf.batch([state.image])['image']
         la, lb = a.layers[state.row], b.layers[state.column]
         colours = (pca_colours(a.features(x, [la])[la])[0], pca_colours(b.features(x, [lb])[lb])[0])
-        return Layers(state, names, table, x[0], colours)
+        return Layers(state, names, table, x[0], colours, banks.shelf, self.note([a, b]))
     def sheet(self, result: Layers, width: float) -> Sheet:
         "The heat map with a ring on the chosen pair; beside or below it one image as both see it."
         r, s = result, result.state
@@ -361,7 +395,7 @@ class LayerLab(SetLab):
         rows = len(r.names[0])
         tall = max(1.2, .2*rows)
         sheet = Sheet(width, tall+.85+(0 if wide else (width-.4)/3+.4))
-        if r.scores is None or r.image is None or r.colours is None:
+        if r.scores is None or r.image is None or r.colours is None or r.shelf is None:
             sheet.text(.1, .1, 'the features of the set are being computed ...')
             return sheet
         table, names = r.scores, r.names
@@ -375,17 +409,18 @@ class LayerLab(SetLab):
         for i, (im, title) in enumerate(shown):
             x, y = (.62*width+.15, .25+i*(side+.25)) if wide else (.1+i*(side+.1), tall+.85+.2)
             sheet.image(x, y, side, im, title)
-        sheet.data = [dict(first=s.first, row=a, second=s.second, column=b, cknna=table[i, j].item(), k=s.k, t=s.t)
+        about = dict(k=s.k, t=s.t, taken=r.shelf.taken, **_noted(r.note))
+        sheet.data = [dict(first=s.first, row=a, second=s.second, column=b, cknna=table[i, j].item(), **about)
                       for i, a in enumerate(names[0]) for j, b in enumerate(names[1])]
         return sheet
     def say(self, result: Layers) -> str:
         "The chosen pair, and the best one."
         r, s = result, result.state
-        if r.scores is None: return 'The features of the set are being computed.'
+        if r.scores is None or r.shelf is None: return 'The features of the set are being computed.'
         top = divmod(int(r.scores.argmax()), r.scores.shape[1])
-        return (f'CKNNA, k {s.k}: {s.first}, {r.names[0][s.row]} and {s.second}, {r.names[1][s.column]}: {r.scores[s.row, s.column]:.3f}. Highest: '
-                f'{r.names[0][top[0]]} and {r.names[1][top[1]]}, {r.scores[top]:.3f}.'
-                + (f' Noise level {s.t:g}.' if self._noised(s) else ''))
+        return _join(f'CKNNA, k {s.k}: {s.first}, {r.names[0][s.row]} and {s.second}, {r.names[1][s.column]}: '
+                     f'{r.scores[s.row, s.column]:.3f}.', f'Highest: {r.names[0][top[0]]} and {r.names[1][top[1]]}, {r.scores[top]:.3f}.',
+                     f'Noise level {s.t:g}.'*self._noised(s), f'Among {r.shelf.words}.', r.note)
     def panel(self, state: LayerState) -> dict[str, Control]:
         "first, second, row, column, t (if one of them is a velocity net), k, image."
         toks, vfms = _nets(self)
@@ -410,12 +445,10 @@ class EmbeddingState:
     strength: float = 90.
     seed: int = 0
     def __post_init__(self) -> None:
-        _names(self, vars(self))
-        for name in ('image', 'seed'): _whole(name, getattr(self, name))
+        _settle(self)
         for name, known in (('colour', ('class', 'transform', 'cluster')), ('method', ('pca', 'umap'))):
             if getattr(self, name) not in known: raise UserError(f"no {name} {getattr(self, name)!r}; choose one of: {', '.join(known)}")
-        _number('strength', self.strength)
-        transform(torch.zeros(1, 3, 64, 64), self.transform, self.strength)
+        _reach(self.transform, self.strength)
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
@@ -426,6 +459,7 @@ class Embedding:
     groups: tuple[int, ...] = ()         # of each point
     names: tuple[str, ...] = ()          # of the groups
     near: tuple[int, ...] = ()           # the images nearest to the chosen one, in the plane
+    note: str = ''                       # what to know about the images
 
 _UMAP = 'UMAP, about 40 s'
 
@@ -443,9 +477,10 @@ class EmbeddingLab(SetLab):
         "The buttons."
         self.set(method='umap' if name == _UMAP else 'pca')
     def allow(self, state: EmbeddingState) -> None:
-        "UserError also: a source that is not there."
+        "UserError also: a source that is not there, or images that are too small for the transform."
         super().allow(state)
         self.source(state.source)
+        if state.colour == 'transform': _fits(state.transform, state.strength, self.seen.side(self.images))
     def _views(self, state: EmbeddingState) -> list[Any]: return [None, (state.transform, state.strength)] if state.colour == 'transform' else [None]
     def wanted(self, state: EmbeddingState) -> list[tuple[Any, Any]]:
         "Clean features, and transformed ones where they are shown."
@@ -453,7 +488,9 @@ class EmbeddingLab(SetLab):
     def _rows(self, banks: Banks, state: EmbeddingState) -> Tensor:
         s = self.source(state.source)
         return prepare(torch.cat([banks.get(s, v, state.seed)[s.layers[-1]] for v in self._views(state)]))  # type: ignore[index]
-    def _key(self, state: EmbeddingState) -> tuple: return ('umap', state.source, state.seed, *self._views(state))
+    def _key(self, state: EmbeddingState, what: str = 'umap') -> tuple:
+        source, banks = self.source(state.source), self.seen.banks(self.images)
+        return (what, banks, state.seed, *(banks.key(source, v, state.seed) for v in self._views(state) if banks))
     def jobs(self, state: EmbeddingState) -> list[Job]:
         "The banks; then, if it was asked for, UMAP."
         todo = super().jobs(state)
@@ -468,8 +505,7 @@ class EmbeddingLab(SetLab):
     @torch.no_grad()
     def look(self, state: EmbeddingState) -> Embedding:
         "Places, groups and the nearest points."
-        banks = self.seen.banks(self.images)
-        if banks is None or SetLab.jobs(self, state): return Embedding(state)
+        if (banks := self.ready(state)) is None: return Embedding(state)
         rows, shelf = self._rows(banks, state), banks.shelf
         if state.method == 'umap' and self._key(state) in self.seen.made: places = self.seen.made[self._key(state)]
         else:
@@ -480,11 +516,12 @@ class EmbeddingLab(SetLab):
         if state.colour == 'class': groups, names = shelf.labels.tolist(), shelf.classes or ('all',)
         elif state.colour == 'transform': groups, names = [0]*len(shelf)+[1]*len(shelf), ('clean', f'{state.transform} {state.strength:g}')
         else:
-            groups = self.seen.once(('clusters', state.source, state.seed), lambda: _clusters(rows, 8, state.seed))
+            groups = self.seen.once(self._key(state, 'clusters'), lambda: _clusters(rows, 8, state.seed))
             names = tuple(f'cluster {i+1}' for i in range(8))
         far = (places[:len(shelf)]-places[state.image]).square().sum(1)
         near = far.argsort(stable=True)[1:9].tolist()
-        return Embedding(state, shelf, places, tuple(groups), tuple(names), tuple(near))
+        note = self.note([self.source(state.source)])
+        return Embedding(state, shelf, places, tuple(groups), tuple(names), tuple(near), note)
     def sheet(self, result: Embedding, width: float) -> Sheet:
         "The plane; the chosen image and its nearest points as images."
         r, s = result, result.state
@@ -505,13 +542,15 @@ class EmbeddingLab(SetLab):
             if len(names) > 1: ax.legend(fontsize=5.5, handletextpad=.2, frameon=False, **aside)
         margin = 1.0 if len(names) > 8 else .15
         x, y = places[s.image].tolist()
-        sheet.chart(.6, .3, plane-.7-margin, plane*.8-.3, (r.places, r.groups, s.method, s.colour, width), draw, [(x, y, 'black')])
+        key = (r.places, r.groups, names, s.source, s.method, s.colour, width)
+        sheet.chart(.6, .3, plane-.7-margin, plane*.8-.3, key, draw, [(x, y, 'black')])
         cols, left, top = (3, plane+.05, .3) if wide else (9, .1, plane*.8+.75)
         side = ((width-left-.08)-.06*(cols-1))/cols
         for i, at in enumerate((s.image, *r.near)):
             sheet.image(left+(side+.06)*(i % cols), top+(side+.2)*(i//cols), side, r.shelf.pixels[at].float()/255, f'{at}' if i else f'image {at}')
         n = len(r.shelf)
-        sheet.data = [dict(point=i, image=i % n, group=names[g], x=p[0], y=p[1], source=s.source, method=s.method)
+        about = dict(source=s.source, method=s.method, taken=r.shelf.taken, **_noted(r.note))
+        sheet.data = [dict(point=i, image=i % n, key=r.shelf.names[i % n], group=names[g], x=p[0], y=p[1], **about)
                       for i, (p, g) in enumerate(zip(places.tolist(), r.groups, strict=True))]
         return sheet
     def say(self, result: Embedding) -> str:
@@ -520,8 +559,9 @@ class EmbeddingLab(SetLab):
         if r.places is None or r.shelf is None: return 'The features of the set are being computed.'
         if s.method == 'umap' and self._key(s) not in self.seen.made: return 'UMAP is being computed; the picture shows PCA until then.'
         same = sum(r.groups[i] == r.groups[s.image] for i in r.near)
-        return (f'{len(r.places)} points of {s.source} by {s.method.upper()}, coloured by {s.colour} ({len({*r.groups})} groups). Image {s.image} is of '
-                f'{r.names[r.groups[s.image]]}; nearest in the plane: {", ".join(map(str, r.near))}, {same} of {len(r.near)} of the same group.')
+        return _join(f'{len(r.places)} points of {s.source} by {s.method.upper()}, {r.shelf.words}, coloured by {s.colour} '
+                     f'({len({*r.groups})} groups).', f'Image {r.shelf.called(s.image)} is of {r.names[r.groups[s.image]]}; '
+                     f'nearest in the plane: {", ".join(map(str, r.near))}, {same} of {len(r.near)} of the same group.', r.note)
     def panel(self, state: EmbeddingState) -> dict[str, Control]:
         "source, image, colour, transform, strength, seed, and the button of the other method."
         toks, vfms = _nets(self)
@@ -544,13 +584,11 @@ class SamplerState:
     method: str = 'heun'                 # of flow.ODES
     seed: int = 0
     def __post_init__(self) -> None:
-        _names(self, vars(self))
-        for name in ('label', 'step', 'steps', 'seed'): _whole(name, getattr(self, name))
+        _settle(self)
         if self.steps > 1000: raise UserError(f'{self.steps} steps; choose at most 1000')
         if not 0 <= self.step <= self.steps or self.steps < 1:
             raise UserError(f'step {self.step} of {self.steps}; choose between 0 (noise) and the number of steps')
         if self.method not in ODES: raise UserError(f"no sampler {self.method!r}{nearest(self.method, ODES)} (known: {', '.join(ODES)})")
-        _number('guidance', self.guidance)
         if self.guidance < 0: raise UserError(f'a guidance of {self.guidance}; choose 1 for none, more for more')
 
 @dataclass(frozen=True, eq=False)
@@ -572,35 +610,41 @@ class Sampled:
 
 class _Way:
     "A sampler's way as far as it has been gone: (noise level, latent (1,c,h,w)) of its points."
-    def __init__(self, ahead: Iterator[tuple[float, Tensor]], points: int):
-        self.ahead, self.points, self.gone, self.lock = ahead, points, [], threading.Lock()     # type: ignore[var-annotated]
+    def __init__(self, start: Callable[[], Iterator[tuple[float, Tensor]]], points: int):
+        self.start, self.points, self.ahead, self.lock = start, points, start(), threading.Lock()
+        self.gone: list[tuple[float, Tensor]] = []
     @property
     def whole(self) -> bool: return len(self.gone) == self.points
     def go(self) -> None:
         with self.lock, torch.no_grad():     # a picture and a job may want the next point at once
             if self.whole: return
-            t, z = next(self.ahead)
+            try: t, z = next(self.ahead)
+            except Exception:                # an iterator that failed is at its end: the next attempt starts anew
+                self.ahead, self.gone = self.start(), []
+                raise
             self.gone.append((t, z.float()))
 
 class SamplerLab(Lab):
     "Sampling with a velocity net over a tokenizer's latents; see `Lab` and `SamplerState`. A way that takes long is shown as far as it is."
     State, title, scrub = SamplerState, 'Sampler lab', ('step',)
     patience = .12                                           # seconds that a picture waits for its way
-    def __init__(self, nets: DiT | Mapping[str, DiT] | None = None, # one, or stage -> net, early first; None: those bundled for this tokenizer
-                 tokenizer: Any = 'vfmvae-tiny-f8d16',    # a name or a Tokenizer
+    def __init__(self, nets: Any = None,                  # one, or stage -> net, early first; objects, names or files; None: the bundled
+                 tokenizer: Any = 'vfmvae-tiny-f8d16',    # a name, a file or a Tokenizer
                  state: SamplerState | None = None, side: int = 8,  # latent pixels per side
                  **changes: Any):                         # fields of the state
         super().__init__(state)
-        self.tokenizer = tokenizers[tokenizer] if isinstance(tokenizer, str) else tokenizer
+        self.tokenizer = open_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         if nets is None:
             name = f'dit-{self.tokenizer.name}'
             if name not in bundled: raise UserError(f'no net for {self.tokenizer.name} is bundled ({name}); give nets=, such as open_flow(path)')
             nets = {stage: open_flow(n) for stage, n in (('early', f'{name}-early'), ('trained', name)) if n in bundled}
-        self.nets = {'net': nets} if isinstance(nets, DiT) else dict(nets)
+        given = dict(nets) if isinstance(nets, Mapping) else {'net': nets}
+        self.nets: dict[str, DiT] = {str(k): open_flow(v) if isinstance(v, str | Path) else v for k, v in given.items()}
         if not self.nets: raise UserError('no nets to sample from; give at least one')
         for net in self.nets.values(): tokenizer_of(net, self.tokenizer)
-        self.side = side
-        self._ways: dict[SamplerState, _Way] = {}
+        self.side = whole(side, 'side', 1, 512)
+        self._ways: dict[tuple, _Way] = {}
+        self._lock = threading.Lock()
         self.set(**changes)
     def set(self, **changes: Any) -> 'SamplerLab':
         "As `Lab.set`."
@@ -610,7 +654,7 @@ class SamplerLab(Lab):
         "Fewer steps: the same part of the way. No stage: the last."
         if not changes.get('stage', self.state.stage): changes = changes | dict(stage=[*self.nets][-1])
         steps = changes.get('steps', self.state.steps)
-        if steps == self.state.steps or 'step' in changes or not isinstance(steps, int) or steps < 1: return changes
+        if steps == self.state.steps or 'step' in changes or steps < 1: return changes
         return changes | dict(step=round(self.state.step*steps/self.state.steps))
     def allow(self, state: SamplerState) -> None:
         "UserError: a stage or a class that is not there."
@@ -626,12 +670,15 @@ class SamplerLab(Lab):
             return asked, plain
         return internal_guidance(pair, state.guidance)
     def _way(self, state: SamplerState) -> _Way:
-        key = replace(state, step=0)
-        if key not in self._ways:
-            if len(self._ways) > 32: self._ways.pop(next(iter(self._ways)))
+        key = replace(state, step=0), _who(self._net(state)), _who(self.tokenizer)
+        def start() -> Iterator[tuple[float, Tensor]]:
             noise = ImageNoise(state.seed, [0], (self.tokenizer.channels, self.side, self.side))
-            self._ways[key] = _Way(trajectory(self._velocity(state), noise, state.steps, state.method), state.steps+1)
-        return self._ways[key]
+            return trajectory(self._velocity(state), noise, state.steps, state.method)
+        with self._lock:                     # a picture and a job may ask for a new way at once
+            if key not in self._ways:
+                if len(self._ways) > 32: del self._ways[next(iter(self._ways))]
+                self._ways[key] = _Way(start, state.steps+1)
+            return self._ways[key]
     def jobs(self, state: SamplerState) -> list[Job]:
         "The rest of the way."
         way, s = self._way(state), state
@@ -655,7 +702,9 @@ class SamplerLab(Lab):
         step = min(state.step, len(gone)-1)
         (t, z), end = gone[step], gone[-1][1]
         guess = z - t*self._velocity(state)(z, t) if t > 0 else z          # on the linear path, z_t - t v
-        now, then, final = self.tokenizer.decode(torch.cat([z, guess, end])).clamp(-1, 1)
+        now, then, final = shown = self.tokenizer.decode(torch.cat([z, guess, end])).clamp(-1, 1)
+        if not (shown.isfinite().all() and end.isfinite().all()):
+            raise UserError(f'guidance {state.guidance:g} leads to infinite numbers; choose a smaller one')
         colours = pca_colours([end, guess, z])
         far = tuple((v-end).square().mean().sqrt().item() for _, v in gone)
         return Sampled(state, t, tuple(v for v, _ in gone), now, then, final, (colours[2][0], colours[1][0], colours[0][0]), far, step)

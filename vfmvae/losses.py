@@ -17,7 +17,9 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/09_losses.ipynb #8b2eeec2
-from .core import UserError, at_least_float32
+from .core import UserError, at_least_float32, check_weights
+from .vae import complain
+from .vfm import _read
 
 # %% ../nbs/09_losses.ipynb #fbe4200a
 def resize(x: Tensor,                                  # (b,c,H,W), any range: resizing is affine, so [-1,1] and [0,1] agree
@@ -130,23 +132,26 @@ def _vgg_file() -> Path: return Path(torch.hub.get_dir())/'checkpoints'/'vgg16-3
 def _vgg_weights(vgg: Mapping | str | Path | None) -> Mapping:
     if isinstance(vgg, Mapping): return vgg
     path = Path(vgg) if vgg is not None else _vgg_file()
-    if not path.is_file(): raise UserError(f'no VGG16 weights at {path}; give lpips(vgg=<torchvision vgg16 file>) or use perceptual with vfm_taps')
-    if path.suffix != '.safetensors': return torch.load(path, map_location='cpu', weights_only=True)
-    from safetensors.torch import load_file
-    return load_file(path)
+    if not path.is_file():
+        raise UserError(f'no VGG16 weights at {path}; give lpips(vgg=<torchvision vgg16 file>) or use perceptual with vfm_taps')
+    return _read(path)[0]
 
 # %% ../nbs/09_losses.ipynb #90b8f2ae
 def lpips(vgg: Mapping | str | Path | None = None # torchvision's vgg16 weights (`features.N.weight`), a file of them, or None: torch's own cache
          ) -> Callable[[Tensor, Tensor], Tensor]:
     "LPIPS (Zhang et al. 2018; VGG16): a frozen module (x, y) -> mean over images (b,3,H,W) in [-1,1]. UserError without weights; never downloads."
-    from torchmetrics.functional.image.lpips import _LPIPS
-    weights = _vgg_weights(vgg)
-    net = _LPIPS(net='vgg', pnet_rand=True, use_dropout=False)
-    for name, p in net.net.named_parameters():
-        key = 'features.'+name.split('.', 1)[1]
-        if key not in weights: raise UserError(f'the VGG16 weights lack {key}; use the file of torchvision.models.vgg16')
-        p.data.copy_(weights[key])
-    return _Mean(net)
+    from torchmetrics.functional.image import lpips as bundled
+    with torch.device('meta'): net = bundled._LPIPS(net='vgg', pretrained=False, pnet_rand=True)
+    net.scaling_layer = bundled.ScalingLayer()                    # constants, of which the meta device keeps no values
+    trunk = {'features.'+k.split('.', 1)[1]: f'net.{k}' for k in net.net.state_dict()}
+    # torchmetrics loads these leniently: with other options of its own it leaves them random
+    calibrated = torch.load(Path(bundled.__file__).parent/'lpips_models'/'vgg.pth', map_location='cpu', weights_only=True)
+    wanted, given = net.state_dict(), {k: v for k, v in _vgg_weights(vgg).items() if k in trunk}
+    complain({k: wanted[n] for k, n in trunk.items()}, given, 'the VGG16 weights', 'LPIPS')
+    check_weights(given, 'the VGG16 weights', {k: wanted[n] for k, n in trunk.items()})
+    tensors = {trunk[k]: v for k, v in given.items()} | calibrated | {k.replace('lin', 'lins.', 1): v for k, v in calibrated.items()}
+    net.load_state_dict(net.scaling_layer.state_dict(prefix='scaling_layer.') | {k: v.detach().float().clone() for k, v in tensors.items()}, assign=True)
+    return _Mean(net.requires_grad_(False))
 
 class _Mean(nn.Module):
     def __init__(self, net: nn.Module):

@@ -8,24 +8,26 @@ __all__ = ['METRICS', 'cycle_knn', 'lcs_knn', 'edit_distance_knn', 'effective_ra
            'compare', 'lds', 'cds', 'rmsc', 'srss', 'spatial']
 
 # %% ../nbs/13b_measures.ipynb #f1d6920c
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 # %% ../nbs/13b_measures.ipynb #8ffaef98
-import torch, torch.nn.functional as F
+import torch
 from torch import Tensor
 
 # %% ../nbs/13b_measures.ipynb #6c792317
 from .align import Graph, cka, cknna, knn_graph, mutual_knn, prepare
-from .core import Table, UserError, nearest
+from .core import Table, UserError, nearest, real, whole
 from .features import Bank
+from .neighbours import _share, _tensor, _unit
 
 # %% ../nbs/13b_measures.ipynb #77b28e48
 class _Set:
     "Rows (n,d) in float64 with what the measures need of them, each computed once."
     def __init__(self, x: Any, name: str = 'a'):
-        x = torch.as_tensor(x).detach()
+        x = _tensor(x, name).detach()
         if x.ndim != 2 or len(x) < 2 or x.shape[1] == 0: raise UserError(f'{name} must be (n,d) with n >= 2, not {tuple(x.shape)}; pool the tokens first')
         if not x.isfinite().all(): raise UserError(f'{name} contains NaN or infinity; look at the images that it comes from')
         self.x, self.name = x.double(), name
@@ -40,7 +42,9 @@ class _Set:
     @cached_property
     def spectrum(self) -> Tensor: return torch.linalg.svdvals(self.x)
     @cached_property
-    def unit(self) -> Tensor: return F.normalize(self.x, dim=1, eps=1e-12)
+    def unit(self) -> Tensor:
+        if not self.x.any(): raise UserError(f'{self.name} is zero: rows without length have no direction, and this measure takes one')
+        return _unit(self.x)
 
 def _left(x: Tensor) -> tuple[Tensor, Tensor]:
     "Left singular vectors (n,r) and values (r,) of x (n,d), r its numerical rank."
@@ -61,15 +65,17 @@ def _two(a: Any, b: Any, alike: bool = False) -> tuple[_Set, _Set]:
 # %% ../nbs/13b_measures.ipynb #0525086d
 def _neighbours(a: Any, b: Any, k: int | None) -> tuple[Tensor, Tensor]:
     "Neighbour lists (n,k) of both sides, nearest first, from rows or graphs."
-    n, m = (x.n if isinstance(x, Graph) else len(x) for x in (a, b))
+    a, b = (x if isinstance(x, Graph) else _tensor(x, 'features') for x in (a, b))
+    n, m = (x.n if isinstance(x, Graph) else len(x) if x.ndim else 0 for x in (a, b))
     if n != m: raise UserError(f'{n} and {m} rows: both sides must describe the same images')
-    if k is not None and k < 1: raise UserError(f'k = {k} neighbours; choose 1 or more')
+    if k is not None and (k := whole(k, 'k')) < 1: raise UserError(f'k = {k} neighbours; choose 1 or more')
     if short := [x.k for x in (a, b) if isinstance(x, Graph) and k is not None and x.k < k]:
         raise UserError(f'k = {k} asked of a graph with {short[0]} neighbours; make it with a larger k')
     lists = [x if isinstance(x, Graph) else knn_graph(x, k) for x in (a, b)]
     k = min(g.k for g in lists) if k is None else k
     if any((g.idx == torch.arange(n, device=g.idx.device)[:, None]).any() for g in lists):
         raise UserError('a row is its own neighbour in this graph; make it with knn_graph(a, k)')
+    if not all(g.varies for g in lists): raise UserError('one side never varies: its rows are all the same and have no neighbours')
     return lists[0].first(k).idx, lists[1].first(k).idx
 
 def cycle_knn(a: Any,            # (n,d) rows prepared by the caller, or a graph of `knn_graph`
@@ -134,12 +140,14 @@ def participation_ratio(a: Any # (n,d) raw rows
 # %% ../nbs/13b_measures.ipynb #357e1093
 def linear_r2(a: Any,           # (n,d) raw rows: the predictor
               b: Any,           # (n,e): what is predicted
-              lam: float = 0.   # ridge penalty, added to the diagonal of a'a (centred); 0: least squares
+              lam: float = 0.,  # ridge penalty, added to the diagonal of a'a (centred); 0: least squares
+              relative: bool = False # lam counts in units of the mean variance of a column of a, so that the unit of a does not matter
              ) -> float:
     "1 - squared residual/total, pooled over the columns of b, of the best linear map a -> b, in [0, 1]. Not symmetric; lam = 0 allows any invertible map of a."
-    if lam < 0: raise UserError(f'lam = {lam} is no penalty; choose 0 or more')
+    if not (lam := real(lam, 'lam')) >= 0: raise UserError(f'lam = {lam} is no penalty; choose 0 or more')
     a, b = _two(a, b)
     (U, S), y = a.basis, b.centred
+    if relative: lam = lam*S.square().sum()/(a.n-1)/a.x.shape[1]
     kept = 1 - (lam/(S.square()+lam)).square()
     return min(1., (kept@(U.T@y).square().sum(1)/y.square().sum()).item())
 
@@ -170,14 +178,20 @@ def svcca(a: Any,      # (n,d) raw rows
          ) -> float:
     """Mean canonical correlation of the q leading directions of standardised columns, in [0, 1] (Raghu et al. 2017). Deterministic, symmetric;
     invariant to scale and offset of each column, not to rotation."""
-    if q < 1: raise UserError(f'q = {q} directions; choose 1 or more')
-    return _correlations(*(_left(s.centred/(s.x.std(0)+1e-8))[0][:, :q] for s in _two(a, b))).mean().item()
+    if (q := whole(q, 'q')) < 1: raise UserError(f'q = {q} directions; choose 1 or more')
+    return _correlations(*(_left(_standard(s))[0][:, :q] for s in _two(a, b))).mean().item()
+
+def _standard(s: _Set) -> Tensor:
+    "Columns of standard deviation 1 but for the published 1e-8, in units of the power of 1000 nearest the side's own; a column that never varies is 0."
+    c, std = s.centred, s.x.std(0)
+    unit = 1000.**round(math.log(std.square().mean().sqrt().item(), 1000))
+    return c*(std > 1e-14*s.x.abs().amax(0))/(std + 1e-8*unit)
 
 def svcca99(a: Any, b: Any,      # (n,d), (n,e) raw rows
             share: float = .99   # of the variance to keep on each side
            ) -> float:
     "Mean canonical correlation of the leading directions that hold `share` of the variance of each side, in [0, 1] (Raghu et al. 2017). Symmetric."
-    if not 0 < share <= 1: raise UserError(f'share = {share}; choose a share of the variance above 0, at most 1')
+    if not 0 < (share := real(share, 'share')) <= 1: raise UserError(f'share = {share}; choose a share of the variance above 0, at most 1')
     return _correlations(*(_leading(*s.basis, share) for s in _two(a, b))).mean().item()
 
 def _leading(U: Tensor, S: Tensor, share: float) -> Tensor:
@@ -263,7 +277,7 @@ def uniformity(a: Any,        # (n,d) raw rows, scaled to length 1 here
                t: float = 2.  # sharpness
               ) -> float:
     "log mean over row pairs of exp(-t |u_i-u_j|^2), <= 0: 0 when all point one way (Wang & Isola 2020). Invariant to rotation and scale, not to an offset."
-    s = _set(a)
+    s, t = _set(a), real(t, 't', above=0)
     total = sum(torch.exp(-t*d).sum() for d in _pair_distances(s.unit))
     return torch.log(torch.as_tensor(total)/(s.n*(s.n-1)/2)).item()
 
@@ -277,7 +291,7 @@ def alignment(a: Any, b: Any,      # as `mean_cosine`
               alpha: float = 2.
              ) -> float:
     "Mean |u_i-v_i|^alpha of unit rows, 0 for equal directions (Wang & Isola 2020); for alpha = 2 it is 2 - 2 mean_cosine."
-    a, b = _two(a, b, alike=True)
+    (a, b), alpha = _two(a, b, alike=True), real(alpha, 'alpha', above=0)
     return (a.unit-b.unit).norm(dim=1).pow(alpha).mean().item()
 
 # %% ../nbs/13b_measures.ipynb #0d630e07
@@ -322,7 +336,8 @@ def _measures() -> Iterator[tuple[str, Measure]]:
     yield 'cca_squared', raw(cca, 'a, b', 'the same, squared', squared=True)
     yield 'pwcca', raw(pwcca, 'a -> b', 'agreement of all directions, weighted by what they explain of the first')
     yield 'linear_r2', raw(linear_r2, 'a -> b', 'share of the second that a linear map of the first explains')
-    yield 'ridge_r2', Measure('raw', 'a -> b', 'lam', 'the same with a penalty', lambda a, b, **o: linear_r2(a, b, o['lam']))
+    yield 'ridge_r2', Measure('raw', 'a -> b', 'lam', 'the same with a penalty in units of the variance of the first',
+                              lambda a, b, **o: linear_r2(a, b, o['lam'], relative=True))
     yield 'procrustes', raw(procrustes, 'a, b', 'squared distance after the best rotation, 0 is equal')
     yield 'procrustes_angular', raw(procrustes, 'a, b', 'the same as an angle', form='angular')
     yield 'procrustes_disparity', raw(procrustes, 'a, b', 'the same with the best scale', form='disparity')
@@ -363,7 +378,7 @@ def compare(a: Any,                              # (n,d) raw rows, or a Bank
             q: float = .95,                      # share of |x| that `prepare` leaves unclamped
             directions: int = 10,                # of svcca
             sigma: float = 1.,                   # of the rbf kernel
-            lam: float = 1.                      # of ridge_r2
+            lam: float = 1.                      # of ridge_r2, in units of the mean variance of a column
            ) -> Table:
     """Rows dict(metric, of, value, rows, setting), one for each measure (two where it has a direction or is of one set); facts n, k, dims, left_out.
     UserError on unknown names, banks of different images, unequal n, n < 4, NaN, k outside 1..n-1, q outside 0..1."""
@@ -374,8 +389,8 @@ def compare(a: Any,                              # (n,d) raw rows, or a Bank
     sa, sb = (_Side(x, name, k, prepared, q) for x, name in ((ra, 'a'), (rb, 'b')))
     _two(sa, sb)
     if sa.n < 4: raise UserError(f'a comparison of {sa.n} rows; it takes at least 4')
-    if not 1 <= k < sa.n: raise UserError(f'k = {k} neighbours among {sa.n} rows; choose k between 1 and {sa.n-1}')
-    if not 0 <= q <= 1: raise UserError(f'q = {q} is no share; choose between 0 and 1')
+    if not 1 <= whole(k, 'k') < sa.n: raise UserError(f'k = {k} neighbours among {sa.n} rows; choose k between 1 and {sa.n-1}')
+    _share(q), real(lam, 'lam', low=0), real(sigma, 'sigma', above=0), whole(directions, 'directions', 1)
     rows: list[dict] = []
     left, options = {}, dict(k=k, directions=directions, sigma=sigma, lam=lam)
     for name in METRICS if metrics is None else metrics:
@@ -388,7 +403,7 @@ def compare(a: Any,                              # (n,d) raw rows, or a Bank
 # %% ../nbs/13b_measures.ipynb #3f1f7e7d
 def _grid(tokens: Any, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
     "Unit tokens (b,T,d) in float64 and Manhattan distances (T,T) on their grid."
-    h = torch.as_tensor(tokens).detach()
+    h = _tensor(tokens, 'tokens').detach()
     if h.ndim != 3 or min(h.shape) == 0: raise UserError(f'tokens are (b,T,d), not {tuple(h.shape)}; vfmvae.core.to_tokens makes them from a grid')
     if not h.isfinite().all(): raise UserError('tokens contain NaN or infinity; look at the images that they come from')
     side = round(h.shape[1]**.5)
@@ -396,7 +411,7 @@ def _grid(tokens: Any, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
     if H*W != h.shape[1]: raise UserError(f'{h.shape[1]} tokens do not fill a grid of {H} x {W}; give grid=(rows, columns)')
     t = torch.arange(H*W, device=h.device)
     y, x = t//W, t % W
-    return F.normalize(h.double(), dim=2, eps=1e-12), (y[:, None]-y).abs() + (x[:, None]-x).abs()
+    return _unit(h.double(), dim=2), (y[:, None]-y).abs() + (x[:, None]-x).abs()
 
 def _weighted(u: Tensor, w: Tensor) -> Tensor:
     "sum_ij w_ij <u_i,u_j> per image, (b,)."

@@ -6,9 +6,10 @@
 __all__ = ['BLOCK', 'GROUP', 'prepare', 'Graph', 'knn_graph', 'mutual_knn']
 
 # %% ../nbs/12b_neighbours.ipynb #a4e7235f
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import frexp
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/12b_neighbours.ipynb #19361204
-from .core import UserError
+from .core import UserError, real, whole
 from .layers import dense
 
 # %% ../nbs/12b_neighbours.ipynb #2fafc1f4
@@ -25,8 +26,16 @@ def _blocks(n: int, width: int) -> Iterator[slice]:
     step = max(1, 2**23//max(1, width))
     return (slice(i, min(n, i+step)) for i in range(0, n, step))
 
+def _tensor(x: Any, name: str) -> Tensor:
+    "A dense tensor of real numbers of any type."
+    try: x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f'{name} must be numbers of equal rows, not {type(x).__name__} ({str(e).splitlines()[0]})') from None
+    if x.is_complex() or x.layout != torch.strided or x.is_quantized: raise UserError(f'{name} must be dense real numbers, not {x.dtype} ({x.layout})')
+    return x
+
 def _rows(x: Any, name: str = 'features') -> Tensor:
-    x = torch.as_tensor(x)
+    x = _tensor(x, name)
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if x.ndim != 2 or x.numel() == 0: raise UserError(f'{name} must be (n,d), not {tuple(x.shape)}; pool the tokens first')
     if not all(x[s].isfinite().all() for s in _blocks(len(x), 8*x.shape[1])):
@@ -41,17 +50,30 @@ def _selected(x: Tensor, at: int) -> Tensor:
     sizes.numpy().partition(at)
     return sizes[at].clone()
 
+def _unit(x: Tensor, dim: int = 1) -> Tensor:
+    "x scaled to length 1 along `dim`; zeros stay. Lengths whose squares would vanish or overflow are brought near 1 first."
+    size = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    odd = (size < 1e-12) | (size > 1e18)
+    if odd.any():
+        top = x.abs().amax(dim, keepdim=True)
+        x = torch.where(odd & (top > 0), x/top, x)
+        size = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return x/size.clamp_min(1e-12)
+
 def prepare(x: Any,         # (n,d); float32 and float64 are kept, everything else becomes float32
             q: float = 0.95 # share of |x| that stays unclamped, over the whole matrix; 1: no clamp
            ) -> Tensor:
     "Clamp to +-(element floor(q n d) of the sorted |x|), then rows to unit length; a zero row stays zero (spec/alignment.md section 1). (n,d)."
-    x = _rows(x)
-    if not 0 <= q <= 1: raise UserError(f'q = {q} is no share; choose between 0 and 1')
+    x, q = _rows(x), _share(q)
     at = int(q*x.numel())
     if at < x.numel():
         top = _selected(x, at)
         x = x.clamp(-top, top)
-    return F.normalize(x, dim=1, eps=1e-12)
+    return _unit(x)
+
+def _share(q: Any) -> float:
+    if not 0 <= (q := real(q, 'q')) <= 1: raise UserError(f'q = {q} is no share; choose between 0 and 1')
+    return q
 
 # %% ../nbs/12b_neighbours.ipynb #8c56aa4e
 def _top(sim: Tensor, k: int) -> Tensor:
@@ -208,6 +230,36 @@ def _nearest(queries: Tensor, keys: Tensor, k: int, alone: bool = False) -> tupl
         if not done.all(): idx[~done], val[~done] = _whole(queries, keys, k, (~done).nonzero()[:, 0], alone, scales)
     return idx, val/scales[0]/scales[1]
 
+# %% ../nbs/12b_neighbours.ipynb #8d27d1dc
+def _copies(x: Tensor) -> Tensor | None:
+    "(n,) int64, a number that rows share which are copies of each other; None where no two rows are."
+    scale, d, total = _scale(x), x.shape[1], 0.
+    mean = sum((x[s]*(scale/len(x))).sum(0) for s in _blocks(len(x), 8*d))/scale      # type: ignore[union-attr]
+    w = torch.randn(d, generator=torch.Generator().manual_seed(0)).to(x.device)
+    w, parts = w/w.norm(), []
+    for s in _blocks(len(x), 8*d):
+        c = _narrow(x[s]-mean, scale)
+        parts.append(c@w)
+        total += c.square().sum().item()
+    p, order = torch.cat(parts).sort(stable=True)
+    spread = (total/len(x))**.5
+    near = (p[1:]-p[:-1] <= 1e-6*spread).nonzero()[:, 0]
+    if not len(near): return None
+    same = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for s in near.split(max(1, 2**20//d)):
+        one, two = (x[order[at]] for at in (s+1, s))
+        same[s+1] = _narrow(one-two, scale).norm(dim=1) <= 3e-6*_narrow(one, scale).norm(dim=1).clamp(max=spread)
+    if not same.any(): return None
+    return torch.empty_like(order).scatter_(0, order, (~same).cumsum(0))
+
+def _said(copies: Tensor | None, what: str = 'rows') -> None:
+    "Warns of copies, in one line that says how many."
+    if copies is None: return
+    n, kinds = len(copies), len(copies.unique())
+    if kinds == 1: warnings.warn(f'all {n} {what} are the same: features that never vary have no neighbours, and scores of them are nan', stacklevel=4)
+    else: warnings.warn(f'{n-kinds} of {n} {what} are copies of another: copies are each other\'s neighbours whatever the features; keep each image once',
+                        stacklevel=4)
+
 # %% ../nbs/12b_neighbours.ipynb #e1d4310e
 @dataclass(frozen=True)
 class Graph:
@@ -215,6 +267,8 @@ class Graph:
     idx: Tensor          # (n,k) int64
     val: Tensor          # (n,k) float64, the similarities
     loops: bool = False  # True: a row may be its own neighbour (the biased score)
+    square: float = 1.   # mean squared length of the rows that are not zero: scores count similarities in units of it
+    copies: Tensor | None = None # (n,) a number that rows share which are copies of each other; None: all differ
 
     @property
     def n(self) -> int:
@@ -226,30 +280,48 @@ class Graph:
         return self.idx.shape[1]
     def first(self, k: int) -> 'Graph':
         "The graph of the k <= self.k nearest."
-        return Graph(self.idx[:, :k], self.val[:, :k], self.loops)
+        return replace(self, idx=self.idx[:, :k], val=self.val[:, :k])
+    @property
+    def varies(self) -> bool:
+        "False if all rows are the same: then there are no neighbours, and no score."
+        return self.copies is None or bool((self.copies != self.copies[0]).any())
     def shuffled(self, order: Tensor) -> 'Graph':
         "The graph of the same rows in another order (n,): row i is the old row order[i]."
-        return Graph(order.argsort()[self.idx[order]], self.val[order], self.loops)
+        copies = None if self.copies is None else self.copies[order]
+        return replace(self, idx=order.argsort()[self.idx[order]], val=self.val[order], copies=copies)
+    def scaled(self) -> 'Graph':
+        "The graph of the same rows with a mean squared length of 1."
+        return self if self.square == 1 else replace(self, val=self.val/self.square, square=1.)
+
+def _square(x: Tensor) -> float:
+    "Mean squared length of the rows that are not zero; exactly 1 for rows of unit length up to rounding, as `prepare` makes them."
+    scale = _scale(x)
+    size = torch.cat([_narrow(x[s], scale).norm(dim=1) for s in _blocks(len(x), 8*x.shape[1])]).double()
+    if not (size > 0).any(): return 1.
+    square = size[size > 0].square().mean().item()/scale/scale
+    return 1. if abs(square-1) < 1e-5 else square
 
 # %% ../nbs/12b_neighbours.ipynb #0ca01880
 def knn_graph(a: Any,              # (n,d) rows, as `prepare` makes them
               k: int | None = 10,  # neighbours; None: all n-1
               loops: bool = False  # count a row among its own neighbours
              ) -> Graph:
-    "Exact dot-product neighbours, ties by index; O(n k) memory. UserError if k is not below n."
-    a = _rows(a)
+    "Exact dot-product neighbours, ties by index; O(n k) memory. Warns of rows that are copies. UserError if k is not below n."
+    a = _rows(a).detach()
     top = len(a)-1+loops
-    k = top if k is None else k
+    k = top if k is None else whole(k, 'k')
     if not 0 < k <= top: raise UserError(f'k = {k} neighbours among {len(a)} rows; choose k between 1 and {top}')
-    return Graph(*_nearest(a, a, k, alone=not loops), loops)
+    copies = _copies(a)
+    _said(copies)
+    return Graph(*_nearest(a, a, k, alone=not loops), loops, _square(a), copies)
 
 # %% ../nbs/12b_neighbours.ipynb #055a6f10
 def _graph(x: Any, k: int | None, loops: bool) -> Graph:
-    if not isinstance(x, Graph): return knn_graph(x, k, loops)
-    k = x.k if k is None else k
+    if not isinstance(x, Graph): return knn_graph(x, k, loops).scaled()
+    k = x.k if k is None else whole(k, 'k')
     if x.loops != loops: raise UserError(f'this graph was made with loops={x.loops}; make it with knn_graph(a, k, loops={loops})')
     if k > x.k: raise UserError(f'k = {k} asked of a graph with {x.k} neighbours; make it with a larger k')
-    return x.first(k)
+    return x.first(k).scaled()
 
 def _graphs(a: Any, b: Any, k: int | None, loops: bool) -> tuple[Graph, Graph]:
     a, b = (x if isinstance(x, Graph) else _rows(x) for x in (a, b))
@@ -261,7 +333,7 @@ def _graphs(a: Any, b: Any, k: int | None, loops: bool) -> tuple[Graph, Graph]:
 def _sorted(g: Graph) -> Graph:
     "The same edges, each row by index instead of by distance."
     idx, order = g.idx.sort(1)
-    return Graph(idx, g.val.gather(1, order), g.loops)
+    return replace(g, idx=idx, val=g.val.gather(1, order))
 
 def _shared(a: Graph, b: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Edges that a, `_sorted`, and b have in common: rows, columns, values in a, values in b, (e,) each."
@@ -273,6 +345,7 @@ def mutual_knn(a: Any,     # (n,d) rows prepared by the caller, or a graph of `k
                b: Any,     # (n,e), the same images
                k: int | None = 10 # neighbours; None: all
               ) -> float:
-    "Mean share of the k neighbours that a and b have in common, in [0, 1] (Huh et al. 2024)."
+    "Mean share of the k neighbours that a and b have in common, in [0, 1] (Huh et al. 2024); nan if all rows of a side are the same."
     ga, gb = _graphs(a, b, k, loops=False)
+    if not (ga.varies and gb.varies): return float('nan')
     return len(_shared(_sorted(ga), gb)[0])/ga.idx.numel()

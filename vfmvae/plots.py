@@ -7,9 +7,9 @@ __all__ = ['PALETTE', 'MARKERS', 'LINES', 'WIDTHS', 'STYLE', 'to_png', 'panels',
            'correlation', 'scatter_fit', 'save_figure']
 
 # %% ../nbs/01_plots.ipynb #55a5483d
-import base64, builtins, csv, io, math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import base64, builtins, csv, io, math, threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,19 @@ STYLE: Any = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.l
          'legend.frameon': False, 'figure.dpi': 120, 'figure.facecolor': 'white', 'savefig.facecolor': 'white', 'image.interpolation': 'nearest'}
 
 # %% ../nbs/01_plots.ipynb #1a052160
-def _style() -> AbstractContextManager:
+_STYLED = threading.RLock()      # Matplotlib's settings are global, and labs draw in threads: one figure at a time
+
+@contextmanager
+def _style() -> Iterator[None]:
+    "Matplotlib's settings are STYLE's inside, and afterwards what they were, or what somebody else made of them."
     import matplotlib
-    return matplotlib.rc_context(STYLE)
+    now = matplotlib.rcParams
+    with _STYLED:
+        before = {k: now[k] for k in STYLE}
+        now.update(STYLE)
+        ours = {k: now[k] for k in STYLE}
+        try: yield
+        finally: now.update({k: v for k, v in before.items() if now[k] == ours[k]})
 
 @cache
 def _figure_class() -> type:

@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # %% ../nbs/13d_robustness.ipynb #c2a8e2f0
-from .align import Graph, _one, alignment_under, cknna_pairs, knn_graph, prepare
-from .core import Table, UserError
+from .align import Graph, _enough, _one, alignment_under, cknna_pairs, knn_graph, prepare
+from .core import Table, UserError, whole
 from .data import TRANSFORMS
 from .plots import curves, panels
-from .views import as_source, extract_views, gather
+from .views import as_source, extract_views, gather, image_set, images_seen, say_unfamiliar
 
 # %% ../nbs/13d_robustness.ipynb #1f52ff62
 AXES = ('noise', 'rotation', 'scale', 'translation', 'hflip', 'colour', 'blur', 'jpeg', 'crop', 'occlusion')
 
-def robustness(pairs: Sequence[tuple[Any, Any]], # (source, reference), as for `align.alignment_under`
-               images: Any,                      # as for `features.extract`
+def robustness(pairs: Sequence[tuple[Any, Any]], # (source, reference), as for `align.alignment_under`: objects or names
+               images: Any,                      # what `views.image_set` takes
                axes: Any = AXES,                 # axes of `data.TRANSFORMS`, each over its grid; or see `views.views`
-               **kwargs                          # of `align.alignment_under`: k, reference_state, times ...
+               **kwargs                          # of `align.alignment_under`: k, reference_state, times, seed, n ...
               ) -> Table:
     "`align.alignment_under` over the strengths of several axes; for `robustness_figure`."
     return alignment_under(pairs, images, axes, **kwargs)
@@ -57,18 +57,24 @@ def robustness_figure(table: Table,               # of `robustness` or `align.al
     return fig
 
 # %% ../nbs/13d_robustness.ipynb #c5642faa
-def layer_scores(sources: Sequence[Any],       # FeatureSources (or tokenizers) with one or many layers
-                 references: Sequence[Any],    # FeatureSources, or (source, layer); the last layer where none is named
-                 images: Any,                  # as for `features.extract`
+def layer_scores(sources: Sequence[Any],       # what `views.as_source` takes, with one or many layers
+                 references: Sequence[Any],    # likewise, or (source, layer); the last layer where none is named
+                 images: Any,                  # what `views.image_set` takes
                  k: int = 10, pool: str = 'mean', q: float = .95,
                  times: int = 200, seed: int = 0, # resamples and shuffles
-                 names: Sequence[str] | None = None, batch_size: int = 64, quiet: bool = False
+                 names: Sequence[str] | None = None, batch_size: int = 64, quiet: bool = False,
+                 n: int | None = None          # this many of the images, spread over the set (`data.take`); None: all
                 ) -> Table:
-    "One row for each source, layer and reference: `source`, `layer`, `depth` (0 to 1), `reference` and the fields of `align.Alignment`; for `layer_figure`."
+    """One row for each source, layer and reference: `source`, `layer`, `depth` (0 to 1), `reference` and the fields of `align.Alignment`; for
+    `layer_figure`. Facts n, k, pooling, times, seed, and what was seen (`taken`, `data`: see `views.images_seen`)."""
+    if isinstance(sources, str) or isinstance(references, str): raise UserError('give lists of sources and of references, such as [\'tiny\']')
     if not sources or not references: raise UserError('nothing to compare; give at least one source and one reference')
     left = [(s, layer) for s in map(as_source, sources) for layer in s.layers]
-    right = [_one(r) for r in references]
-    banks = extract_views(gather([*left, *right]), images, (), pool, names, batch_size, quiet=quiet)
+    right, images, k = [_one(r) for r in references], image_set(images, n), whole(k, 'k')
+    _enough(images, k, times)
+    asked = gather([*left, *right])
+    say_unfamiliar((s for s, _ in asked.values()), images)
+    banks = extract_views(asked, images, (), pool, names, batch_size, quiet=quiet)
     graphs: dict[tuple[str, Any], Graph] = {(at[1], at[2]): knn_graph(prepare(b.features, q), k) for at, b in banks.items()}
     tag = lambda s, layer: f'{s.name}\n{layer}'
     pairs = cknna_pairs({tag(s, i): graphs[s.name, i] for s, i in left}, {tag(s, i): graphs[s.name, i] for s, i in right}, k, times=times, seed=seed)
@@ -79,7 +85,7 @@ def layer_scores(sources: Sequence[Any],       # FeatureSources (or tokenizers) 
         depth = list(s.layers).index(layer)/max(1, len(s.layers)-1)
         reference = t.name if to == t.layers[-1] else f'{t.name} [{to}]'
         rows.append(dict(source=s.name, layer=layer, depth=depth, reference=reference) | {c: v for c, v in r.items() if c not in ('left', 'right')})
-    return Table(rows, n=rows[0]['n'], k=k, pooling=pool, times=times, seed=seed)
+    return Table(rows, n=rows[0]['n'], k=k, pooling=pool, times=times, seed=seed, **images_seen(images))
 
 def layer_figure(table: Table,                        # of `layer_scores`
                  lines: Mapping[str, float] | None = None, # name -> a score to draw as a level, such as that between two VFMs

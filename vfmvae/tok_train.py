@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 # %% ../nbs/11_tok_train.ipynb #1d766106
 from .adversarial import feature_matching, gan_loss_d, gan_loss_g
-from .core import UserError, nearest
+from .core import UserError, nearest, real, whole
 from .losses import Warp, adaptive_weight, align_loss, draw_warp, latent_transform, multiscale, pixel, ssim_loss, target_transform
-from .train import EMA, NotFinite, everywhere, world
+from .train import EMA, NotFinite, betas_of, defaults_of, everywhere, modules_in, world
 from .vae import Codebook, Encoded, VFMVAEConfig
 
 # %% ../nbs/11_tok_train.ipynb #35b026ce
@@ -50,19 +50,32 @@ class Stage:
     cos_margin: float = 0.                                              # of the VF loss: positions this close cost nothing (VA-VAE: .5)
     dist_margin: float = 0.                                             # likewise differences of distances (VA-VAE: .25)
     def __post_init__(self):
+        who = f'stage {self.name!r}'
         def need(ok: bool, text: str) -> None:
-            if not ok: raise UserError(f'stage {self.name!r}{text}')
+            if not ok: raise UserError(f'{who}{text}')
+        need(isinstance(self.weights, Mapping), f': weights are {self.weights!r}; give a number by name of a loss')
         for k, w in self.weights.items():
-            need(k in LOSSES, f" has no loss {k!r}{nearest(k, LOSSES)} (known: {', '.join(LOSSES)})")
-            need(w >= 0, f': the weight of {k} is {w}; it must be >= 0')
+            need(k in LOSSES, f" has no loss {k!r}{nearest(str(k), LOSSES)} (known: {', '.join(LOSSES)})")
+            real(w, f'{who}: the weight of {k}', low=0, high=1e9)
+        self._numbers(who)
+        for k in ('train', 'warmup', 'equivariance'):
+            need(isinstance(getattr(self, k), list | tuple), f': {k} is {getattr(self, k)!r}; give a tuple')
         on = {k for k, w in self.weights.items() if w > 0}
         need(bool(on), ' weighs no loss; give one a weight')
-        need('vf' not in on or not self.adaptive or bool(on & {*RECONSTRUCTION}), ' balances vf against no reconstruction loss; add one or set adaptive=False')
-        need(not self.equivariance or self.equivariance[-1] == 1 and len(self.equivariance) > 1 and all(0 < e <= 1 for e in self.equivariance),
+        balanced = 'vf' not in on or not self.adaptive or bool(on & {*RECONSTRUCTION})
+        need(balanced, ' balances vf against no reconstruction loss; add one or set adaptive=False')
+        scales = [real(e, f'{who}: a scale of its equivariance', above=0, high=1) for e in self.equivariance]
+        need(not scales or scales[-1] == 1 and len(scales) > 1,
              f': equivariance {self.equivariance} must be scales in (0, 1] that end with 1')
         for k in self.warmup: need(k in _LEANS, f' has no warm-up for {k!r}; known: gan, patchgan')
         for k, other in _LEANS.items():
             need(k not in self.warmup or {k, other} <= on, f': {k} cannot wait for {other} to settle unless both have a weight')
+    def _numbers(self, who: str) -> None:
+        real(self.lr, f'{who}: lr', above=0, high=1e3)
+        if self.lr_critics is not None: real(self.lr_critics, f'{who}: lr_critics', above=0, high=1e3)
+        whole(self.images, f'{who}: images', 0)
+        if self.multiscale_until != float('inf'): real(self.multiscale_until, f'{who}: multiscale_until', low=0)
+        for k in ('cos_margin', 'dist_margin'): real(getattr(self, k), f'{who}: {k}', low=0, high=2)
     def config(self) -> dict:
         "As JSON; the weights may be any mapping."
         return asdict(replace(self, weights=dict(self.weights)))
@@ -240,6 +253,9 @@ class TokenizerTask:
                  start: int = 0                           # images seen in earlier stages
                 ):
         if precision not in PRECISIONS: raise UserError(f"no precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+        betas = betas_of(betas, 'betas')
+        if clip is not None: real(clip, 'clip', above=0)
+        whole(start, 'start', 0)
         wanted = {'gan': 'gan' in stage.active(), 'patchgan': bool({'patchgan', 'feature_matching'} & {*stage.active()})}
         lacking = [k for k, on in wanted.items() if on and k not in (critics or {})]
         if lacking: raise UserError(f"stage {stage.name!r} weighs {lacking[0]} and has no such discriminator; pass critics={{'{lacking[0]}': ...}}")
@@ -273,6 +289,17 @@ class TokenizerTask:
         critics = {k: c.config() if hasattr(c, 'config') else {} for k, c in self.critics.items()}
         return dict(model=asdict(self.model.config), stage=stage, betas=list(self.betas), half_life=self.half_life, clip=self.clip,
                     critics=critics, precision=self.precision, start=self.start)
+    def defaults(self) -> dict:
+        "What `config` says where nothing is set."
+        own = {k: v for k, v in defaults_of(TokenizerTask).items() if k not in ('perceptual', 'critics')}
+        stage = dict(defaults_of(Stage), weights=dict.fromkeys(LOSSES, 0.))
+        return dict(own, model=defaults_of(type(self.model.config)), stage=stage,
+                    critics={k: defaults_of(type(c)) for k, c in self.critics.items() if hasattr(c, 'config')})
+    def frozen(self) -> dict[str, nn.Module]:
+        "What the losses look through and no run keeps: VFMs of tokenizer and discriminators, nets of the perceptual loss."
+        vfms = {f'{k}.vfm': n.vfm for k, n in self.nets.items() if getattr(n, 'vfm', None) is not None}
+        seen = self.perceptual if 'perceptual' in self.stage.active() else None
+        return vfms | {f'perceptual.{i}': m for i, m in enumerate(modules_in(seen))}
     def state(self) -> dict:
         "How far the warm-ups, the codebooks and the magnification of float16 gradients are."
         return dict(waits={k: w.state() for k, w in self.waits.items()}, codebooks=[c.steps for c in self.codebooks], magnify=[self.magnify, self.good])
@@ -313,6 +340,10 @@ class TokenizerTask:
         bad: list[str] = []
         self.optimizers[name].zero_grad(set_to_none=True)
         for i, b in enumerate(micro):
+            # where looking is free, pictures are named themselves; elsewhere the losses name them
+            if b['image'].device.type == 'cpu' and not b['image'].isfinite().all():
+                bad = ['the pictures']
+                break
             losses = terms(i, b['image'])
             values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
             bad = [k for k, v in values.items() if not abs(v) < float('inf')]

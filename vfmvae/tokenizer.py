@@ -19,7 +19,8 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/06_tokenizer.ipynb #b53f4562
-from .core import Gaussian, Registry, UserError, _fits, build_config, data_dir, digest, load_weights, save_weights, sidecar, to_tokens
+from .core import (Gaussian, Registry, UserError, _fits, build_config, data_dir, digest, load_weights, save_weights,
+                         sidecar, to_tokens)
 from .data import World, as_dataset, check_images, take, to_uint8
 from .features import batches
 
@@ -42,10 +43,11 @@ class LatentStats(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(std)
     def check(self, mean: Tensor, std: Tensor) -> None: # (c,) each
-        "UserError on a wrong length, or a mean or std that is not finite, a std that is not positive, in the type of these."
+        "UserError on a wrong length, a mean or std that is not finite, or a std that is not positive, in the type of these."
         for t in (mean, std):
             if not isinstance(t, Tensor) or t.shape != self.mean.shape or t.is_complex():
-                raise UserError(f'latent stats need {len(self.mean)} numbers, got {f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__}')
+                got = f'shape {tuple(t.shape)}' if isinstance(t, Tensor) else type(t).__name__
+                raise UserError(f'latent stats need {len(self.mean)} numbers, got {got}')
         pairs = zip(mean.to(self.mean.dtype).tolist(), std.to(self.std.dtype).tolist(), strict=True)
         bad = [i for i, (m, s) in enumerate(pairs) if not (0 < s < float('inf') and abs(m) < float('inf'))]
         if bad: raise UserError(f'latent channels {bad[:8]} have no usable mean and std; a constant channel carries nothing: use more images')
@@ -133,9 +135,10 @@ class LatentFeatures:
 def _said(x: Any, within: tuple = ()) -> list[str]:
     "What tells one source from another, as text: class, weights, configuration where it is not the default, settings."
     if isinstance(x, nn.Module):
-        parts = [type(x).__name__, digest(x.state_dict())]
-        if is_dataclass(c := getattr(x, 'config', None)): parts += [f'{f.name}={v!r}' for f in fields(c) if (v := getattr(c, f.name)) != f.default]
-        return parts + [f'{k}={getattr(m, k)!r}' for m in x.modules() for k in getattr(m, '_besides_weights', ())]
+        c = getattr(x, 'config', None)
+        changed = [(f.name, v) for f in fields(c) if (v := getattr(c, f.name)) != f.default] if is_dataclass(c) else []
+        more = [(k, getattr(m, k)) for m in x.modules() for k in getattr(m, '_besides_weights', ())]
+        return [type(x).__name__, digest(x.state_dict()), *(f'{k}={v!r}' for k, v in (*changed, *more))]
     if isinstance(x, Tensor): return [digest({'': x})]
     if x is None or isinstance(x, str | int | float | torch.dtype): return [repr(x)]
     if any(x is w for w in within): return ['itself']
@@ -143,15 +146,17 @@ def _said(x: Any, within: tuple = ()) -> list[str]:
     if isinstance(x, partial): return [s for v in (x.func, x.args, x.keywords) for s in told(v)]
     if isinstance(x, Mapping): return [s for k in sorted(x, key=str) for s in (str(k), *told(x[k]))]
     if isinstance(x, Sequence): return [s for v in x for s in told(v)]
-    if hasattr(x, '__qualname__') or not hasattr(x, '__dict__'): return [f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', type(x).__name__)}"]
+    if hasattr(x, '__qualname__') or not hasattr(x, '__dict__'):
+        return [f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', type(x).__name__)}"]
     own = {k: v for k, v in vars(x).items() if not k.startswith('_')}
-    if any(isinstance(v, nn.Module) for v in own.values()): own.pop('name', None)        # a net is known by its weights, whatever it is called
+    if any(isinstance(v, nn.Module) for v in own.values()): own.pop('name', None)   # a net is known by its weights
     return [type(x).__name__, *told(own)]
 
-def net_digest(x: Any # a VFM, a tokenizer, a net, an adapter such as `LatentFeatures` or `Fitted`, or any feature source
+def net_digest(x: Any # a VFM, tokenizer or net, an adapter such as `LatentFeatures` or `Fitted`, any feature source
               ) -> str:
-    """16 hex digits that tell whose features or latents these are: of all weights, the VFM's included, and of what shapes the numbers besides (configuration,
-    an adapter's settings). The same on every device and under every name; without any weights, of class, name and settings. Reads every weight once."""
+    """16 hex digits that tell whose features or latents these are: of all weights, the VFM's included, and of what shapes the
+    numbers besides (configuration, an adapter's settings). The same on every device and under every name; without any
+    weights, of class, name and settings. Reads every weight once."""
     return hashlib.blake2b('\n'.join(_said(x)).encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/06_tokenizer.ipynb #5fe2f2b0
@@ -160,16 +165,18 @@ tokenizers = Registry('tokenizer', modules=_MODULES)
 families = Registry('tokenizer family', modules=_MODULES)
 
 # %% ../nbs/06_tokenizer.ipynb #4e7a1c60
-_COUNTS = ('depth', 'blocks', 'layers', 'attention')      # ends of names: how many of something
+_COUNTS = ('depth', 'blocks', 'layers', 'attention')                             # ends of names: how many of something,
+_SIZES = ('width', 'dim', 'dims', 'channels', 'size', 'heads', 'hidden')         # ... how wide
 
 def check_config(c: Any) -> None: # a dataclass: the shape of a net
-    "UserError, one line, on a field of another type than annotated, more than 1,000 layers, a width above 2^16, or any number above 2^24."
+    "UserError on a field of another type than annotated, more than 1,000 layers, a width above 2^16, any number above 2^24."
     hints = get_type_hints(type(c))
     for f in fields(c):
         v, name = getattr(c, f.name), f'{type(c).__name__}.{f.name}'
         if not _fits(v, hints[f.name]): raise UserError(f'{name}: {str(v)[:40]!r} does not fit; its default is {f.default!r}')
-        most = 1000 if f.name.endswith(_COUNTS) else 2**16 if f.name.endswith(('width', 'dim', 'dims', 'channels', 'size', 'heads', 'hidden')) else 2**24
-        if bad := [n for n in (v if isinstance(v, list | tuple) else [v]) if isinstance(n, int | float) and abs(n) > most]:
+        most = 1000 if f.name.endswith(_COUNTS) else 2**16 if f.name.endswith(_SIZES) else 2**24
+        many = v if isinstance(v, list | tuple) else [v]
+        if bad := [n for n in many if isinstance(n, int | float) and abs(n) > most]:
             raise UserError(f'{name}: {str(bad[0])[:20]} is more than any net has; at most {most}')
 
 # %% ../nbs/06_tokenizer.ipynb #543101a8
@@ -178,7 +185,8 @@ def save_tokenizer(path: str | Path,  # `*.safetensors`
                    **meta             # measured numbers, recipe, licence, provenance
                   ) -> Path:
     "Writes `own_state` and JSON with family and configuration, atomically."
-    return save_weights(path, model.own_state(), dict(meta, family=model.config.family, name=model.name, config=asdict(model.config)))
+    what = dict(family=model.config.family, name=model.name, config=asdict(model.config))
+    return save_weights(path, model.own_state(), meta | what)
 
 def load_tokenizer(path: str | Path,       # written by `save_tokenizer`
                    vfm: Any = None,        # a VFM; None: the one it names, which may need a network; False: none, decode only
@@ -186,11 +194,13 @@ def load_tokenizer(path: str | Path,       # written by `save_tokenizer`
                   ) -> Any:
     "Builds a saved tokenizer, in eval mode. UserError if the file is damaged, is not a tokenizer, or does not fit its own configuration."
     tensors, meta = load_weights(path)
-    known = isinstance(meta.get('family'), str) and isinstance(meta.get('config'), Mapping) and isinstance(meta.get('name', ''), str)
-    if not known: raise UserError(f'{path} has no tokenizer configuration beside it ({sidecar(path).name}); published checkpoints open with load_vfmvae')
+    kinds: dict[str, Any] = dict(family=str, config=Mapping, name=str | None)
+    if not all(isinstance(meta.get(k), kind) for k, kind in kinds.items()):
+        raise UserError(f'{path} has no tokenizer configuration beside it ({sidecar(path).name}); '
+                        'published checkpoints open with load_vfmvae')
     shape, cls = families[meta['family']]
     config = build_config(shape, meta['config'])
-    with torch.device('meta'): like = cls(config, None)          # no memory is taken before the file has the tensors for it
+    with torch.device('meta'): like = cls(config, None)     # no memory is taken before the file has the tensors for it
     like.check_own_state(like.own_state(), tensors)
     model = cls(config, None)
     model.load_own_state(tensors)

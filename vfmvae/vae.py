@@ -24,7 +24,7 @@ from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, EqualLinear, Gri
                            norm_groups, pointwise, unit_moment)
 from .data import check_images as check_meaning
 from .tokenizer import LatentStats, check_config, families, register_bundled
-from .vfm import CarriesVFM
+from .vfm import CarriesVFM, form
 
 # %% ../nbs/07_vae.ipynb #1feef848
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def _rules(c: VFMVAEConfig) -> Iterator[tuple[str, bool, str]]:
               'w_dim', 'pooled'):
         yield k, getattr(c, k) > 0, f'{getattr(c, k)} is not positive'
     for k in ('in_dims', 'out_dims', 'fusion', 'attention'):
-        yield k, min(getattr(c, k), default=1) >= (k in ('in_dims', 'out_dims')), f'{getattr(c, k)} has a number that is too small'
+        least = int(k in ('in_dims', 'out_dims'))
+        yield k, min(getattr(c, k), default=1) >= least, f'{getattr(c, k)} has a number below {least}'
     yield 'res_blocks', c.res_blocks >= 0, f'{c.res_blocks} is negative; 0 means one ConvNeXt layer per block'
     yield 'layers', n > 0 and len(c.in_dims) == len(c.out_dims) == n, f'{n} layers need {n} in_dims and {n} out_dims'
     yield 'mode', c.mode in ('kl', 'discrete'), f"{c.mode!r} is not 'kl' or 'discrete'"
@@ -302,15 +303,16 @@ def check_images(x: Tensor,         # images
                  unit: int,         # sides must be multiples of this, pixels
                  net: Any = None    # the tokenizer they are for; its `stats` tell device and type
                 ) -> Tensor:
-    "x (b,3,H,W) in the type of the net's weights. UserError: another shape, integers, NaN or far outside [-1,1] (on a CPU), no image, another device."
-    check_meaning(x, f"images for {getattr(net, 'name', 'a tokenizer')}")
+    """x (b,3,H,W) in the type of the net's weights. UserError: another shape, integers, no image, another device; on a CPU
+    and out of training also NaN and values far outside [-1,1]."""
+    check_meaning(form(x) if net is None or net.training else x, f"images for {getattr(net, 'name', 'a tokenizer')}")
     _check_sides('image', x.shape[2], x.shape[3], unit)
     return x if net is None else _placed(x, net, 'images')
 
 def check_latents(z: Tensor,        # latents on unit scale
                   net: Any          # the tokenizer that decodes them
                  ) -> Tensor:
-    "z (b,c,h,w) in the type of the net's weights. UserError: other channels, another rank, integers, none at all, another device."
+    "z (b,c,h,w) in the type of the net's weights. UserError: other channels or rank, integers, none at all, another device."
     if not isinstance(z, Tensor) or z.ndim != 4 or z.shape[1] != net.channels or not z.is_floating_point():
         got = f'{tuple(z.shape)} {z.dtype}' if isinstance(z, Tensor) else type(z).__name__
         raise UserError(f'latents of {net.name} must be (b,{net.channels},h,w) of floats, got {got}')
@@ -319,12 +321,15 @@ def check_latents(z: Tensor,        # latents on unit scale
 
 def _placed(x: Tensor, net: Any, what: str) -> Tensor:
     like = net.stats.mean
-    if x.device != like.device: raise UserError(f'the {what} lie on {x.device}, {net.name} on {like.device}; move one of them')
+    if x.device != like.device:
+        raise UserError(f'the {what} lie on {x.device}, {net.name} on {like.device}; move one of them')
     return x.to(like.dtype)
 
 def scaled_features(vfm: Any, x: Tensor, scale: float, layers: Sequence[int]) -> dict[int, Tensor]:
     "Features {layer: (b,n,c)} of images (b,3,H,W) in [-1,1], resized by `scale` the VFM's way first (spec section 1)."
-    if scale != 1: x = F.interpolate(at_least_float32(x), [round(s*scale) for s in x.shape[2:]], mode=vfm.interpolation, align_corners=False, antialias=scale < 1)
+    if scale != 1:
+        size = [round(s*scale) for s in x.shape[2:]]
+        x = F.interpolate(at_least_float32(x), size, mode=vfm.interpolation, align_corners=False, antialias=scale < 1)
     return vfm.features(x, list(layers))
 
 class VFMVAE(CarriesVFM):
@@ -347,7 +352,8 @@ class VFMVAE(CarriesVFM):
         if vfm.patch != c.patch: raise UserError(f'{vfm.name} has patch {vfm.patch}, the tokenizer was made for {c.patch}; set config.patch')
         bad = [d for d in c.in_dims if d != vfm.dim]
         if bad: raise UserError(f'{vfm.name} has {vfm.dim} channels, the tokenizer was made for {bad[0]}; set config.in_dims')
-        self.vfm.eval().requires_grad_(False)
+        self.train(self.training)
+        self.vfm.requires_grad_(False)
 
     def check_own_state(self, own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         "UserError that lists missing, extra and misshaped tensors."
@@ -393,7 +399,8 @@ class VFMVAE(CarriesVFM):
         return self._parts(dict(zip(c.layers, features, strict=True)), rows)
 
     def _parts(self, features: dict[int, Tensor], rows: int) -> Encoded:
-        moments, codes = self.ldm_adapter.down([features[k].to(self.stats.mean.dtype) for k in self.config.layers], rows), None
+        codes, dtype = None, self.stats.mean.dtype
+        moments = self.ldm_adapter.down([features[k].to(dtype) for k in self.config.layers], rows)
         if self.config.mode == 'kl': raw = Gaussian.split(at_least_float32(moments))
         else:
             codes = self.ldm_adapter.quantizer(to_tokens(moments))
@@ -406,7 +413,8 @@ class VFMVAE(CarriesVFM):
         "Latents to images of every scale, largest first: (b,3,h*stride,w*stride), then halves (none unless progressive). Unclamped. UserError on a bad shape."
         z = check_latents(z, self)
         _check_sides('latent', z.shape[2], z.shape[3], self.config.fold)
-        if z.device.type == 'cpu' and z.dtype != torch.float32: raise UserError(f'{self.name} decodes in float32 on a CPU, not in {z.dtype}; call .float()')
+        if z.device.type == 'cpu' and z.dtype != torch.float32:
+            raise UserError(f'{self.name} decodes in float32 on a CPU, not in {z.dtype}; call .float()')
         deep = self.ldm_adapter.up(self.stats.unscale(z))
         return self.synthesis(deep, self.mapping(deep, psi))[::-1]
 

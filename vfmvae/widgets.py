@@ -7,8 +7,8 @@ __all__ = ['ColourFit', 'pca_colours', 'Sheet', 'Control', 'Job', 'Lab', 'KeepsS
            'keeps_text', 'steps', 'transform_controls', 'middle', 'KeepsLab']
 
 # %% ../nbs/19_widgets.ipynb #29490251
-import asyncio, base64, html, io, itertools, json, math, threading, time
-from collections.abc import Callable, Mapping, Sequence
+import asyncio, base64, html, io, itertools, json, math, os, time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../nbs/19_widgets.ipynb #b32cb644
-from .core import UserError, nearest, progress, to_grid, to_tokens, write_atomic
-from .data import TRANSFORMS, World, transform
+from .core import UserError, nearest, progress, real, to_grid, to_tokens, whole, write_atomic
+from .data import TRANSFORMS, Subset, World, as_dataset, check_images, spread, take, transform
 from .features import pool
 from .metrics import psnr
 from .plots import WIDTHS, _style, blank, save_figure
-from .tokenizer import tokenizers
+from .recipes import open_data
+from .tokenizer import tokenizers, unfamiliar
 from .vae import VFMVAE
 from .vfm import VFM
 
@@ -129,7 +130,6 @@ def _font(pixels: int) -> Any:
     from PIL import ImageFont
     return ImageFont.truetype(str(Path(matplotlib.get_data_path())/'fonts/ttf/DejaVuSans.ttf'), pixels)
 
-_DRAWING = threading.RLock()    # Matplotlib's style is global, and a lab draws beside the event loop
 
 class Sheet:
     "What lies where in a picture, in inches from the top left; `.data`: the rows behind it. `.figure()` for paper, `.png()` for the screen."
@@ -163,7 +163,7 @@ class Sheet:
         return fig.add_axes((x/self.width, 1-(y+h)/self.height, w/self.width, h/self.height))
     def figure(self) -> 'Figure':
         "The same as a figure of `vfmvae.plots`, its words and charts as vectors."
-        with _DRAWING, _style():
+        with _style():
             fig: Any = blank(self.width, self.height)
             page = fig.add_axes((0, 0, 1, 1))
             page.set_axis_off()
@@ -179,7 +179,7 @@ class Sheet:
     def _chart(self, c: _Chart, dpi: int) -> tuple:
         "The sheet with this chart alone, its axes' map from data to pixels."
         at = (self.width, self.height, c.box, c.key, dpi)
-        with _DRAWING, _style():
+        with _style():
             if at not in self._painted:
                 from PIL import Image
                 fig: Any = blank(self.width, self.height)
@@ -331,6 +331,7 @@ class _Screen:
     def _work(self, state: Any) -> _Shown:
         open_ = bool(self.jobs(state))     # asked first: another lab may do the work during the look, too late for this picture
         result = self.look(state)
+        open_ = open_ or bool(self.jobs(state))      # and again: a file may have been rewritten between the two
         return _Shown(state, result, self.sheet(result, 7.6).png(self.dpi), self.say(result), open_ and not self.whole(result))
     def _place(self, specs: Mapping[str, Control]) -> None:
         "Makes the controls that are missing and gives the others their new choices."
@@ -370,7 +371,9 @@ class _Screen:
         self._say_now('computing ...')
         self._latest.ask(self.state)
     def _say_now(self, words: str) -> None: self.readout.value = f'<p role="status" aria-live="polite">{html.escape(words)}</p>'
-    def _complain(self, e: Exception) -> None: self._say_now(str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}')
+    def _complain(self, e: Exception) -> None:
+        words = str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}'
+        self._say_now(' '.join(words.split())[:400])
     def _show(self, answer: Any) -> None:
         "Puts the picture and its words in place, or the reason why there is none."
         self._lacks = not isinstance(answer, Exception) and answer.lacks
@@ -480,8 +483,7 @@ class Lab(_Screen):
         known = tuple(f.name for f in fields(self.State))
         bad = next((k for k in changes if k not in known), None)
         if bad: raise UserError(f"the lab has no {bad!r}{nearest(bad, known)} (known: {', '.join(known)})")
-        changes = {k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}
-        _names(self.State, changes)
+        changes = {f.name: _value(f, changes[f.name]) for f in fields(self.State) if f.name in changes}
         state = replace(self.state, **self.follow(changes))
         self.allow(state)
         self.state = state
@@ -530,16 +532,34 @@ class Lab(_Screen):
         return write_atomic(Path(path), lambda p: p.write_text(page, encoding='utf-8'))
 
 # %% ../nbs/19_widgets.ipynb #508bbfe3
-def _names(state: Any, values: Mapping) -> None:
-    "UserError: a field whose default is a word is something else."
+_SEEDS = 2**31-1     # every generator behind a lab takes it, with the number of an image added
+
+def _value(f: Any, v: Any, low: int | None = None) -> Any:
+    "A value for field `f`, of the kind of its default: words, an integer (from `low`), a finite number. UserError: another."
+    kind = type(f.default)
+    if kind is str:
+        if isinstance(v, str | Path): return str(v)
+        raise UserError(f'{f.name} is a name, not {str(v)[:40]!r}')
+    if kind is float: return real(v, f.name)
+    if kind is not int or (f.name == 'layer' and isinstance(v, str)): return v
+    return whole(v, f.name, low, _SEEDS if f.name == 'seed' else None)
+
+def _settle(state: Any) -> None:
+    "Makes every field of a state a value of its kind; integers count from 0, where their default does."
     for f in fields(state):
-        if isinstance(f.default, str) and not isinstance(v := values.get(f.name, ''), str): raise UserError(f'{f.name} is a name, not {v!r}')
+        low = 0 if isinstance(f.default, int) and f.default >= 0 else None
+        object.__setattr__(state, f.name, _value(f, getattr(state, f.name), low))
 
-def _whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0: raise UserError(f'{name} is a whole number from 0, not {value!r}')
+def _reach(name: str, strength: float) -> None:
+    "UserError: no such transform, or a strength that it takes for no image."
+    t = TRANSFORMS.get(name)
+    if t is None or name == 'hflip' or not t.low <= strength <= t.high:
+        transform(torch.zeros(1, 3, 8, 8), name, strength)
 
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value): raise UserError(f'{name} is a number, not {value!r}')
+@lru_cache(256)
+def _fits(name: str, strength: float, side: int) -> None:
+    "UserError: a strength that square images of `side` pixels are too small for."
+    transform(torch.zeros(1, 3, side, side), name, strength)
 
 @dataclass(frozen=True)
 class KeepsState:
@@ -550,11 +570,8 @@ class KeepsState:
     tokenizer: str = 'vfmvae-tiny-f8d16'      # a name of `tokenizers`
     seed: int = 0                             # of transforms that draw; image i draws from seed+i
     def __post_init__(self) -> None:
-        _names(self, vars(self))
-        _whole('image', self.image)
-        _whole('seed', self.seed)
-        _number('strength', self.strength)
-        transform(torch.zeros(1, 3, 64, 64), self.transform, self.strength)
+        _settle(self)
+        _reach(self.transform, self.strength)
         if self.tokenizer not in tokenizers:
             raise UserError(f"no tokenizer named {self.tokenizer!r}{nearest(self.tokenizer, tokenizers)} (known: {', '.join(tokenizers)})")
 
@@ -583,11 +600,57 @@ def _look(tokenizer: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     else: z, h = tokenizer.encode(x).mode(), _tiny().features(x, [-1])[-1]
     return z, (pool(to_tokens(z)), pool(h))
 
+def _times(paths: Iterable) -> tuple:
+    "Of files and folders, what tells a rewritten one: place on the disk, size, times. None where there is nothing."
+    def one(path: Any) -> tuple | None:
+        try: s = os.stat(path)
+        except (OSError, ValueError): return None
+        return s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+    return tuple(map(one, paths))
+
+@lru_cache(16)
+def _files(images: Any, n: int) -> tuple[Path, ...]:
+    "Behind a set: its folders, and the files of `take(images, n)` or its shards; nothing, where no files are known."
+    base, at = (images.ds, images.at) if isinstance(images, Subset) else (images, range(len(images)))
+    if not (pieces := getattr(base, 'pieces', None)): return ()
+    root, folders = Path(str(getattr(base, 'name', ''))), {Path(os.path.dirname(p)) for p, _, _ in pieces}
+    folders |= {a for f in folders for a in f.parents if root in (a, *a.parents)}     # a new class is a folder in one of these
+    return (*sorted(folders), *dict.fromkeys(Path(pieces[at[i]][0]) for i in spread(n, len(at))))
+
+def _images(images: Any, size: int = 64) -> Any:
+    "The data set that `images` stands for; None: held-out images of the world."
+    if images is None: return _world()
+    if isinstance(images, str | Path): return open_data(images, size=size, n=10_000, seed=8)
+    made = as_dataset(images, size=size)
+    return made if isinstance(made, Hashable) else Subset(made, range(len(made)))
+
+def _about(images: Any) -> str:
+    "What to know about a set: pictures that were enlarged, files that were left out."
+    left = ', '.join(f'{n} {why}' for why, n in (getattr(images, 'skipped', None) or {}).items())
+    grown = f'Pictures smaller than {images.size} px were enlarged to that.' if getattr(images, 'enlarged', 0) else ''
+    return _join(grown, left and f'Left out of the set: {left}.')
+
+def _strange(nets: Iterable, images: Any) -> str:
+    "The sentence of `tokenizer.unfamiliar` for the first of these nets that does not know such images."
+    return next((f'{said}.' for net in nets if (said := unfamiliar(net, images))), '')
+
+def _join(*sentences: str) -> str: return ' '.join(dict.fromkeys(filter(None, sentences)))
+
+def _noted(note: str) -> dict: return dict(note=note) if note else {}      # for the rows of a figure
+
+def _read(images: Any, at: Sequence[int]) -> dict:
+    "A batch of images that were checked, with `key` and `label`."
+    batch = images.batch(list(at))
+    check_images(batch['image'], 'an image of this set')
+    return dict(key=[str(i) for i in at], label=torch.zeros(len(at), dtype=torch.long)) | batch
+
 @lru_cache(8)
-def _others(name: str, images: Any) -> tuple[Tensor, Tensor]:
-    "The pooled half of `_look` of the first 33 images."
-    x = images.batch(list(range(min(33, len(images)))))['image']
-    return _look(_tokenizer(name), _fit(x, 2*_tokenizer(name).stride))[1]
+def _others(name: str, images: Any, times: tuple) -> tuple[Tensor, Tensor, list[str], str]:
+    "Of 33 images spread over the set: the pooled half of `_look`, their keys, and a sentence if the tokenizer does not know such."
+    some, tokenizer = take(images, 33), _tokenizer(name)
+    batch = _read(some, range(len(some)))
+    pooled = _look(tokenizer, _fit(batch['image'], 2*tokenizer.stride))[1]
+    return *pooled, batch['key'], _strange([tokenizer], images if isinstance(images, World) else batch['image'])
 
 # %% ../nbs/19_widgets.ipynb #3e821f01
 @dataclass(frozen=True, eq=False)
@@ -605,6 +668,7 @@ class Kept:
     cosine: Mapping[str, float]          # 'latent', 'VFM': `clean` and `changed`
     strangers: Mapping[str, float]       # the same of `clean` and 32 other images, mean
     enlarged: tuple[int, int] | None     # (H,W) that the transform gave, where it did not fit the grid
+    note: str = ''                       # what to know about the set: see `_about`, `tokenizer.unfamiliar`
     @property
     def error(self) -> Tensor:
         "(H,W), mean absolute difference of the colours, which lie in [0,1]."
@@ -616,12 +680,12 @@ def _cosines(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> dict[st
 
 @torch.no_grad()
 def keeps(state: KeepsState,
-          images: Any = None # a dataset with `.batch(indices)`; None: held-out images of the world
+          images: Any = None # whatever `data.as_dataset` takes, or as for `open_data`; None: held-out images of the world
          ) -> Kept:
     "Transforms one image, sends both through the tokenizer and measures. A pure function. UserError: an image that is not there."
-    images, tokenizer = images or _world(), _tokenizer(state.tokenizer)
+    images, tokenizer = _images(images), _tokenizer(state.tokenizer)
     if state.image >= len(images): raise UserError(f'no image {state.image}; there are {len(images)}, counted from 0')
-    batch, unit = images.batch([state.image]), 2*tokenizer.stride
+    batch, unit = _read(images, [state.image]), 2*tokenizer.stride
     clean = _fit(batch['image'], unit)
     raw = transform(clean, state.transform, state.strength, state.seed+state.image)
     changed = _fit(raw, unit)
@@ -629,14 +693,16 @@ def keeps(state: KeepsState,
     zs = [z, z_changed]
     back = [tokenizer.decode(z).clamp(-1, 1) for z in zs]
     quality = [psnr(b, x).item() for b, x in zip(back, (clean, changed), strict=True)]
-    rest = [i for i in range(min(33, len(images))) if i != state.image][:32]
-    z_others, h_others = _others(state.tokenizer, images)
+    z_others, h_others, keys, strange = _others(state.tokenizer, images, _times(_files(images, 33)))
+    rest = [i for i, k in enumerate(keys) if k != batch['key'][0]][:32]
     classes = getattr(images, 'classes', ())
     label = int(batch['label'][0])
     colours = pca_colours(zs)
-    return Kept(state, classes[label] if label < len(classes) else '', clean[0], changed[0], back[1][0], (colours[0][0], colours[1][0]),
+    name = classes[label] if 0 <= label < len(classes) else ''
+    return Kept(state, name, clean[0], changed[0], back[1][0], (colours[0][0], colours[1][0]),
                 tuple(zs[1].shape[1:]), quality[1], quality[0], _cosines(near, far), _cosines(near, (z_others[rest], h_others[rest])),
-                None if raw.shape == changed.shape else (raw.shape[2], raw.shape[3]))
+                None if raw.shape == changed.shape else (raw.shape[2], raw.shape[3]),
+                _join(strange, _about(images)))
 
 # %% ../nbs/19_widgets.ipynb #4b82ac7d
 _WORST = .3 # of the colour range: where the error map is brightest
@@ -657,7 +723,8 @@ def _keeps_sheet(k: Kept, width: float) -> Sheet:
     if cols == 6: sheet.text(width/2, sheet.height-.2, ';   '.join(words), centre=True)
     else: sheet.text(.08, sheet.height-.3, '\n'.join(words), 6.5)
     sheet.data = [dict(image=k.state.image, transform=k.state.transform, strength=k.state.strength, psnr=k.psnr, psnr_clean=k.psnr_clean,
-                       **{f'cosine {n}': v for n, v in cos.items()}, **{f'cosine {n} of others': v for n, v in far.items()})]
+                       **{f'cosine {n}': v for n, v in cos.items()},
+                       **{f'cosine {n} of others': v for n, v in far.items()}, **_noted(k.note))]
     return sheet
 
 def keeps_figure(state: KeepsState,
@@ -672,9 +739,11 @@ def _say(k: Kept) -> str:
     s, (c, h, w), size = k.state, k.latent, f'{k.changed.shape[1]}x{k.changed.shape[2]} px'
     was = k.enlarged and f' The transform left {k.enlarged[0]}x{k.enlarged[1]} px, enlarged to {size}, the next size with an even number of latent rows.'
     cosine = '; '.join(f'{n} {v:.3f} (32 other images: {k.strangers[n]:.3f})' for n, v in k.cosine.items())
-    return (f"Image {s.image}{f' ({k.name})' if k.name else ''}, {_title(s)} ({TRANSFORMS[s.transform].unit}), seed {s.seed}. "
-            f'{s.tokenizer} makes of {size} a latent of {c}x{h}x{w} numbers, and from it an image with {k.psnr:.1f} dB '
-            f'({k.psnr_clean:.1f} dB without the transform). Cosine similarity of the image and the transformed image, pooled: {cosine}.{was or ""}')
+    words = (f"Image {s.image}{f' ({k.name})' if k.name else ''}, {_title(s)} ({TRANSFORMS[s.transform].unit}), seed {s.seed}. "
+             f'{s.tokenizer} makes of {size} a latent of {c}x{h}x{w} numbers, and from it an image with {k.psnr:.1f} dB '
+             f'({k.psnr_clean:.1f} dB without the transform). '
+             f'Cosine similarity of the image and the transformed image, pooled: {cosine}.{was or ""}')
+    return _join(words, k.note)
 
 def keeps_text(state: KeepsState,
                images: Any = None # as in `keeps`
@@ -711,7 +780,7 @@ class KeepsLab(Lab):
                  images: Any = None,                    # as in `keeps`
                  **changes: Any):                       # fields of the state
         super().__init__(state)
-        self.images = images
+        self.images = _images(images)
         self.set(**changes)
     def look(self, state: KeepsState) -> Kept:
         "`keeps` of these images."
@@ -726,11 +795,12 @@ class KeepsLab(Lab):
         "A new transform without a strength takes the middle of its grid."
         return middle(changes, self.state.transform)
     def allow(self, state: KeepsState) -> None:
-        "UserError: an image that is not there."
-        if state.image >= len(self.images or _world()): raise UserError(f'no image {state.image}; there are {len(self.images or _world())}')
+        "UserError: an image that is not there, or one too small for the transform."
+        if state.image >= (n := len(self.images)): raise UserError(f'no image {state.image}; there are {n}, counted from 0')
+        if side := getattr(self.images, 'size', None): _fits(state.transform, state.strength, side)
     def panel(self, state: KeepsState) -> dict[str, Control]:
         "image, transform, strength, tokenizer, seed."
-        last = len(self.images or _world())-1
+        last = len(self.images)-1
         return dict(image=Control('whole', f'which image, 0 to {last}', last=last), **transform_controls(state.transform, state.strength),
                     tokenizer=Control('choice', 'who encodes and decodes', tuple(tokenizers)),
                     seed=Control('whole', 'of transforms that draw', last=10**6))
