@@ -843,7 +843,7 @@ class Loader:
     def __init__(self, ds: Any, batch_size: int, seed: int, rank: int, world: int, workers: int):
         self.ds, self.batch_size, self.seed, self.rank, self.world, self.workers = ds, batch_size, seed, rank, world, workers
         self._orders: dict[int, np.ndarray] = {}
-    def __len__(self) -> int: return -(-len(self.ds)//self.batch_size)
+    def __len__(self) -> int: return math.ceil(len(self.ds)/self.batch_size)
     def order(self, epoch: int) -> np.ndarray:
         "(n,) the permutation of an epoch, from (seed, epoch)."
         if (order := self._orders.get(epoch)) is None:

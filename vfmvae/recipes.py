@@ -271,7 +271,7 @@ def build_training(preset: Preset,
     "(model, discriminators by name, perceptual loss or None), randomly initialised. UserError if the size does not fit the decoder, or a VFM cannot be had."
     named: Any = preset.config.vfm if vfm is None else vfm
     net = named if isinstance(named, VFM) else VFM(named) if named or vfm is not None else None
-    config = preset.config if vfm is None else config_for(net, preset.config)
+    config = preset.config if vfm is None or net is None else config_for(net, preset.config)
     if size is not None and whole(size, 'size', 1, 4096) % config.unit:
         raise UserError(f'{size} px do not fit the decoder of {config.name}; use a multiple of {config.unit}')
     if size is not None: config = replace(config, img_size=size)
