@@ -435,8 +435,9 @@ def test_a_way_of_a_net_that_failed_or_was_trained_on_starts_anew():
     assert torch.equal(lab._whole().final, SamplerLab(net, state=lab.state)._whole().final) and not torch.equal(lab._whole().final, end)
 
 
-def test_a_guidance_that_leaves_all_numbers_is_told():
-    with pytest.raises(UserError, match='smaller'): SamplerLab(dit(), steps=3, step=3, guidance=1e300).text()
+@pytest.mark.parametrize('guidance', [-1., 1e5, 1e300, float('nan')])
+def test_a_guidance_that_leaves_all_numbers_is_told(guidance):
+    with pytest.raises(UserError, match=r'^guidance[^\n]+$'): SamplerLab(dit(), steps=3, step=3, guidance=guidance)
 
 
 def test_nets_may_be_names_and_files(tmp_path):

@@ -355,7 +355,9 @@ class _Seen:
     def tokenizer(self, name: str) -> Any:
         def make() -> Any:
             if name in self.own: return self.own[name]
-            if name not in tokenizers: self.files['tokenizer', name] = (at := (name, sidecar(name))), _times(at)
+            if name not in tokenizers:
+                at = sorted(Path(name).iterdir()) if Path(name).is_dir() else (name, sidecar(name))
+                self.files['tokenizer', name] = at, _times(at)
             return open_tokenizer(name)
         return self.once(('tokenizer', name), make)
     def source(self, name: str) -> Any: return self.once(('source', name), lambda: as_source(self.tokenizer(name)))
@@ -391,7 +393,7 @@ class Explorer(Lab):
                  size: int = 64,                           # pixels of the square images
                  n: int = 256,                             # images that neighbours and scores are taken among
                  own: Any = (),                            # VFMs and tokenizers, objects, names or files: known by their name
-                 **changes: Any):                          # fields of the state; `images`: whatever `data.as_dataset` takes, too
+                 **changes: Any):                          # fields of the state; `images` as for `open_data`
         super().__init__(state)
         self.seen = _Seen(own, size, n)
         self.uploads: dict[str, Tensor] = {}      # name -> (3,size,size)
