@@ -60,8 +60,9 @@ lint: $(DEV)
 notebooks: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 
+# a file of tests stays in one process, whose module fixtures it shares; in the order of the files, so that the long ones do not come last
 pytest: $(DEV)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(DEV)      ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab $(firstword $(wildcard nbs/index.ipynb nbs/00_core.ipynb))
