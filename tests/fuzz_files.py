@@ -245,10 +245,10 @@ def used_with_others(rng: random.Random, box: Path) -> Case:
 
 @cases('caches', 2)
 def arguments(rng: random.Random, box: Path) -> Case:
-    key, v = rng.choice(['n', 'shard', 'batch_size', 'rank', 'processes', 'path', 'dtype',
+    key, v = rng.choice(['n', 'shard', 'batch_size', 'rank', 'processes', 'path',
                          'flips']), rng.choice(JUNK+TYPED)
     if key == 'path':
-        v = rng.choice(['', '.', './c', 'a/../../../x', box/'file', box/'file'/'x', '/proc/x', 'x'*300, 'a\0b', 'a\nb'])
+        v = rng.choice(['', '.', './c', box/'file', box/'file'/'x', '/proc/x', 'x'*300, 'a\0b', 'a\nb'])
     put(box/'file', b'1')
     if key == 'n' and type(v) is int and v > 7: v = 8
     args: dict[str, Any] = dict(path=f'{box}/c', shard=3) | {key: v}
@@ -258,7 +258,6 @@ def arguments(rng: random.Random, box: Path) -> Case:
     def right(r: Any) -> bool:
         if key in ('rank', 'processes'):
             return v is None or isinstance(v, int) and not isinstance(v, bool) and (r is None or len(r[0]) == 7)
-        if key == 'dtype': return False
         if key == 'path': return v in ('./c', 'a\nb') or isinstance(v, str) and len(r[0]) == 7 and v not in ('',)
         if key == 'flips': return len(r[0]) == 7
         want = 7 if key != 'n' or v is None else v if v != 8 else 7
@@ -333,7 +332,7 @@ def published_latents(rng: random.Random, box: Path) -> Case:
         put(d/'dataset.json', json.dumps(rows).encode())
         fine = rows['labels'][0][0].endswith('x.npy')
     elif what == 'layout':
-        detail = short(v := rng.choice([*JUNK, *TYPED, 'reg' if layout == 'lightningdit' else 'lightningdit']))
+        detail = short(v := rng.choice([*JUNK, 'reg' if layout == 'lightningdit' else 'lightningdit']))
         layout = v
     else: what, fine = 'sound', True
     def call() -> Any:
