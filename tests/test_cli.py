@@ -237,7 +237,7 @@ def test_words_after_two_dashes_are_jupyters(tmp_path, capsys, monkeypatch):
 
 # what is measured -----------------------------------------------------------------------------------------------------------------------------------
 
-def pictures(folder: Path, at, size: int, harm: int = 0, side: int | None = None) -> Path:
+def pictures(folder: Path, at, size: int = 64, harm: int = 0, side: int | None = None) -> Path:
     "Pictures of the world; harm: a checkerboard of single pixels, so many grey levels."
     folder.mkdir(exist_ok=True)
     for i in at:
@@ -289,3 +289,17 @@ def test_a_word_that_would_be_ignored_is_refused(tmp_path, capsys):
     (tmp_path/'a.yaml').write_text('x: 1')
     for name in ('encode', 'reconstruct', 'evaluate', 'align', 'cache'):
         assert '--g-kwargs' in one_line(capsys, name, '--images', 'world', '--g-kwargs', str(tmp_path/'a.yaml'))
+
+
+def test_cache_and_train_flow_mean_the_same_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('VFMVAE_HOME', str(tmp_path/'home'))
+    for k, at in (('ant', range(12)), ('bee', range(12, 24))): pictures(tmp_path/'mine', ()) and pictures(tmp_path/'mine'/k, at, 64)
+    for data in ('world', str(tmp_path/'mine')):
+        assert main(['cache', '--tokenizer', 'conv-f8d16', '--images', data, '--n', '8']) == 0
+        said = capsys.readouterr()
+        assert '8 latents' in said.out and '64 px' in said.out and '8 of ' in said.err
+        before = sorted((tmp_path/'home'/'latents').iterdir())
+        marks = [f.stat().st_mtime_ns for d in before for f in d.glob('shard*')]
+        assert main(['train-flow', '--preset', 'dit-conv-f8d16', '--data', data, '--n', '8', '--images', '8', '--batch', '8']) == 0
+        assert sorted((tmp_path/'home'/'latents').iterdir()) == before and marks == [f.stat().st_mtime_ns for d in before for f in d.glob('shard*')]
+    assert len(before) == 2

@@ -90,14 +90,24 @@ def test_ranks_share_the_batch_of_one_process(n, batch, world):
         assert torch.equal(torch.stack(parts, 1).flatten(), one.batch_at(step)['image'])
 
 
-@pytest.mark.parametrize('n,batch', [(24, 8), (25, 8), (7, 3)])
-def test_an_epoch_shows_each_image_at_most_once(n, batch):
+@pytest.mark.parametrize('n,batch', [(24, 8), (25, 8), (7, 3), (5, 5), (20, 8)])
+def test_every_epoch_shows_every_image_once(n, batch):
     dl = loader(Numbers(n), batch, seed=1)
-    assert len(dl) == n//batch
-    epochs = [torch.cat([b['image'] for b in dl.epoch(e)]).tolist() for e in range(4)]
-    assert all(len(e) == len(set(e)) == len(dl)*batch for e in epochs)
-    assert len({tuple(e) for e in epochs}) == 4                                       # another order in every epoch
-    assert epochs[0] != torch.cat([b['image'] for b in loader(Numbers(n), batch, seed=2).epoch(0)]).tolist()
+    stream = torch.cat([dl.batch_at(s)['image'] for s in range(4*n)]).tolist()
+    epochs = [stream[i:i+n] for i in range(0, 4*n, n)]
+    assert all(sorted(e) == list(range(n)) for e in epochs) and len({tuple(e) for e in epochs}) == 4       # another order in every epoch
+    assert epochs[0] != torch.cat([loader(Numbers(n), batch, seed=2).batch_at(s)['image'] for s in range(n)])[:n].tolist()
+    assert len(dl) == -(-n//batch)
+
+
+@pytest.mark.parametrize('n,batch,parts', [(20, 8, 2), (20, 8, 4), (33, 12, 3), (64, 16, 2)])
+@pytest.mark.parametrize('world', [1, 2])
+def test_a_step_is_the_same_images_however_it_is_split(n, batch, parts, world):
+    if batch//parts % world: pytest.skip('the ranks cannot share so small a part')
+    for rank in range(world):
+        large, small = (loader(Numbers(n), b, seed=3, rank=rank, world=world) for b in (batch, batch//parts))
+        for s in range(3*n//batch):
+            assert large.indices(s).tolist() == [i for k in range(parts) for i in small.indices(parts*s+k).tolist()]
 
 
 @pytest.mark.parametrize('workers', [0, 1, 3])
@@ -115,7 +125,7 @@ def test_endless_steps_can_be_left(tmp_path):
 def test_reading_ahead_passes_errors_on(tmp_path):
     for i in range(4): Image.new('RGB', (20, 20)).save(tmp_path/f'{i}.png')
     (tmp_path/'2.png').write_bytes((tmp_path/'2.png').read_bytes()[:40])
-    with pytest.raises(UserError, match='2.png'): list(loader(folder(tmp_path, size=16), 4, workers=2).epoch(0))
+    with pytest.raises(UserError, match='2.png'): list(loader(folder(tmp_path, size=16), 4, workers=2).steps(0, 1))
 
 
 @pytest.mark.parametrize('name', list(TRANSFORMS))

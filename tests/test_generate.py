@@ -62,8 +62,9 @@ class Grey(Toy):
 def greys(files): return [int(np.asarray(Image.open(f))[4, 4, 0]) for f in files]
 
 
-@pytest.mark.parametrize('names', [('a.jpg', 'a.png', 'b.png'), ('a.png', 'A.png', 'a.webp'), ('c/a.png', 'd/a.png', 'c/b.png'), ('a.v1.png', 'a.v2.png', 'a.png'),
-                                   ('a.jpg', 'a.png', 'a.jpg.png'), ('x.jpg', 'x.png/y.jpg', 'x.png/z.jpg'), ('a-2.png', 'a.png', 'a.bmp')])
+@pytest.mark.parametrize('names', [('a.jpg', 'a.png', 'b.png'), ('a.png', 'A.png', 'a.webp'), ('c/a.png', 'd/a.png', 'c/b.png'),
+                                   ('a.v1.png', 'a.v2.png', 'a.png'), ('a.jpg', 'a.png', 'a.jpg.png'), ('x.jpg', 'x.png/y.jpg', 'x.png/z.jpg'),
+                                   ('a-2.png', 'a.png', 'a.bmp')], ids=' '.join)
 def test_every_picture_gets_a_file_of_its_own(tmp_path, names):
     tok, z = Grey(), torch.stack([torch.full((3, 2, 2), (20*k+10)/127.5-1) for k in range(len(names))])
     save_weights(tmp_path/'z.safetensors', dict(mean=z), dict(tokenizer=tok.name, names=list(names)))
@@ -100,14 +101,13 @@ def test_a_link_in_the_folder_does_not_lead_out_of_it(tmp_path):
     assert not list((tmp_path/'away').iterdir())
 
 
-BROKEN = {'NaN': dict(mean=torch.full((2, 3, 2, 2), float('nan'))), 'infinite': dict(mean=torch.full((2, 3, 2, 2), float('-inf'))), 'none': dict(mean=torch.zeros(0, 3, 2, 2)),
-          'other channels': dict(mean=torch.zeros(2, 4, 2, 2)), 'no grid': dict(mean=torch.zeros(2, 3)), 'other tensors': dict(x=torch.zeros(2)),
-          'complex': dict(mean=torch.zeros(2, 3, 2, 2, dtype=torch.complex64))}
+BROKEN = {'NaN': torch.full((2, 3, 2, 2), float('nan')), 'infinite': torch.full((2, 3, 2, 2), float('-inf')), 'none': torch.zeros(0, 3, 2, 2),
+          'other channels': torch.zeros(2, 4, 2, 2), 'no grid': torch.zeros(2, 3), 'complex': torch.zeros(2, 3, 2, 2, dtype=torch.complex64)}
 
 
 @pytest.mark.parametrize('kind', list(BROKEN))
 def test_latents_that_cannot_be_are_refused_and_nothing_is_written(tmp_path, kind):
-    save_weights(tmp_path/'z.safetensors', BROKEN[kind], dict(tokenizer='toy-f8d3'))
+    save_weights(tmp_path/'z.safetensors', dict(mean=BROKEN[kind]), dict(tokenizer='toy-f8d3'))
     one_line(decode_latents, Grey(), tmp_path/'z.safetensors', tmp_path/'out')
     assert not list(tmp_path.rglob('*.png'))
 
@@ -163,9 +163,12 @@ def test_a_perfect_reconstruction_is_said_to_be_infinite():
 
 # what is asked for -------------------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('bad', [dict(labels=[]), dict(labels=0), dict(labels=-3), dict(labels=[-3]), dict(labels=[16]), dict(labels=[10**30]), dict(labels=[.5]), dict(labels=2.5), dict(labels=['a']),
-                                 dict(labels=[[1]]), dict(labels=True), dict(labels=None), dict(labels='four'), dict(batch_size=0), dict(batch_size=-1), dict(seed=2**70), dict(seed=.5),
-                                 dict(rank=1, processes=2), dict(rank=2, processes=2, out='x'), dict(processes=0), dict(policy='even'), dict(out='/dev/null/x')])
+UNDRAWN = [*(dict(labels=v) for v in ([], 0, -3, [-3], [16], [10**30], [.5], 2.5, ['a'], [[1]], True, None, 'four')), dict(batch_size=0),
+           dict(batch_size=-1), dict(seed=2**70), dict(seed=.5), dict(rank=1, processes=2), dict(rank=2, processes=2, out='x'), dict(processes=0),
+           dict(policy='even'), dict(out='/dev/null/x')]
+
+
+@pytest.mark.parametrize('bad', UNDRAWN, ids=str)
 def test_what_cannot_be_sampled_is_one_line(bad, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one_line(generate, net_of(), **{'labels': 2, 'steps': 1, 'tokenizer': Grey(), **bad})
@@ -175,15 +178,18 @@ def test_what_cannot_be_sampled_is_one_line(bad, tmp_path, monkeypatch):
 def test_numbers_of_numpy_and_torch_count(tmp_path):
     call = partial(generate, net_of(), tokenizer=Grey(), steps=1)
     want = call([0, 1]).images
-    for labels in (np.int64(2), torch.tensor(2), [0, 1], np.array([0, 1], np.int32), torch.tensor([0, 1]), (np.int64(0), 1), 2.): assert torch.equal(call(labels).images, want)
-    assert sample_labels(np.int64(4), 3).tolist() == [0, 1, 2, 0] and torch.equal(sample_labels(9, 5, 'random', 7), torch.from_numpy(np.random.default_rng(7).integers(0, 5, 9)))
+    for labels in (np.int64(2), torch.tensor(2), [0, 1], np.array([0, 1], np.int32), torch.tensor([0, 1]), (np.int64(0), 1), 2.):
+        assert torch.equal(call(labels).images, want)
+    assert sample_labels(np.int64(4), 3).tolist() == [0, 1, 2, 0]
+    assert sample_labels(9, 5, 'random', 7).tolist() == np.random.default_rng(7).integers(0, 5, 9).tolist()
     files = [call(3, out=tmp_path, batch_size=1, rank=r, processes=2) for r in range(2)]
     assert sorted(f.name for part in files for f in part) == ['000000.png', '000001.png', '000002.png']
     assert json.loads((tmp_path/'samples.json').read_text())['classes'] == [0, 1, 2]
 
 
-@pytest.mark.parametrize('bad', [dict(images=0), dict(batch=0), dict(batch=-1), dict(images=8), dict(n=0), dict(lr=-1.), dict(lr=float('nan')), dict(lr=float('inf')), dict(accumulate=0),
-                                 dict(workers=-1), dict(seed=2**70), dict(out='net.pt'), dict(out='/dev/null/x/net.safetensors'), dict(data=''), dict(data=['a.tar', 'b.tar'])])
+@pytest.mark.parametrize('bad', [dict(images=0), dict(batch=0), dict(batch=-1), dict(images=8), dict(n=0), dict(lr=-1.), dict(lr=float('nan')),
+                                 dict(lr=float('inf')), dict(accumulate=0), dict(workers=-1), dict(seed=2**70), dict(out='net.pt'),
+                                 dict(out='/dev/null/x/net.safetensors'), dict(data=''), dict(data=['a.tar', 'b.tar'])], ids=str)
 def test_a_training_that_cannot_be_is_refused_before_anything_is_cached(bad, tmp_path, monkeypatch):
     monkeypatch.setenv('VFMVAE_HOME', str(tmp_path/'home'))
     one_line(train_flow, small(), **{'data': World(32, seed=1), 'tokenizer': Toy(), **bad})
@@ -235,7 +241,8 @@ def test_everything_a_user_has_at_hand_is_a_data_set(tmp_path):
     assert open_data(files[0], size=None).batch([0])['image'].shape == (1, 3, 64, 64) and open_data(tmp_path/'d', size=None).size == 64
     w = World(3)
     assert open_data(w) is w and len(open_data('world', n=5)) == 5
-    for bad in ('', '  ', 'nowhere', 'x.tar', ['a.tar', 'b.tar'], [], None, 7, {}, dict(train=files), [tmp_path/'a.tar', files[0]], 'https://x.y/z'): one_line(open_data, bad)
+    for bad in ('', '  ', 'nowhere', 'x.tar', ['a.tar', 'b.tar'], [], None, 7, {}, dict(train=files), [tmp_path/'a.tar', files[0]], 'https://x.y/z'):
+        one_line(open_data, bad)
     for size in (0, -8, 10**9, 'big', 1.5): one_line(open_data, tmp_path/'d', size)
     for kw in (dict(n=0), dict(n=-1), dict(seed=2**70), dict(size=0), dict(size=10**9)): one_line(open_data, 'world', **kw)
 
@@ -254,7 +261,7 @@ def test_n_of_a_sorted_set_is_spread_in_every_measure(tmp_path):
     seen.clear()
     evaluate_warps(Grey(), Watch(), 6)
     assert {ds.labels[i] for i in seen} == {0, 1, 2}
-    assert evaluate_tokenizer(Grey(), World(9, seed=8), 4)['psnr'] == evaluate_tokenizer(Grey(), World(4, seed=8), None)['psnr']      # the world: its first
+    assert evaluate_tokenizer(Grey(), World(9, seed=8), 4)['psnr'] == evaluate_tokenizer(Grey(), World(4, seed=8), None)['psnr']   # its first
     for bad in (0, -1, 2.5): one_line(evaluate_tokenizer, Grey(), World(9), bad)
     one_line(evaluate_tokenizer, Grey(), World(9), batch_size=0)
     with pytest.warns(UserWarning, match='enlarged to 128 px'): assert evaluate_tokenizer(Grey(), folder(tmp_path/'d', size=128), 6)['enlarged'] == 6
@@ -278,7 +285,8 @@ def test_accuracy_is_measured_where_the_extractor_is():
     try:
         import dataclasses
         replace, g.replace = g.replace, lambda r, **k: k['metrics']
-        assert evaluate_samples(Samples(torch.zeros(2, 3, 8, 8), torch.arange(2), dict(net='x', labels='given'), CLASSES), 'ref', judge)['accuracy'] == 1.
+        samples = Samples(torch.zeros(2, 3, 8, 8), torch.arange(2), dict(net='x', labels='given'), CLASSES)
+        assert evaluate_samples(samples, 'ref', judge)['accuracy'] == 1.
         g.replace = replace
         assert dataclasses.replace is replace
     finally: g.gfid = was

@@ -289,9 +289,11 @@ def test_n_images_are_spread_over_a_sorted_set(tmp_path):
 
 def _nan(t): t['mean'][0, 0, 0, 0] = float('nan')
 def _infinite(t): t['logvar_flip'][3, 1, 2, 0] = float('inf')
-HARMS = {'no logvar': lambda t: t.pop('logvar'), 'no flips': lambda t: [t.pop(k) for k in ('mean_flip', 'logvar_flip')], 'one more': lambda t: t.update(x=torch.zeros(8)),
+HARMS = {'no logvar': lambda t: t.pop('logvar'), 'no flips': lambda t: [t.pop(k) for k in ('mean_flip', 'logvar_flip')],
+         'one more': lambda t: t.update(x=torch.zeros(8)),
          'half': lambda t: t.update(mean=t['mean'].half()), 'labels as fractions': lambda t: t.update(label=t['label'].float()),
-         'other shape': lambda t: t.update(mean=t['mean'][:, :, :4].contiguous()), 'label -99': lambda t: t['label'].fill_(-99), 'label 10**6': lambda t: t['label'].fill_(10**6),
+         'other shape': lambda t: t.update(mean=t['mean'][:, :, :4].contiguous()), 'label -99': lambda t: t['label'].fill_(-99),
+         'label 10**6': lambda t: t['label'].fill_(10**6),
          'NaN': _nan, 'infinite': _infinite}
 
 
@@ -325,10 +327,15 @@ def test_a_shard_of_another_cache_is_told_by_its_header(tmp_path):
     torch.testing.assert_close(c.batch([9])['mean'], tok.encode(World(16, seed=3).batch([9])['image']).mean, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('change', [dict(scale=dict(mean=[0.]*3, std=[1., 0., 1.])), dict(scale=dict(mean=[0.]*3, std=[1., -1., 1.])), dict(scale=dict(mean=['x']*3, std=[1.]*3)),
-                                    dict(scale=dict(mean=[0.]*3)), dict(scale=dict(mean=[0.]*3, std=[None]*3)), dict(scale=dict(mean=[10**400]*3, std=[1.]*3)), dict(scale=7),
-                                    dict(shape=[3, 8]), dict(shape='x'), dict(n=7), dict(shards=[['shard-00000.safetensors', -1]]), dict(shards=[['../../x', 16]]), dict(shards={}),
-                                    dict(dtype='int64'), dict(dtype='load'), dict(classes=None), dict(classes=[]), dict(flips='no'), dict(tokenizer=3), dict(digest=5), dict(deterministic=None)])
+ZERO, ONE = [0.]*3, [1.]*3
+TAMPERED = [*(dict(scale=v) for v in (dict(mean=ZERO, std=[1., 0., 1.]), dict(mean=ZERO, std=[1., -1., 1.]), dict(mean=['x']*3, std=ONE), dict(mean=ZERO),
+                                      dict(mean=ZERO, std=[None]*3), dict(mean=[10**400]*3, std=ONE), 7)),
+            dict(shape=[3, 8]), dict(shape='x'), dict(n=7), dict(shards=[['shard-00000.safetensors', -1]]), dict(shards=[['../../x', 16]]), dict(shards={}),
+            dict(dtype='int64'), dict(dtype='load'), dict(classes=None), dict(classes=[]), dict(flips='no'), dict(tokenizer=3), dict(digest=5),
+            dict(deterministic=None)]
+
+
+@pytest.mark.parametrize('change', TAMPERED, ids=lambda c: ' '.join(c))
 def test_a_manifest_that_was_tampered_with_is_one_line(tmp_path, change):
     c = cache_latents(Toy(), World(16, seed=1), tmp_path/'c')
     (c.dir/'manifest.json').write_text(json.dumps(c.manifest | change))
@@ -359,8 +366,9 @@ def test_published_latents_are_checked_before_they_are_believed(tmp_path):
     made = export_latents(c, tmp_path/'light', 'lightningdit')
     f = made/'latents_rank00_shard000.safetensors'
     good = {k: v.clone() for k, v in load_file(f).items()}
-    for k, change in enumerate((dict(labels=good['labels']-1), dict(labels=good['labels']+10**6), dict(latents=good['latents']*float('nan')), dict(latents=good['latents'][0]),
-                                dict(latents_flip=good['latents_flip'][:, :2]), dict(labels=good['labels'][:3]))):
+    z, y = good['latents'], good['labels']
+    for k, change in enumerate((dict(labels=y-1), dict(labels=y+10**6), dict(latents=z*float('nan')), dict(latents=z[0]),
+                                dict(latents_flip=good['latents_flip'][:, :2]), dict(labels=y[:3]))):
         save_file({n: t.contiguous() for n, t in (good | change).items()}, f)
         with pytest.raises(UserError, match='shard000.safetensors'): import_latents(made, tmp_path/f'x{k}', 'lightningdit', 'toy')
     reg = export_latents(c, tmp_path/'reg', 'reg')
@@ -389,8 +397,8 @@ def test_a_path_is_a_path_however_it_is_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='file'): cache_latents(tok, data, './file/c')
 
 
-@pytest.mark.parametrize('bad', [dict(n=0), dict(n=-1), dict(n=2.5), dict(batch_size=0), dict(shard=0), dict(rank=-1, processes=2), dict(rank=0, processes=0), dict(rank=True, processes=2),
-                                 dict(dtype=torch.int64)])
+@pytest.mark.parametrize('bad', [dict(n=0), dict(n=-1), dict(n=2.5), dict(batch_size=0), dict(shard=0), dict(rank=-1, processes=2),
+                                 dict(rank=0, processes=0), dict(rank=True, processes=2), dict(dtype=torch.int64)], ids=str)
 def test_numbers_that_cannot_be_are_one_line(tmp_path, bad):
     with pytest.raises(UserError) as e: cache_latents(Toy(), World(4, seed=1), tmp_path/'c', **bad)
     assert '\n' not in str(e.value) and not (tmp_path/'c').exists()
@@ -407,7 +415,7 @@ def test_the_type_of_the_file_is_that_of_the_cache_unless_it_is_asked_for(tmp_pa
 def test_latents_that_are_not_finite_are_not_written(tmp_path):
     for scale, dtype in ((float('nan'), None), (1e6, torch.float16)):              # the second overflows in half precision only
         tok = Toy()
-        tok.encode = lambda x, s=scale: tok.stats.scale(Gaussian(torch.nn.functional.avg_pool2d(x, 8)*s))
+        tok.encode = lambda x, s=scale, tok=tok: tok.stats.scale(Gaussian(torch.nn.functional.avg_pool2d(x, 8)*s))
         with pytest.raises(UserError, match='NaN or infinite'): cache_latents(tok, World(8, seed=1), tmp_path/'c', dtype=dtype)
         assert not list((tmp_path/'c').glob('*.safetensors'))
         shutil.rmtree(tmp_path/'c', ignore_errors=True)

@@ -7,8 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from vfmvae.baselines import ConvVAE, ConvVAEConfig
 from vfmvae.core import UserError
-from vfmvae.published import config_of, load_vfmvae, read_checkpoint
+from vfmvae.dit import DiT, DiTConfig
+from vfmvae.dit_layers import sincos_table
+from vfmvae.published import config_of, load_convvae, load_net, load_vfmvae, open_published, read_checkpoint
 from vfmvae.vae import VFMVAE
 
 HERE = Path(__file__).resolve().parent
@@ -179,3 +182,135 @@ def test_not_a_checkpoint(tmp_path):
         with pytest.raises(UserError, match=said) as e: read_checkpoint(tmp_path/p)
         one_line(e)
     with pytest.raises(UserError, match='holds no VFM-VAE'): load_vfmvae({'G_ema': {'w': torch.zeros(1)}}, {})
+
+
+# whatever a file or its settings hold: the right net or one line -------------------------------------------------------------------------------
+
+CONV = dict(norm_num_groups=32, block_out_channels=[32, 64], layers_per_block=1, latent_channels=4, scaling_factor=.18, act_fn='silu')
+NET = dict(num_heads=4, encoder_depth=1, input_size=8, patch_size=2, depth=2, hidden_size=48, mlp_ratio=4., num_classes=10, z_dims=[24])
+
+def weights(net): return torch.cat([v.flatten() for k, v in net.state_dict().items() if v.is_floating_point() and 'stats' not in k])
+
+@pytest.fixture(scope='module')
+def nets(tiny):
+    "kind -> (loader of tensors and settings, tensors, settings, a number that depends on the weights)."
+    torch.manual_seed(0)
+    conv = ConvVAE(ConvVAEConfig(width=32, mults=(1, 2), blocks=1, decoder_blocks=2, groups=32))
+    dit = DiT(DiTConfig(hidden_size=48, depth=2, num_heads=4, num_classes=10, z_dims=(24,), projector_dim=20, encoder_depth=1))
+    with torch.no_grad():
+        for p in (*conv.parameters(), *dit.parameters()): p.add_(.1*torch.randn_like(p))
+    z, t, y = torch.randn(1, 4, 8, 8), torch.rand(1), torch.tensor([3])
+    return dict(vfmvae=(load_vfmvae, tiny[2], tiny[1], weights),
+                conv=(lambda sd, c: load_convvae(sd, config=c), {k: v for k, v in conv.state_dict().items() if 'stats' not in k}, CONV, lambda m: m.decode(z)),
+                net=(lambda sd, c: load_net(sd, 'repa', **c), dit.state_dict() | {'pos_embed': sincos_table(4, 4, 48)[None]}, NET, lambda m: m(z, t, y)))
+
+KINDS = 'vfmvae', 'conv', 'net'
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', KINDS)
+def test_wrappers_prefixes_and_dtypes_are_the_same_net(kind, nets, tmp_path):
+    load, sd, settings, number = nets[kind]
+    want, other = number(load(sd, settings)), {k: v+1 for k, v in sd.items()}
+    prefixed = {f'module._orig_mod.{k}': v for k, v in sd.items()} | {'n_averaged': torch.tensor(3)}
+    for content in (prefixed, {'state_dict': sd, 'step': 3}, {'model': {'state_dict': prefixed}}, {'ema': sd, 'model': other}, {'ema': {}, 'model': sd},
+                    {k: v.double() for k, v in sd.items()}, {k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in sd.items()}):
+        assert torch.equal(number(load(content, settings)), want)
+    torch.save({'model': sd}, tmp_path/'a.pt')
+    assert torch.equal(number(load(tmp_path/'a.pt', settings)), want)
+    for half in (torch.float16, torch.bfloat16):
+        net = load({k: v.to(half) for k, v in sd.items()}, settings)
+        assert all(torch.equal(v, sd[k].to(half).float()) for k, v in net.state_dict().items() if k in sd and v.dtype == torch.float32)
+    with pytest.raises(UserError, match='share a name'): load(sd | {f'module.{next(iter(sd))}': torch.zeros(1)}, settings)
+
+SPOILT = {'NaN': lambda v: v*float('nan'), 'infinite': lambda v: v/0., 'too large for float32': lambda v: v.double()*0 + 1e300, 'int': lambda v: v.long(),
+          'bool': lambda v: v > 0, 'complex': lambda v: v.cfloat(), 'sparse': lambda v: v.to_sparse(), 'meta': lambda v: v.to('meta'),
+          'empty': lambda v: v[:0], 'quantised': lambda v: torch.quantize_per_tensor(v, .1, 0, torch.qint8), 'scalar': lambda v: v.new_zeros(()),
+          'not a tensor': lambda v: v.numpy(), 'a small storage': lambda v: v.new_zeros(()).expand(10**6, 10**6), 'None': lambda v: None,
+          'one dimension more': lambda v: v[None]}
+
+@pytest.mark.parametrize('how', SPOILT)
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_spoilt_tensor_is_one_line(kind, how, nets):
+    load, sd, settings, _ = nets[kind]
+    named = [k for k, v in sd.items() if v.ndim > 1 and v.abs().min() > 0]
+    for k in (named[0], named[-1]):
+        with pytest.raises(UserError) as e: load(sd | {k: SPOILT[how](sd[k])}, settings)
+        one_line(e)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_is_no_dict_of_tensors_is_one_line(kind, nets):
+    load, sd, settings, _ = nets[kind]
+    loop = {}
+    loop['model'] = loop
+    for source in (None, 5, [sd], set(sd), b'x', '', 'none.pt', {}, {'state_dict': None}, {5: sd}, loop, {'model': [1]}, dict(enumerate(sd.values()))):
+        with pytest.raises(UserError) as e: load(source, settings)
+        one_line(e)
+    for k in ('0', '99999999999'):
+        name = next(n for n in sd if '.0.' in n)
+        with pytest.raises(UserError) as e: load({n: v for n, v in sd.items() if n != name} | {name.replace('.0.', f'.{k}9.', 1): sd[name]}, settings)
+        one_line(e)
+
+ODD = [-1, 1.5, float('nan'), float('inf'), 10**11, 10**30, 1e300, 'x', [], [10**11], ['a'], [[1]], {'a': 1}, {1}, b'x', 1j, torch.zeros(2), object()]
+SETTINGS = {'vfmvae': ('num_blocks', 'z_dimension', 'img_resolution', 'patch_in_dimensions', 'concat_z_block_indices', 'attn_depths', 'attn_block_indices',
+                       'vfm_name', 'scale_factor', 'legacy', 'use_self_attn', 'compression_mode', 'synthesis_kwargs', 'z_pooled_resolution', 'conditional'),
+            'conv': ('norm_num_groups', 'block_out_channels', 'latent_channels', 'layers_per_block', 'scaling_factor', 'act_fn', 'use_quant_conv'),
+            'net': ('depth', 'hidden_size', 'num_heads', 'mlp_ratio', 'input_size', 'encoder_depth', 'z_dims', 'learn_sigma', 'qk_norm', 'use_rope')}
+
+@pytest.mark.parametrize('kind, name', [(kind, name) for kind in KINDS for name in SETTINGS[kind]])
+def test_an_odd_setting_is_one_line_before_anything_of_its_size_is_made(kind, name, nets):
+    load, sd, settings, _ = nets[kind]
+    for v in ODD:
+        if (name, str(v)) in (('scaling_factor', '1.5'), ('vfm_name', 'x'), ('synthesis_kwargs', "{'a': 1}")): continue       # these are right
+        with pytest.raises(UserError) as e: load(sd, dict(settings, **{name: v}))
+        one_line(e)
+
+@pytest.mark.parametrize('g_kwargs', [None, 5, 'x', [], {5: 1}, {'synthesis_kwargs': {'num_res_blocks': 10**11}}, {'synthesis_kwargs': {'channel_base': -1}},
+                                      {'synthesis_kwargs': {5: 1}}, {'synthesis_kwargs': {'synthesis_kwargs': {}}}])
+def test_settings_that_are_no_settings(g_kwargs, tiny):
+    with pytest.raises(UserError) as e: load_vfmvae(tiny[2], dict(tiny[1], **g_kwargs) if isinstance(g_kwargs, dict) and 5 not in g_kwargs else g_kwargs)
+    one_line(e)
+
+class Call:
+    def __init__(self, f, *args): self.f, self.args = f, args
+    def __reduce__(self): return self.f, self.args
+
+def test_a_file_that_asks_for_memory_is_refused_before_it_is_given_any(tmp_path):
+    import tracemalloc
+    for i, f in enumerate((bytearray, torch.FloatTensor, torch.Tensor, torch.DoubleTensor)):
+        for old in (False, True): torch.save({'state_dict': {'w': Call(f, 4*10**9)}}, tmp_path/f'{i}{old}.pt', _use_new_zipfile_serialization=not old)
+    (tmp_path/'deep.pt').write_bytes(b'\x80\x02' + b']'*10**5 + b'a'*(10**5-1) + b'.')
+    tracemalloc.start()
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError, match='nothing in it was executed') as e: read_checkpoint(path)
+        one_line(e)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**28
+
+@torch.no_grad()
+def test_one_door_tells_what_a_file_is(nets, tiny, tmp_path):
+    g, kwargs, sd = tiny
+    conv = nets['conv'][1]
+    torch.save({'G_ema': sd}, tmp_path/'vfmvae.pth')
+    whole = {f'first_stage_model.{k}': v for k, v in conv.items()} | {'model.diffusion_model.x_embedder.proj.weight': torch.zeros(1)}
+    torch.save({'state_dict': whole}, tmp_path/'sd.ckpt')
+    save_file(conv, tmp_path/'vavae.safetensors')
+    (tmp_path/'training.yaml').write_text('G_kwargs: '+json.dumps(kwargs))
+    (tmp_path/'training.json').write_text(json.dumps(kwargs))
+    for settings in (kwargs, tmp_path/'training.yaml', str(tmp_path/'training.json')):
+        assert torch.equal(weights(open_published(tmp_path/'vfmvae.pth', settings)), weights(load_vfmvae(sd, kwargs)))
+    for name in ('sd.ckpt', 'vavae.safetensors'): assert open_published(tmp_path/name).config.groups == 32
+    for content, says in ((sd, 'give the YAML of its training'), (nets['net'][1], 'a diffusion net'),
+                          ({'vision_model.embeddings.patch_embedding.weight': g['in.z']}, 'vision tower'),
+                          ({'patch_embed.proj.weight': g['in.z']}, 'VFM.name'), (conv | {'quantize.embedding.weight': g['in.z']}, 'codebook'),
+                          ({'features.0.weight': g['in.z']}, 'lpips'), ({'w': g['in.z']}, 'no tokenizer: 1 tensors such as w'), ({}, 'no tokenizer')):
+        with pytest.raises(UserError, match=says) as e: open_published(content)
+        one_line(e)
+    (tmp_path/'bad.yaml').write_bytes(b'\xff\xfe\x00: [')
+    (tmp_path/'list.yaml').write_text('- 1')
+    (tmp_path/'deep.yaml').write_text('['*5000)
+    for name in ('bad.yaml', 'list.yaml', 'deep.yaml', 'none.yaml'):
+        with pytest.raises(UserError) as e: open_published(tmp_path/'vfmvae.pth', tmp_path/name)
+        one_line(e)
+    (tmp_path/'folder').mkdir()
+    with pytest.raises(UserError, match='no weights in'): open_published(tmp_path/'folder')

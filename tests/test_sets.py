@@ -82,7 +82,8 @@ def test_a_split_of_hugging_face(root, tmp_path):
     assert len(list(batches(split, 5))) == 3
 
 
-@pytest.mark.parametrize('make', [lambda f: [Image.open(p) for p in f], lambda f: f, lambda f: [str(p) for p in f], lambda f: tuple(f), lambda f: [p.read_bytes() for p in f],
+@pytest.mark.parametrize('make', [lambda f: [Image.open(p) for p in f], lambda f: f, lambda f: [str(p) for p in f], tuple,
+                                  lambda f: [p.read_bytes() for p in f],
                                   lambda f: [np.asarray(Image.open(p)) for p in f], lambda f: [dict(image=Image.open(p)) for p in f]])
 def test_lists_of_pictures(root, make):
     ours = folder(root, size=24)
@@ -111,7 +112,8 @@ def test_one_set_through_every_door_has_one_naming(root, tmp_path):
         with pytest.raises(UserError, match='classes.json'): shards(tmp_path/'n'/'a.tar')
 
 
-@pytest.mark.parametrize('parts,ok', [(('train', 'val'), False), (('Train', 'TEST'), False), (('train', 'val', 'notes'), False), (('train', 'car'), True), (('valid',), False)])
+@pytest.mark.parametrize('parts,ok', [(('train', 'val'), False), (('Train', 'TEST'), False), (('train', 'val', 'notes'), False),
+                                      (('train', 'car'), True), (('valid',), False)])
 def test_parts_of_a_set_are_no_classes(tmp_path, parts, ok):
     for p in parts:
         (tmp_path/'d'/p).mkdir(parents=True)
@@ -182,7 +184,7 @@ def test_a_large_set_is_known_by_sizes_and_times(tmp_path, monkeypatch):
 def test_an_edited_renamed_added_or_relabelled_picture_is_another_set(root):
     seen = {fingerprint(folder(root, size=24))}
     def new():
-        seen.add(p := fingerprint(folder(root, size=24)))
+        seen.add(fingerprint(folder(root, size=24)))
         return len(seen)
     picture(9, 9).save(root/'ant'/'0.png')
     assert new() == 2
@@ -281,8 +283,8 @@ def test_photographs_are_outside_of_what_a_bundled_net_knows_and_its_world_is_no
     x = world.batch(range(48))['image']
     for inside in (world, x, x[:1], transform(x, 'noise', .1), transform(x, 'rotation', 30), World(32, seed=5, size=128).batch(range(32))['image']):
         assert unfamiliar(tok, inside) == ''
-    for outside in (folder(photos, size=64), shards(str(shared/'data/cifar10/cifar10-test-000000.tar'), size=32), list(Image.open(p) for p in sorted(photos.iterdir())[:9]),
-                    torch.rand(4, 3, 64, 64)*2-1):
+    for outside in (folder(photos, size=64), shards(str(shared/'data/cifar10/cifar10-test-000000.tar'), size=32),
+                    [Image.open(p) for p in sorted(photos.iterdir())[:9]], torch.rand(4, 3, 64, 64)*2-1):
         said = unfamiliar(tok, outside)
         assert said.startswith(f'{name} has only ever seen the procedural world') and 'distance of features' in said and '\n' not in said
         assert unfamiliar(LatentFeatures(tok), outside) == said

@@ -8,7 +8,6 @@ __all__ = ['cknna_parts', 'cknna', 'cknna_null', 'Alignment', 'cknna_score', 'ck
            'Score', 'knn_accuracy', 'linear_probe', 'probe', 'ridge_probe']
 
 # %% ../nbs/13_align.ipynb #641b7fdc
-import warnings
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/13_align.ipynb #fde01cb1
-from .core import Table, UserError, real, whole
+from .core import Table, UserError, notice, real, whole
 from .features import Bank
 from .neighbours import Graph, _blocks, _graph, _graphs, _rows, _shared, _sorted, _square, knn_graph, mutual_knn, prepare
 from .probes import PENALTIES, Score, knn_accuracy, linear_probe, probe, ridge_probe
@@ -96,8 +95,8 @@ def _value(kl: Any, kk: Any, ll: Any, eps: float, varies: bool = True) -> float:
     "The score as a number; one that is nothing is nan and says so, and one that eps drowns says that."
     if not varies: return float('nan')
     value, below = _ratio(kl, kk, ll, eps).item(), float(kk*ll)
-    if value != value: warnings.warn('the HSIC of one side is not positive: this score is nan; take more images', stacklevel=3)
-    elif below < eps**2: warnings.warn(f'eps = {eps:g} is more than half of the denominator of this score; eps=0 gives the exact ratio', stacklevel=3)
+    if value != value: notice('the HSIC of one side is not positive: this score is nan; take more images')
+    elif below < eps**2: notice(f'eps = {eps:g} is more than half of the denominator of this score; eps=0 gives the exact ratio')
     return value
 
 def cknna(a: Any,                # (n,d) rows prepared by the caller, or a graph of `knn_graph(a, k)`
@@ -288,14 +287,14 @@ def cka(a: Any,                 # (n,d)
     if kernel == 'linear' and max(a.shape[1], b.shape[1]) <= len(a): parts = [_linear_hsic(x, y, unbiased) for x, y in ((a, b), (a, a), (b, b))]
     else: parts = _kernel_hsics(a, b, sigma if kernel == 'rbf' else None, unbiased)
     if kernel == 'rbf' and not (parts[1]*parts[2]).sqrt() > eps:
-        warnings.warn(f'an rbf kernel of width sigma = {sigma:g} is the same for nearly all pairs of rows: this CKA is nan; give a sigma near the typical '
-                      'distance of two rows', stacklevel=2)
+        notice(f'an rbf kernel of width sigma = {sigma:g} is the same for nearly all pairs of rows: this CKA is nan; give a sigma near the typical '
+                      'distance of two rows')
         return float('nan')
     return _value(parts[0], parts[1], parts[2], eps)
 
 def _vary(x: Tensor, name: str) -> bool:
     if (x != x[0]).any(): return True
-    warnings.warn(f'all rows of {name} are the same: features that never vary have nothing to compare, and this score is nan', stacklevel=3)
+    notice(f'all rows of {name} are the same: features that never vary have nothing to compare, and this score is nan')
     return False
 
 # %% ../nbs/13_align.ipynb #aad3671a

@@ -71,7 +71,7 @@ def _python() -> Finding:
     at = int(has.split('.')[1])
     return at > 10, has + (': older than 3.11, make an environment with a newer one' if at < 11 else ' (tried are 3.11 to 3.13)'*(at > 13))
 
-# %% ../nbs/20_cli.ipynb #952a99c9
+# %% ../nbs/20_cli.ipynb #d6dfca2c
 def _accelerator() -> Finding:
     import torch
     if torch.cuda.is_available(): return True, f'{torch.cuda.device_count()}x {torch.cuda.get_device_name()}'
@@ -161,7 +161,7 @@ def _train(a) -> int:
     if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #5d99e543
+# %% ../nbs/20_cli.ipynb #c134d4dc
 def _tokenizer(a) -> Any:
     from vfmvae.core import UserError
     from vfmvae.recipes import open_tokenizer
@@ -201,7 +201,7 @@ def _decode(a) -> int:
     print(f'{len(decode_latents(_tokenizer(a), a.latents, out))} pictures in {out.resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #5de73588
+# %% ../nbs/20_cli.ipynb #df0641f6
 def _evaluate(a) -> int:
     import math
     from vfmvae.core import to_json
@@ -244,7 +244,7 @@ def _train_flow(a) -> int:
     if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #f4d7ba31
+# %% ../nbs/20_cli.ipynb #eca1bdb6
 def _sampling(a) -> dict: return {k: v for k in ('steps', 'guidance', 'method') if (v := getattr(a, k)) is not None}
 
 def _generate(a) -> int:
@@ -304,7 +304,7 @@ def _evaluate_samples(a) -> int:
     if a.out: print(f'written: {write_json(Path(a.out), r.json()).resolve()}')
     return 0
 
-# %% ../nbs/20_cli.ipynb #e44fff1a
+# %% ../nbs/20_cli.ipynb #7aed2f14
 def _align(a) -> int:
     import math
     from vfmvae.align import se_cknna
@@ -368,7 +368,7 @@ def _lab(a) -> int:
     if a.dry_run: return 0
     return subprocess.run([sys.executable, '-m', 'jupyter', 'lab', str(path), *a.jupyter]).returncode
 
-# %% ../nbs/20_cli.ipynb #e48c0650
+# %% ../nbs/20_cli.ipynb #7408d21d
 def _named(text: str) -> str:
     "A name for argparse: no empty one, which would be the current folder."
     if text.strip() and '\0' not in text: return text
@@ -388,7 +388,7 @@ def _number(low: float | None = None, high: float | None = None, above: float | 
 
 _COUNT, _SEED, _SIDE = _number(1, 10**10), _number(0, 2**31-1), _number(8, 8192)
 _AT_ONCE, _STEPS, _THREADS = _number(1, 10**6), _number(1, 10**5), _number(0, 1024)
-_RATE, _RATIO, _FINITE = _number(above=0, high=100, kind=float), _number(1/16, 16, kind=float), _number(kind=float)
+_RATE, _RATIO, _FINITE = _number(above=0, high=100, kind=float), _number(1/16, 4, kind=float), _number(kind=float)
 
 _ALL = 'images to encode, spread over the set (default: all; 50,000 of the world, which has no end)'
 _IMAGES = ('--images', _named, ..., "a folder of pictures, shards (*.tar), or 'world'")
@@ -406,7 +406,7 @@ _FIT = (('--images', _COUNT, None, "how many to see (default: the preset's)"), (
 _VFM = ('--vfm', _named, 'tiny', 'the reference: tiny or any timm name')
 _WEIGHTS = ('--vfm-weights', _named, None, "a file of the VFM's weights, where there is no hub")
 
-# %% ../nbs/20_cli.ipynb #e9df9ee3
+# %% ../nbs/20_cli.ipynb #46d3688c
 _TRAINING: Mapping[str, tuple] = {
     'demo': (_demo, 'reconstruct pictures, train a decoder for a minute, draw samples, leave a page',
         ('--images', _named, None, "a folder of one's own pictures"), ('--out', _named, 'outputs/demo', 'folder of the page'),
@@ -429,7 +429,7 @@ _TRAINING: Mapping[str, tuple] = {
         ('--precision', _named, None, "fp32 or bf16 (default: the preset's)"),
         ('--compile', bool, False, 'torch.compile the net'), ('--dry-run', bool, False, 'only say what the training will cost'))}
 
-# %% ../nbs/20_cli.ipynb #f94e1a0f
+# %% ../nbs/20_cli.ipynb #367339c4
 _USING: Mapping[str, tuple] = {
     'reconstruct': (_reconstruct, 'pictures -> latents -> pictures', *_TOKENIZER, _IMAGES, ('--out', _named, 'outputs/reconstruct', 'folder'), _SIZE),
     'encode': (_encode, 'pictures -> a file of latents', *_TOKENIZER, _IMAGES,
@@ -511,7 +511,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _note(message: Any, kind: Any, file: str, *more: Any) -> str:
     "A warning of the library is a sentence for whoever reads the output; where in the code it stands is not."
-    ours = issubclass(kind, UserWarning) and (kind.__name__ == 'Notice' or Path(file).parent == Path(__file__).parent)
+    ours = issubclass(kind, UserWarning) and (kind.__name__ == 'Notice' or Path(file).parent.name == 'vfmvae')
     return f'note: {message}\n' if ours else _PLAIN(message, kind, file, *more)
 
 _PLAIN = warnings.formatwarning

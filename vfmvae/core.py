@@ -217,6 +217,7 @@ def progress(items: Iterable | None = None, # what to iterate over; None: call `
     return _Lines(items, total, desc)
 
 # %% ../nbs/00_core.ipynb #c54b20c9
+_BORN, _SWEPT = time.time(), set[Path]()
 _HOST = hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
 
 def as_path(path: Any, what: str = 'path' # of an error
@@ -243,6 +244,9 @@ def write_atomic(path: Path,    # the final name; its folder is made
     tmp = path.with_name(f'.{path.name[:120]}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent not in _SWEPT:      # what an earlier program left behind when it was killed
+            _SWEPT.add(path.parent)
+            sweep(path.parent)
         try:
             tmp.touch()
             mode = tmp.stat().st_mode      # of any new file here; some writers make private ones
@@ -267,8 +271,10 @@ def sweep(folder: str | Path, # of `write_atomic`'s files
     for p in Path(folder).glob('.*.tmp'):
         host, pid, _ = (p.name.split('.')[-2].split('-') + ['', ''])[:3]
         try:
-            old = time.time()-p.stat().st_mtime > days*86400
-            if not (pid.isdigit() and (old if host != _HOST else not _alive(int(pid)))): continue
+            made = p.stat().st_mtime
+            mine = host == _HOST and pid == str(os.getpid()) and made < _BORN-60      # of a program that had this number before
+            dead = time.time()-made > days*86400 if host != _HOST else pid.isdigit() and not _alive(int(pid))
+            if not (dead or mine): continue
             p.unlink()
         except OSError: continue           # another process swept it
         gone.append(p)

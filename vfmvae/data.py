@@ -838,27 +838,32 @@ def as_dataset(x: Any,                     # see below; what has `len` and `batc
 
 # %% ../nbs/02_data.ipynb #a78b8266
 class Loader:
-    "Batches as a pure function of (seed, step, rank). `len` is the number of steps of an epoch; the last partial batch of an epoch is dropped."
+    """Batches as a pure function of (seed, step, rank): an endless stream of epochs, each a permutation of all images, cut into steps. So every image is
+    seen equally often, and a step of 8 is the images of two steps of 4. `len`: steps after which every image has been seen."""
     def __init__(self, ds: Any, batch_size: int, seed: int, rank: int, world: int, workers: int):
         self.ds, self.batch_size, self.seed, self.rank, self.world, self.workers = ds, batch_size, seed, rank, world, workers
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-    def __len__(self) -> int: return len(self.ds)//self.batch_size
+        self._orders: dict[int, np.ndarray] = {}
+    def __len__(self) -> int: return math.ceil(len(self.ds)/self.batch_size)
     def order(self, epoch: int) -> np.ndarray:
         "(n,) the permutation of an epoch, from (seed, epoch)."
-        known, order = self._order
-        if known != epoch:
+        if (order := self._orders.get(epoch)) is None:
             order = np.random.default_rng([self.seed % 2**63, epoch]).permutation(len(self.ds))
-            self._order = epoch, order
+            self._orders = {**{k: v for k, v in self._orders.items() if k in (epoch-1, epoch+1)}, epoch: order}
         return order
+    def places(self, step: int) -> list[tuple[int, np.ndarray]]:
+        "(epoch, the images of it that this rank gets at `step`), in the order of the stream; two where an epoch ends within the step."
+        at = np.arange(step*self.batch_size, (step+1)*self.batch_size)[self.rank::self.world]
+        return [(int(e), self.order(int(e))[at[at//len(self.ds) == e] % len(self.ds)]) for e in np.unique(at//len(self.ds))]
     def indices(self, step: int) -> np.ndarray:
         "(batch_size/world,) which images this rank gets at `step`."
-        epoch, k = divmod(step, len(self))
-        return self.order(epoch)[k*self.batch_size:(k+1)*self.batch_size][self.rank::self.world]
+        return np.concatenate([i for _, i in self.places(step)])
     def batch_at(self, step: int # counts from 0 over all epochs
                 ) -> dict:
         "The batch of `step`: image (b,3,H,W), label (b,), key, with b = batch_size/world."
-        more = dict(epoch=step//len(self), seed=self.seed) if getattr(self.ds, 'augment', False) else {}
-        return self.ds.batch(self.indices(step).tolist(), **more)
+        if not getattr(self.ds, 'augment', False): return self.ds.batch(self.indices(step).tolist())
+        parts = [self.ds.batch(i.tolist(), epoch=e, seed=self.seed) for e, i in self.places(step)]
+        if len(parts) == 1: return parts[0]
+        return {k: torch.cat([p[k] for p in parts]) if isinstance(v, Tensor) else sum((p[k] for p in parts), []) for k, v in parts[0].items()}
     def steps(self, start: int = 0, stop: int | None = None # None: without end
              ) -> Iterator[dict]:
         "The batches from `start` on, read ahead by `workers` threads (decoding releases Python's lock)."
@@ -874,10 +879,6 @@ class Loader:
                     ahead.extend(pool.submit(self.batch_at, s) for s in itertools.islice(todo, 1))
             finally:
                 for f in ahead: f.cancel()
-    def epoch(self, e: int # counts from 0; each has an order of its own
-             ) -> Iterator[dict]:
-        "The batches of one epoch."
-        return self.steps(e*len(self), (e+1)*len(self))
 
 # %% ../nbs/02_data.ipynb #d3e27da6
 def loader(ds: Any,          # anything with `len(ds)` and `ds.batch(indices)`

@@ -72,8 +72,7 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
     for k, f in DiTConfig.__dataclass_fields__.items():
         if f.type in ('int', int):
             least = 0 if k.startswith(('head_', 'cls_', 'base_')) else 1
-            yield k, type(v := getattr(c, k)) is int and v >= least, f'{v!r} must be a whole number, at least {least}'
-        if f.type in ('bool', bool): yield k, type(v := getattr(c, k)) is bool, f'{v!r} must be True or False'
+            yield k, (v := getattr(c, k)) >= least, f'{v!r} must be at least {least}'
     for k, known in dict(norm=NORMS, mlp=MLPS, qk_norm=QK_NORMS).items(): yield k, (v := getattr(c, k)) in known, f"{v!r} is none of {', '.join(known)}"
     yield 'mlp_ratio', c.mlp_ratio > 0 and int(c.hidden_size*c.mlp_ratio) > 1, f'{c.mlp_ratio} leaves the MLP no width; 4 is usual'
     yield 'label_dropout', 0 <= c.label_dropout < 1, f'{c.label_dropout} is no share; 0.1 is usual'
@@ -82,7 +81,7 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
         yield k, heads > 0 and dim > 0 and dim % heads == 0, f'{heads} heads do not divide a width of {dim}'
         yield k, not c.rope or (dim//heads) % 4 == 0, f'rope needs heads of 4, 8, 12 ... channels, not {dim}/{heads}; choose another number of heads'
     yield 'hidden_size', not c.pos_embed or c.hidden_size % 4 == 0, f'{c.hidden_size} must be a multiple of 4 for pos_embed'
-    yield 'z_dims', all(type(d) is int and d > 0 for d in c.z_dims), f'{c.z_dims} must be widths of alignment targets, such as (768,)'
+    yield 'z_dims', all(d > 0 for d in c.z_dims), f'{c.z_dims} must be widths of alignment targets, such as (768,)'
     yield 'encoder_depth', not c.z_dims or c.encoder_depth <= c.depth, f'{c.encoder_depth} is more than the {c.depth} blocks there are'
     yield 'base_depth', c.base_depth <= c.depth, f'{c.base_depth} is more than the {c.depth} blocks there are'
     yield 'cls_dim', not (c.cls_dim and c.head_depth), 'a class token and a DDT head do not go together; set one of them to 0'

@@ -191,7 +191,7 @@ def _facts(n: Any, size: Any, words: Mapping[str, Any], whose: str) -> None:
     for k, v in words.items():
         if not isinstance(v, str | None): raise UserError(f'{k} of {whose} is {str(v)[:40]!r}, not text')
 
-# %% ../nbs/16b_evaluate.ipynb #62c70043
+# %% ../nbs/16b_evaluate.ipynb #db73b1bd
 @dataclass(frozen=True)
 class Statistics:
     "Moments of a set of images through one extractor; what is not known is None. `save` and `open` use ADM's npz names. UserError on what is none."
@@ -248,7 +248,7 @@ class Statistics:
 _NUMBERS = ('mu', 'sigma', 'mu_s', 'sigma_s', 'features', 'probs')
 _FACTS = ('n', 'extractor', 'preprocessing', 'size', 'name', 'resized')
 
-# %% ../nbs/16b_evaluate.ipynb #789707f4
+# %% ../nbs/16b_evaluate.ipynb #6f2752e5
 _MOST = 2**30      # bytes that a file of statistics may unpack to, unless it is half as large itself
 _WIDEST = 8192     # dimensions of features: no extractor has as many
 
@@ -299,9 +299,8 @@ class _Stripe:
     def batch(self, indices: Iterable[int]) -> dict: return self.ds.batch([self.at[i] for i in indices])
 
 def _part(images: Any, rank: int, of: int) -> Any:
-    if of == 1: return images
     if isinstance(images, Tensor): return images[rank::of]
-    if hasattr(images, 'batch'): return _Stripe(images, rank, of)
+    if hasattr(images, 'batch'): return images if of == 1 else _Stripe(images, rank, of)
     return (s for i, s in enumerate(_samples(images)) if i % of == rank)
 
 def _rank() -> int: return torch.distributed.get_rank() if world() > 1 else 0
@@ -322,7 +321,7 @@ def _braid(parts: list[Tensor]) -> Tensor:
 def _watched(data: Any) -> tuple[Any, set[tuple[int, int]]]:
     "The data (see `as_images`), and the sizes (H,W) that its pictures are found to have in their files as they are read; none where there are none."
     seen: set[tuple[int, int]] = set()
-    data = iter(data) if isinstance(data, SampleFile) else as_images(data)
+    if not hasattr(data, '__iter__') or hasattr(data, '__getitem__'): data = as_images(data)
     if not isinstance(data, ImageSet): return data, seen
     def read(i):
         im = data.read(i)
@@ -597,7 +596,7 @@ def gfid(samples: Any,                 # tensor (n,3,H,W) in [-1,1], dataset-lik
         samples = read_samples(samples)
         how.setdefault('subject', samples.path.name)
     if isinstance(samples, SampleFile):
-        images, way = _part(iter(samples), _rank(), world()), conversion or samples.conversion or 'a conversion that is not stated'
+        images, way = _part(samples, _rank(), world()), conversion or samples.conversion or 'a conversion that is not stated'
     else:
         to8, way = _conversion(conversion or 'round'), conversion or 'round'
         samples, seen = _watched(samples)

@@ -240,7 +240,7 @@ class LatentCache:
         "The latents of these indices; epoch and seed decide which are flipped, if flips are kept."
         at = np.asarray([int(i) for i in indices], dtype=np.int64)
         if len(at) and (at.min() < 0 or at.max() >= len(self)): raise IndexError(f'index outside 0..{len(self)-1}')
-        flip = uniforms(seed*1_000_003+epoch, at, 1)[:, 0].numpy() < .5 if self.augment else np.zeros(len(at), dtype=bool)
+        flip = uniforms(seed*1_000_003+epoch, at.tolist(), 1)[:, 0].numpy() < .5 if self.augment else np.zeros(len(at), dtype=bool)
         which = np.searchsorted(self.ends, at, side='right')
         out: dict[str, Any] = {}
         for s in np.unique(which):
@@ -292,7 +292,7 @@ def _manifest(folder: Path, want: dict) -> dict:
     want = dict(want, dtype=want['dtype'] or have['dtype'])
     unknown = [k for k in ('fingerprint', 'digest') if not have.get(k)]
     loose = ('stats', 'scale', 'made', 'taken', *unknown)
-    apart = {k: (str(have.get(k))[:60], str(v)[:60]) for k, v in want.items() if k not in loose and have.get(k) != v}
+    apart: dict[str, tuple] = {k: (str(have.get(k))[:60], str(v)[:60]) for k, v in want.items() if k not in loose and have.get(k) != v}
     if 'fingerprint' not in unknown: apart.pop('data', None)       # said with the fingerprint, if that differs
     if 'fingerprint' in apart: apart['data'] = tuple(f"[{d['fingerprint']}] {d['data'][:60]}" for d in (have, want))
     bad = [f'{k}: {a} there, {b} here' for k, (a, b) in apart.items() if k != 'fingerprint']
@@ -421,7 +421,8 @@ def import_latents(folder: str | Path,      # of published latents
     if layout not in LAYOUTS: raise UserError(f"no layout {layout!r} (known: {', '.join(LAYOUTS)})")
     folder, out = Path(folder), check_out(_folder(path))
     if (out/'manifest.json').exists(): raise UserError(f'{out} holds a cache already; choose another path or delete it')
-    scale, top, shards, kinds = _read_scale(folder), 0, [], set()
+    scale, top, shards = _read_scale(folder), 0, []
+    kinds: set[frozenset[str]] = set()
     c = len(_scale_of(scale, f'scale in {folder}/latents_stats.pt', len(scale['mean'])).mean)
     shape: list[int] = []
     for k, (where, t) in enumerate(_read_lightningdit(folder) if layout == 'lightningdit' else _read_reg(folder)):

@@ -6,7 +6,6 @@
 __all__ = ['BLOCK', 'GROUP', 'prepare', 'Graph', 'knn_graph', 'mutual_knn']
 
 # %% ../nbs/12b_neighbours.ipynb #a4e7235f
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/12b_neighbours.ipynb #19361204
-from .core import UserError, real, whole
+from .core import UserError, notice, real, whole
 from .layers import dense
 
 # %% ../nbs/12b_neighbours.ipynb #2fafc1f4
@@ -230,7 +229,7 @@ def _nearest(queries: Tensor, keys: Tensor, k: int, alone: bool = False) -> tupl
         if not done.all(): idx[~done], val[~done] = _whole(queries, keys, k, (~done).nonzero()[:, 0], alone, scales)
     return idx, val/scales[0]/scales[1]
 
-# %% ../nbs/12b_neighbours.ipynb #8d27d1dc
+# %% ../nbs/12b_neighbours.ipynb #ee928119
 def _copies(x: Tensor) -> Tensor | None:
     "(n,) int64, a number that rows share which are copies of each other; None where no two rows are."
     scale, d, total = _scale(x), x.shape[1], 0.
@@ -256,9 +255,8 @@ def _said(copies: Tensor | None, what: str = 'rows') -> None:
     "Warns of copies, in one line that says how many."
     if copies is None: return
     n, kinds = len(copies), len(copies.unique())
-    if kinds == 1: warnings.warn(f'all {n} {what} are the same: features that never vary have no neighbours, and scores of them are nan', stacklevel=4)
-    else: warnings.warn(f'{n-kinds} of {n} {what} are copies of another: copies are each other\'s neighbours whatever the features; keep each image once',
-                        stacklevel=4)
+    if kinds == 1: notice(f'all {n} {what} are the same: features that never vary have no neighbours, and scores of them are nan', 4)
+    else: notice(f'{n-kinds} of {n} {what} are copies of another: copies are each other\'s neighbours whatever the features; keep each image once', 4)
 
 # %% ../nbs/12b_neighbours.ipynb #e1d4310e
 @dataclass(frozen=True)

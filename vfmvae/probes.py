@@ -6,7 +6,6 @@
 __all__ = ['PENALTIES', 'Score', 'knn_accuracy', 'linear_probe', 'ridge_probe', 'probe']
 
 # %% ../nbs/12d_probes.ipynb #e8f2fd16
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/12d_probes.ipynb #007fe060
-from .core import Table, UserError, real, whole
+from .core import Table, UserError, notice, real, whole
 from .features import extract
 from .neighbours import _copies, _nearest, _rows, _said, _unit
 from .views import as_source, image_set, images_seen, say_unfamiliar
@@ -70,7 +69,7 @@ def _features(train_x: Any, test_x: Any) -> tuple[Tensor, Tensor]:
 def _codes(known: Sequence, ya: Sequence, yb: Sequence, device: Any) -> tuple[Tensor, Tensor, int]:
     "Classes of both parts as numbers, in the order of `known` (all of training), what training never saw above them; and how many training has."
     if new := sorted({*yb}-{*known}):
-        warnings.warn(f'training never saw the class {_some(new)}: {sum(map(yb.count, new))} of {len(yb)} test images count as wrong', stacklevel=4)
+        notice(f'training never saw the class {_some(new)}: {sum(map(yb.count, new))} of {len(yb)} test images count as wrong', 4)
     number = {c: i for i, c in enumerate([*known, *new])}
     ta, tb = (torch.tensor([number[c] for c in y], device=device) for y in (ya, yb))
     return ta, tb, len(known)
@@ -118,7 +117,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _still(train: Tensor) -> bool:
     "Does no feature of training vary? Says what follows."
     if not _moments(train)[1].isinf().all(): return False
-    warnings.warn('no training feature varies: this probe is nan; look at the features', stacklevel=3)
+    notice('no training feature varies: this probe is nan; look at the features')
     return True
 
 # %% ../nbs/12d_probes.ipynb #07c98eba

@@ -269,10 +269,10 @@ def build_training(preset: Preset,
                    perceive: Callable | None = None # perceptual loss (x', x) -> scalar; None: `default_perceptual` where a stage weighs one
                   ) -> tuple[Any, dict[str, Any], Callable | None]:
     "(model, discriminators by name, perceptual loss or None), randomly initialised. UserError if the size does not fit the decoder, or a VFM cannot be had."
-    named = preset.config.vfm if vfm is None else vfm
-    net = named if isinstance(named, VFM) or not named else VFM(named)
-    config = preset.config if vfm is None else config_for(net, preset.config)
-    if size is not None and whole(size, 'size', 1, 16_384) % config.unit:
+    named: Any = preset.config.vfm if vfm is None else vfm
+    net = named if isinstance(named, VFM) else VFM(named) if named or vfm is not None else None
+    config = preset.config if vfm is None or net is None else config_for(net, preset.config)
+    if size is not None and whole(size, 'size', 1, 4096) % config.unit:
         raise UserError(f'{size} px do not fit the decoder of {config.name}; use a multiple of {config.unit}')
     if size is not None: config = replace(config, img_size=size)
     seed_all(seed)
@@ -280,7 +280,7 @@ def build_training(preset: Preset,
     weighed = {k for s in stages for k in s.active()}
     critics: dict[str, Any] = {}
     if 'gan' in weighed:
-        name = preset.critic if critic is None else critic
+        name: Any = preset.critic if critic is None else critic
         looks = name if isinstance(name, VFM) else net if net is not None and name == net.name else VFM(name)
         critics['gan'] = ProjectedDiscriminator(looks, size=preset.critic_size, mode=model.interpolation)
     if weighed & {'patchgan', 'feature_matching'}: critics['patchgan'] = PatchGAN(preset.patch_width)

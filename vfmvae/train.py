@@ -584,9 +584,9 @@ def fit(task: Task,               # nets, optimizers, one step
                 speed = f"{row['images_per_s']:.0f} img/s {row['memory_gb']:.1f} GB"
                 bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f} {speed}", refresh=False)
                 window = _Window()
-            if save and kept:
-                kept.save(task, step+1, seen, loop)
+            if save and kept:        # the checkpoint last: a run that goes on from it lacks nothing that belongs to it
                 if look: write_atomic(kept.dir/'look.png', partial(_write_look, look))
+                kept.save(task, step+1, seen, loop)
             bar.update(1)
     return history
 

@@ -122,7 +122,7 @@ def _device(source: Any) -> Any:
         if isinstance(net, nn.Module): return next((t.device for t in (*net.parameters(), *net.buffers())), None)
     return None
 
-# %% ../nbs/12c_views.ipynb #4b47a3a7
+# %% ../nbs/12c_views.ipynb #305dcf63
 def image_set(images: Any,          # World, a folder's or shards' set or path; torchvision set, Hugging Face split, list of PIL images or paths, tensor ...
               n: int | None = None  # this many of them, spread over the set (`data.take`); None: all
              ) -> Any:
@@ -154,7 +154,7 @@ def say_unfamiliar(sources: Iterable[Any], # FeatureSources
     for source in sources:
         if said := unfamiliar(source, x): notice(said)
 
-# %% ../nbs/12c_views.ipynb #41f3ad65
+# %% ../nbs/12c_views.ipynb #fb43346a
 @torch.no_grad()
 def extract_views(sources: Mapping[str, tuple[Any, Sequence[int | str]]], # name -> (FeatureSource, its layers to keep)
                   images: Any,              # what `image_set` takes
@@ -191,7 +191,6 @@ def extract_views(sources: Mapping[str, tuple[Any, Sequence[int | str]]], # name
     if not n: raise UserError('no images; give at least a few hundred')
     if names is not None and len(names) != n: raise UserError(f'{len(names)} names for {n} images; give one for each')
     labels, marks = [*names] if names is not None else found or [f'{i:06d}' for i in range(n)], stamps(images)
-    marks = tuple(marks) if marks else None
     return {at: Bank(_ordered(parts, at), tuple(labels), dict(source=at[1], layer=at[2], pooling=pool, transform=at[0]), marks) for at, parts in kept.items()}
 
 def _ordered(parts: list[tuple[list[int], Tensor]], at: tuple) -> Tensor:
