@@ -58,7 +58,7 @@ def spoiled_bank(rng: random.Random, box: Path) -> Case:
     p = bank().save(box/'a.safetensors')
     tensors, more = parts(p)
     how = rng.choice(['tensors', 'tensors', 'file', 'header', 'json', 'swapped', 'renamed'])
-    side, k, what = p.with_suffix('.json'), '', how
+    side, k, what = p.with_suffix('.json'), '', 'pair renamed' if how == 'renamed' else how
     meta = json.loads(side.read_text())
     if how == 'tensors':
         what, bad, k = spoil_tensors(tensors, rng)
@@ -75,7 +75,7 @@ def spoiled_bank(rng: random.Random, box: Path) -> Case:
     fine = what.startswith('harmless') or what in ('renamed', 'garbage after', 'bit flips in the head', 'extra',
                                                    'swapped', *BAD_JSON)
     return Case(what, lambda: Bank.load(p), right if fine else None, names=('a.safetensors', 'a.json'),
-                control=what == 'renamed')
+                control=how == 'renamed')
 
 @cases('banks', 2)
 def edited_bank(rng: random.Random, box: Path) -> Case:
@@ -287,7 +287,7 @@ def published_latents(rng: random.Random, box: Path) -> Case:
     export_latents(cache, d, layout)
     what = rng.choice(['sound', 'scale', 'scale', 'file', 'tensors', 'layout', 'missing', 'dataset.json', 'labels',
                        'npy', 'outside'])
-    detail, fine = '', False
+    detail, fine, lost = '', False, False
     files = sorted(f for f in d.rglob('*') if f.is_file() and f.suffix in ('.safetensors', '.npy'))
     f = rng.choice(files)
     if what == 'scale':
@@ -298,13 +298,16 @@ def published_latents(rng: random.Random, box: Path) -> Case:
         torch.save({k: (v if k == key else torch.ones(1, 3, 1, 1)) for k in ('mean', 'std')}, d/'latents_stats.pt')
         detail = f'{key} {short(v)}'
         floats = isinstance(v, torch.Tensor) and v.numel() == 3 and v.is_floating_point() and bool(v.isfinite().all())
-        fine = floats and (key == 'mean' or bool((v > 0).all())) or isinstance(v, torch.Tensor) and v.dtype == torch.int64
+        fine = floats and (key == 'mean' or bool((v > 0).all())) or isinstance(v,
+                torch.Tensor) and v.dtype == torch.int64
     elif what == 'file': detail = spoil_file(f, rng); fine = detail in ('garbage after', 'bit flips in the head')
     elif what == 'tensors' and f.suffix == '.safetensors':
         detail, bad, _ = spoil_tensors(load_file(f), rng)
         save_file({k: v.contiguous() for k, v in bad.items()}, f)
         fine = detail.startswith('harmless') or detail == 'extra'
-    elif what == 'missing': f.unlink()
+    elif what == 'missing':
+        f.unlink()
+        lost = layout == 'lightningdit' and len(files) > 1      # a layout without a list of its files
     elif what == 'dataset.json' and layout == 'reg':
         detail = rng.choice(list(BAD_JSON))
         put(d/'dataset.json', BAD_JSON[detail])
@@ -339,8 +342,9 @@ def published_latents(rng: random.Random, box: Path) -> Case:
         c = import_latents(d, f'{box}/made', layout, 'plain')
         return c, c.batch(range(len(c))), c.scale()
     def right(r: Any) -> bool:
-        return len(r[0]) == 7 and finite(r[1]['mean']) and bool((r[1]['label'] == torch.arange(7) % 2).all())
-    return Case(f'{what}', call, right if fine else None, control=what == 'sound', names=('',), out=(box/'made',),
+        return lost and len(r[0]) < 7 or len(r[0]) == 7 and finite(r[1]['mean']) and bool((r[1]['label'] == torch.arange(7) % 2).all())
+    return Case(f'{what}', call, right if fine or lost else None, control=what == 'sound', names=('',),
+                out=(box/'made',),
                 detail=detail)
 
 # statistics and samples -----------------------------------------------------------------------------------------------------------------------------------
