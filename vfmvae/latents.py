@@ -421,8 +421,9 @@ def import_latents(folder: str | Path,      # of published latents
     if layout not in LAYOUTS: raise UserError(f"no layout {layout!r} (known: {', '.join(LAYOUTS)})")
     folder, out = Path(folder), check_out(_folder(path))
     if (out/'manifest.json').exists(): raise UserError(f'{out} holds a cache already; choose another path or delete it')
-    scale, top, shards = _read_scale(folder), 0, []
+    scale, top = _read_scale(folder), 0
     kinds: set[frozenset[str]] = set()
+    shards: list[list[Any]] = []
     c = len(_scale_of(scale, f'scale in {folder}/latents_stats.pt', len(scale['mean'])).mean)
     shape: list[int] = []
     for k, (where, t) in enumerate(_read_lightningdit(folder) if layout == 'lightningdit' else _read_reg(folder)):

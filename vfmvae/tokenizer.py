@@ -7,7 +7,7 @@ __all__ = ['tokenizers', 'families', 'LatentStats', 'Tokenizer', 'reconstruct', 
            'net_digest', 'check_config', 'save_tokenizer', 'load_tokenizer', 'register_bundled', 'unfamiliar']
 
 # %% ../nbs/06_tokenizer.ipynb #5b79a50a
-import hashlib
+import hashlib, re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache, partial
@@ -200,8 +200,9 @@ def load_tokenizer(path: str | Path,       # written by `save_tokenizer`
                         'published checkpoints open with load_vfmvae')
     shape, cls = families[meta['family']]
     config = build_config(shape, meta['config'])
-    with torch.device('meta'): like = cls(config, None)     # no memory is taken before the file has the tensors for it
-    like.check_own_state(like.own_state(), tensors)
+    if re.search(r'\d{4}|[3-9]\d\d', str(meta['config'])):  # a net of some size takes no memory before the file has the tensors for it
+        with torch.device('meta'): like = cls(config, None)
+        like.check_own_state(like.own_state(), tensors)
     model = cls(config, None)
     model.load_own_state(tensors)
     model.name, model.meta = name or meta.get('name') or model.name, meta
