@@ -72,7 +72,7 @@ def spoiled_bank(rng: random.Random, box: Path) -> Case:
     def right(b: Any) -> bool:
         return T.near(b.features, bank().features,
                       .1) and b.names == tuple('abcde') if what.startswith('harmless') else same_bank(b)
-    fine = what.startswith('harmless') or what in ('renamed', 'garbage after', 'bit flips in the head', 'extra',
+    fine = what.startswith('harmless') or what in ('pair renamed', 'garbage after', 'bit flips in the head', 'extra',
                                                    'swapped', *BAD_JSON)
     return Case(what, lambda: Bank.load(p), right if fine else None, names=('a.safetensors', 'a.json'),
                 control=how == 'renamed')
@@ -271,7 +271,7 @@ def indices(rng: random.Random, box: Path) -> Case:
     v = rng.choice([*JUNK, *TYPED, [0, 7], [-1], [3, 3, 1], range(2), np.array([5, 0]), torch.tensor([6])])
     def call() -> Any:
         try: return LatentCache(p).batch(v)
-        except (IndexError, TypeError) as e:            # Python's own words for what is no index
+        except (IndexError, TypeError, ValueError) as e:            # Python's own words for what is no index
             from vfmvae.core import UserError
             raise UserError(f'an index: {e}') from None
     return Case('batch', call, lambda b: len(b['key']) == len(b['label']) == len(list(v)) and finite(b['mean']),

@@ -440,10 +440,9 @@ def odd_members(rng: random.Random, box: Path) -> Case:
         p.write_bytes(bytes(b))
     ignored = what in ('symbolic link', 'hard link', 'link to a file outside', 'pipe', 'device', 'folder named png',
                        'two pictures and other names', 'dotted key')
-    # a label without a picture is counted and said
-    right = holds(made, [0, 1, 0]) if ignored else (lambda r: len(r[0]) == 2
-                                                    and bool(r[0].skipped)) if what in ('label without picture',
-                                                                                                       'sparse') else None
+    # what is left out is counted and said
+    said = what in ('label without picture', 'sparse', 'empty name')
+    right = holds(made, [0, 1, 0]) if ignored else (lambda r: len(r[0]) in (2, 3) and bool(r[0].skipped)) if said else None
     return Case(what, reads(p), right, names=(p.name, 'classes of'))
 
 @cases('shards', 3)
