@@ -430,7 +430,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType): return any(_fits(value, h) for h in inner)
     if hint is bool: return isinstance(value, bool)
     if hint is int: return isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if hint is float: return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is float: return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and abs(value) < 1e300
     if hint is tuple or origin is tuple:
         if not isinstance(value, list | tuple): return False
         if not inner: return True

@@ -493,7 +493,7 @@ def _image_files(root: Path) -> tuple[list[Path], Counter]:
 def _say_skipped(name: Any, skipped: Mapping[str, int]) -> None:
     "What looks like a picture and was not read is said aloud; text and JSON beside pictures are not."
     loud = {k: n for k, n in skipped.items() if k in _PICTURES or not k.startswith('.')}
-    if loud: notice(f"{name}: left out {', '.join(f'{n} {k}' for k, n in loud.items())}; images end with {' '.join(sorted(SUFFIXES))}", 4)
+    if loud: notice(f"{name}: left out {', '.join(f'{n} {k}' for k, n in loud.items())} (read are {' '.join(sorted(SUFFIXES))})", 4)
 
 def _short_side(path: Path) -> int:
     try:

@@ -187,7 +187,8 @@ class Bank:
         names, meta, marks = side.get('names'), side.get('meta', {}), side.get('stamps')
         lists = all(isinstance(v, list) and all(isinstance(n, str) for n in v) for v in (names, marks) if v is not None)
         if 'features' in tensors and names is not None and lists and isinstance(meta, dict):
-            try: return cls(tensors['features'], names, meta, marks)
+            # own memory: what is read lies in the file, which somebody may write over
+            try: return cls(tensors['features'].clone(), names, meta, marks)
             except UserError as e: raise UserError(f'{path}: {e}') from None
         raise UserError(f'{path} is not a bank: it lacks the tensor `features` or, in the JSON beside it, `names`; make it with Bank.save')
 
