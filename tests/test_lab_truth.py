@@ -1,5 +1,5 @@
 "What a lab shows is of the nets, pictures and settings that it names: never of others of that name, of an older file, or of another thread."
-import copy, io, os, threading, time
+import copy, io, os, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
@@ -334,6 +334,17 @@ def test_a_set_that_its_net_does_not_know_is_said_to_be_so(monkeypatch, tmp_path
     assert labs[0].text().count('never saw') == 1 and asked[-1][1][0] == 1
 
 
+def test_copies_and_what_is_left_out_are_said(tmp_path):
+    pictures(tmp_path)
+    (tmp_path/'99.png').write_bytes((tmp_path/'03.png').read_bytes())
+    (tmp_path/'moving.gif').write_bytes(b'GIF89a')
+    lab = NeighbourLab(images=str(tmp_path), n=20, k=3, **CONV)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert '1 of the 15 images are copies' in lab.text() and 'Left out of the set: 1 ' in lab.text() and '.gif' in rows(lab)[0]['note']
+    assert 'copies' not in NeighbourLab(n=16, k=3, **CONV).text()
+
+
 # states -------------------------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name, strength', [('blur', 30.), ('scale', .007)])
@@ -424,8 +435,9 @@ def test_a_way_of_a_net_that_failed_or_was_trained_on_starts_anew():
     assert torch.equal(lab._whole().final, SamplerLab(net, state=lab.state)._whole().final) and not torch.equal(lab._whole().final, end)
 
 
-def test_a_guidance_that_leaves_all_numbers_is_told():
-    with pytest.raises(UserError, match='smaller'): SamplerLab(dit(), steps=3, step=3, guidance=1e300).text()
+@pytest.mark.parametrize('guidance', [-1., 1e5, 1e300, float('nan')])
+def test_a_guidance_that_leaves_all_numbers_is_told(guidance):
+    with pytest.raises(UserError, match=r'^guidance[^\n]+$'): SamplerLab(dit(), steps=3, step=3, guidance=guidance)
 
 
 def test_nets_may_be_names_and_files(tmp_path):

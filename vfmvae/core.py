@@ -376,6 +376,7 @@ def check_weights(tensors: Mapping[str, Tensor],
 def sidecar(path: str | Path) -> Path: # of tensors
     "The JSON beside them: `x.json` for `x.safetensors`; any other name is kept whole, so that `feat.layer3` and `feat.layer4` have one each."
     p = as_path(path)
+    if not p.name: raise UserError(f'{p} is a folder; give the name of a file')
     return p.with_suffix('.json') if p.suffix == '.safetensors' else p.with_name(f'{p.name}.json')
 
 def save_weights(path: str | Path,          # `*.safetensors`; the JSON lies beside it, see `sidecar`

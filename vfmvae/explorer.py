@@ -54,6 +54,8 @@ class Shelf:
         self.digest = digest({'pixels': self.pixels})
         self.taken, self.spread = taken(some), isinstance(some, Subset)
         self.words = f'{len(some)} images ({self.taken})'
+        twins = len(some)-len({p.numpy().tobytes() for p in self.pixels})
+        self.twins = f'{twins} of the {len(some)} images are copies of others among them.' if twins else ''
         self._place = {k: i for i, k in enumerate(self.names)}
     def __len__(self) -> int: return len(self.pixels)
     def place(self, key: str) -> int | None:
@@ -353,7 +355,9 @@ class _Seen:
     def tokenizer(self, name: str) -> Any:
         def make() -> Any:
             if name in self.own: return self.own[name]
-            if name not in tokenizers: self.files['tokenizer', name] = (at := (name, sidecar(name))), _times(at)
+            if name not in tokenizers:
+                at = sorted(Path(name).iterdir()) if Path(name).is_dir() else (name, sidecar(name))
+                self.files['tokenizer', name] = at, _times(at)
             return open_tokenizer(name)
         return self.once(('tokenizer', name), make)
     def source(self, name: str) -> Any: return self.once(('source', name), lambda: as_source(self.tokenizer(name)))
@@ -371,11 +375,12 @@ class _Seen:
         few: Any = take(banks.shelf if banks else data, 32)
         return self.once(('some', data), lambda: _read(few, range(len(few)))['image'])
     def note(self, spec: str, sources: Sequence[Any]) -> str:
-        "What to know about a set: pictures enlarged or left out, or unlike those that a bundled net behind these sources knows."
+        "What to know about a set: pictures enlarged, left out, twice in it, or unlike those that a bundled net of these knows."
         data = self.data(spec)
         images = data if isinstance(data, World) else self.some(spec)
         strange = self.once(('strange', data, *map(self.who, sources)), lambda: _strange(sources, images))
-        return _join(strange, _about(data))
+        banks = self.banks(spec)
+        return _join(strange, banks.shelf.twins if banks else '', _about(data))
     def side(self, spec: str) -> int:
         "Pixels of its images."
         return getattr(self.data(spec), 'size', None) or self.size
@@ -388,7 +393,7 @@ class Explorer(Lab):
                  size: int = 64,                           # pixels of the square images
                  n: int = 256,                             # images that neighbours and scores are taken among
                  own: Any = (),                            # VFMs and tokenizers, objects, names or files: known by their name
-                 **changes: Any):                          # fields of the state; `images`: whatever `data.as_dataset` takes, too
+                 **changes: Any):                          # fields of the state; `images` as for `open_data`
         super().__init__(state)
         self.seen = _Seen(own, size, n)
         self.uploads: dict[str, Tensor] = {}      # name -> (3,size,size)

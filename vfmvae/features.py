@@ -55,8 +55,9 @@ def as_images(images: Any # whatever stands for a set of images
              ) -> Any:
     "The same where `batches` can walk through it as it is (tensors, sets, iterables of tensors), else what `data.as_dataset` makes of it."
     if isinstance(images, Tensor) or not hasattr(images, '__len__') or not len(images): return images
-    if hasattr(images, 'batch') or isinstance(images, str): return as_dataset(images)
-    first = images[0] if hasattr(images, '__getitem__') and not isinstance(images, dict) else None
+    if hasattr(images, 'batch') or isinstance(images, str | dict): return as_dataset(images)
+    if not hasattr(images, '__getitem__'): return images
+    first = images[0]
     picture = first.get('image') if isinstance(first, dict) else first
     return images if isinstance(picture, Tensor) and picture.is_floating_point() else as_dataset(images)
 

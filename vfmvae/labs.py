@@ -20,7 +20,7 @@ from torch import Tensor
 
 # %% ../nbs/19c_labs.ipynb #68657a4d
 from .align import cknna, cknna_parts, prepare
-from .core import UserError, nearest, whole
+from .core import UserError, nearest, real, whole
 from .dit import DiT, NetFeatures
 from .explorer import Banks, Shelf, _is_tokenizer, _of_vfm, _one, _Seen, _who, layer_name
 from .flow import ODES, ImageNoise, field, internal_guidance, trajectory
@@ -589,7 +589,7 @@ class SamplerState:
         if not 0 <= self.step <= self.steps or self.steps < 1:
             raise UserError(f'step {self.step} of {self.steps}; choose between 0 (noise) and the number of steps')
         if self.method not in ODES: raise UserError(f"no sampler {self.method!r}{nearest(self.method, ODES)} (known: {', '.join(ODES)})")
-        if self.guidance < 0: raise UserError(f'a guidance of {self.guidance}; choose 1 for none, more for more')
+        real(self.guidance, 'guidance (1: none)', 0, 1e4)
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
@@ -702,9 +702,7 @@ class SamplerLab(Lab):
         step = min(state.step, len(gone)-1)
         (t, z), end = gone[step], gone[-1][1]
         guess = z - t*self._velocity(state)(z, t) if t > 0 else z          # on the linear path, z_t - t v
-        now, then, final = shown = self.tokenizer.decode(torch.cat([z, guess, end])).clamp(-1, 1)
-        if not (shown.isfinite().all() and end.isfinite().all()):
-            raise UserError(f'guidance {state.guidance:g} leads to infinite numbers; choose a smaller one')
+        now, then, final = self.tokenizer.decode(torch.cat([z, guess, end])).clamp(-1, 1)
         colours = pca_colours([end, guess, z])
         far = tuple((v-end).square().mean().sqrt().item() for _, v in gone)
         return Sampled(state, t, tuple(v for v, _ in gone), now, then, final, (colours[2][0], colours[1][0], colours[0][0]), far, step)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/19_widgets.ipynb #b32cb644
 from .core import UserError, nearest, progress, real, to_grid, to_tokens, whole, write_atomic
-from .data import TRANSFORMS, Subset, World, as_dataset, check_images, spread, take, transform
+from .data import TRANSFORMS, Subset, World, check_images, spread, take, transform
 from .features import pool
 from .metrics import psnr
 from .plots import WIDTHS, _style, blank, save_figure
@@ -620,8 +620,7 @@ def _files(images: Any, n: int) -> tuple[Path, ...]:
 def _images(images: Any, size: int = 64) -> Any:
     "The data set that `images` stands for; None: held-out images of the world."
     if images is None: return _world()
-    if isinstance(images, str | Path): return open_data(images, size=size, n=10_000, seed=8)
-    made = as_dataset(images, size=size)
+    made = open_data(images, size=size, n=10_000, seed=8)
     return made if isinstance(made, Hashable) else Subset(made, range(len(made)))
 
 def _about(images: Any) -> str:
@@ -680,7 +679,7 @@ def _cosines(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> dict[st
 
 @torch.no_grad()
 def keeps(state: KeepsState,
-          images: Any = None # whatever `data.as_dataset` takes, or as for `open_data`; None: held-out images of the world
+          images: Any = None # as for `open_data`; None: held-out images of the world
          ) -> Kept:
     "Transforms one image, sends both through the tokenizer and measures. A pure function. UserError: an image that is not there."
     images, tokenizer = _images(images), _tokenizer(state.tokenizer)
