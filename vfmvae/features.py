@@ -47,6 +47,7 @@ def _samples(images: Any) -> Iterator[dict]:
     many = (images[i] for i in range(len(images))) if hasattr(images, '__getitem__') else images
     for x in many:
         s = x if isinstance(x, dict) else {'image': x}
+        if not isinstance(s.get('image'), Tensor): raise UserError(f'an iterator gave a {type(s.get("image")).__name__}, not a tensor (3,H,W); give a list')
         if s['image'].ndim == 3: yield s
         elif 'key' in s: yield from ({'image': i, 'key': k} for i, k in zip(s['image'], s['key'], strict=True))
         else: yield from ({'image': i} for i in s['image'])
