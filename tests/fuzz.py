@@ -248,7 +248,7 @@ def run(todo: list, seed: int, jobs: int = 2, batch: int = 40, each: Any = None)
                     new, ended = w.read()
                     for r in new: keep(r)
                     if ended: verdict = 'crash'
-                if not verdict and time.time()-w.since > max(w.alarm, SECONDS_ALONE)+5: verdict = 'hang'
+                if not verdict and time.time()-w.since > max(w.alarm, 2*SECONDS_ALONE)+5: verdict = 'hang'
                 if not verdict: continue
                 left = w.todo[w.todo.index(w.begun)+1:] if w.begun else []
                 workers.remove(w)

@@ -149,12 +149,13 @@ def options(rng: random.Random, box: Path) -> Case:
         except ValueError: number = None
         if key in ('--n', '--size', '--steps', '--batch', '--k', '--times', '--images', '--accumulate',
                    '--save-every', '--reference-n', '--train-images'):
-            return number is not None and number >= 1 and (number < 10**9 or key == '--n' and base[0] not in ('generate',))
+            return number is not None and number >= 1 and (number < 10**9 or key == '--n'
+                                                           and base[0] not in ('generate',))
         if key in ('--lr', '--vfm-ratio'): return number is not None and 1e-320 < number < 1e3
         if key == '--guidance': return number is not None and abs(number) < 1e6
         if key in ('--workers', '--label', '--seed'):
             return number is not None and (number >= 0 or key == '--seed') and number == int(number)
-        return key in ('--run', '--cache') and v not in ('',)
+        return key in ('--run', '--cache', '--critic') and v not in ('',)
     return Case(f'{base[0]} {key}', command([*base, key, v]), right, names=('',), out=(cwd,), detail=short(v))
 
 @cases('cli', 3)
@@ -249,4 +250,4 @@ def processes(rng: random.Random, box: Path) -> Case:
                              (['encode', '--images', str(box/'pics'), '--out', '/proc/x.safetensors'], False)])
     inner = command(argv, alone=True)
     return Case('alone', inner, (lambda said: '"psnr"' in said) if good else None, control=good,
-                names=('nothing', '/proc/x'), detail=argv[0], seconds=60)
+                names=('nothing', '/proc/x'), detail=argv[0], seconds=60, out=(box.parent/'cwd',))

@@ -440,9 +440,9 @@ def odd_members(rng: random.Random, box: Path) -> Case:
         p.write_bytes(bytes(b))
     ignored = what in ('symbolic link', 'hard link', 'link to a file outside', 'pipe', 'device', 'folder named png',
                        'two pictures and other names', 'dotted key')
-    # a label without a picture is counted and said
-    right = holds(made, [0, 1, 0]) if ignored else (lambda r: len(r[0]) == 2
-                                                    and bool(r[0].skipped)) if what == 'label without picture' else None
+    # what is left out is counted and said
+    said = what in ('label without picture', 'sparse', 'empty name')
+    right = holds(made, [0, 1, 0]) if ignored else (lambda r: len(r[0]) in (2, 3) and bool(r[0].skipped)) if said else None
     return Case(what, reads(p), right, names=(p.name, 'classes of'))
 
 @cases('shards', 3)
@@ -493,7 +493,7 @@ def patterns(rng: random.Random, box: Path) -> Case:
     pattern: Any = rng.choice(['a-{0..99999999}.tar', 'a-{0..999999999999999999}.tar', 'a-{5..2}.tar', 'a-{0..0}.tar',
                                'a-{a..b}.tar', 'b-*.tar', 'a-?.tar', 'a-[0].tar', 'a-{0..1}.tar',
                                'a-{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}{0..9}.tar',
-                               '', '*', 'a-{0.tar', 'a-{-1..0}.tar', '**/*.tar', 'nothing.tar', 'a-\0.tar',
+                               '', '*', 'a-{0.tar', 'a-{-1..0}.tar', 'nothing.tar', 'a-\0.tar',
                                'x'*300+'.tar'])
     given: Any = str(box/pattern) if pattern else ''
     what = 'text'
@@ -501,7 +501,7 @@ def patterns(rng: random.Random, box: Path) -> Case:
         what, given = rng.choice([('empty list', []), ('folder', box), ('list of a folder', [box]),
                                   ('list of nothing', [''])])
         pattern = short(given)
-    good = pattern in ('a-{0..0}.tar', 'a-?.tar', 'a-[0].tar', '**/*.tar')
+    good = pattern in ('a-{0..0}.tar', 'a-?.tar', 'a-[0].tar')
     return Case(what, reads(given), holds(made, [0, 1, 0]) if good or pattern in ('*',) else None, control=good,
                 names=('tar', 'shard', 'None', '7'), detail=str(pattern)[:40])
 

@@ -20,7 +20,8 @@ class Case:
     "An input that is ready, what is called, and what may come of it: a refusal (one line that holds one of `names`), or what `right` accepts."
     what: str                                 # the mutation, the same for all seeds
     run: Callable[[], Any]
-    right: Callable[[Any], Any] | None = None # of what came back: None or True if that is right. Left out: it must be refused
+    right: Callable[[Any],
+                    Any] | None = None # of what came back: None or True if that is right. Left out: it must be refused
     names: tuple = ()                         # one of these stands in a refusal
     control: bool = False                     # a sound input: a refusal is a fault
     out: tuple = ()                           # files and folders that may be written

@@ -136,6 +136,14 @@ def test_batch_size_does_not_change_a_transform(name):
         assert torch.allclose(transform(x, name, s, seed=10), split, atol=1e-6)
 
 
+@pytest.mark.parametrize('name', list(TRANSFORMS))
+@pytest.mark.parametrize('kind', [torch.bfloat16, torch.float16, torch.float64])
+def test_a_transform_takes_any_precision(name, kind):
+    x = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))*2-1
+    y = transform(x.to(kind), name, TRANSFORMS[name].grid[0], seed=3)
+    assert y.dtype == kind and (y.float()-transform(x.to(kind).float(), name, TRANSFORMS[name].grid[0], seed=3)).abs().max() < .01
+
+
 @pytest.mark.parametrize('k', [1, 2, 3])
 def test_quarter_turns_of_an_oblong_are_exact(k):
     x = torch.rand(1, 3, 10, 14)

@@ -69,14 +69,14 @@ WAYS = dict(line=case(refuse('a.png is no image; copy it again'), names=('a.png'
             unnamed=case(refuse('no such file'), names=('a.png',)), control=case(refuse('a.png is no image'), yes, control=True),
             outside=lambda box: Case('', lambda: Path(box.parent/'x').touch(), yes), changed=change,
             elsewhere=case(lambda: Path({there!r}).touch(), yes),
-            memory=case(lambda: bytes(b'x')*(600*1024**2) and None, yes), executed=case(lambda: os.system('true'), yes),
+            memory=case(lambda: bytes(b'x')*1024**3 and None, yes), executed=case(lambda: os.system('true'), yes),
             hang=case(spin, yes), crash=case(os.abort, yes), after=case(lambda: 1, yes))
 def maker(name):
     def make(rng, box): return WAYS[name](box)
     make.__name__ = name
     return make
-fuzz.SECONDS = fuzz.SECONDS_ALONE = 3
-fuzz.BYTES = fuzz.peak()+300*1024**2
+fuzz.SECONDS, fuzz.SECONDS_ALONE = 4, 2
+fuzz.BYTES = 1024**3
 fuzz_tools.KINDS['images'] = [maker(n) for n in WAYS]
 rows = fuzz.run([('images', i) for i in range(len(WAYS))], 0, 1)
 print({{r['what'].split(':')[0] or list(WAYS)[r['index']]: r['verdict'] for r in rows}})

@@ -83,7 +83,7 @@ def test_keys_that_repeat_across_shards_and_folders_stay_apart(tmp_path):
     assert len({*load_weights(f)[1]['names']}) == 5
 
 
-@pytest.mark.parametrize('name', ['../../x.png', '/tmp/vfmvae-away/x.png', 'a/../../x', '..', '.', '', 'a\0b', 'n'*300, 'C:\\x', 7, None])
+@pytest.mark.parametrize('name', ['../../x.png', '/vfmvae-away/x.png', 'a/../../x', '..', '.', '', 'a\0b', 'n'*300, 'C:\\x', 7, None])
 def test_a_name_that_leaves_the_folder_is_refused_before_anything_is_written(tmp_path, name):
     tok = Grey()
     save_weights(tmp_path/'z.safetensors', dict(mean=torch.zeros(2, 3, 2, 2)), dict(tokenizer=tok.name, names=['fine', name]))

@@ -197,3 +197,30 @@ def test_pickles_are_neither_kept_nor_written():
     wrote = {name: lines for name, lines in found.items() if lines}
     # one file of a published layout has no other form: latents_stats.pt, two tensors, which their trainers read
     assert list(wrote) == ['latents.py'] and len(wrote['latents.py']) == 1 and 'torch.save(stats, p)' in wrote['latents.py'][0]
+
+
+# one door for each kind of file ----------------------------------------------------------------------------------------------------------------
+
+def calls(pattern: str) -> dict[str, int]:
+    found = {p.name: len(re.findall(pattern, p.read_text(encoding='utf-8'))) for p in LIB.glob('*.py')}
+    return {name: n for name, n in found.items() if n}
+
+
+def test_weights_of_others_come_in_through_one_door():
+    # vfm.read_torch; published.py walks the file first, too; losses.py reads the file that torchmetrics brings
+    assert calls(r'\btorch\.load\(') == {'vfm.py': 1, 'published.py': 1, 'losses.py': 1}
+    text = '\n'.join(p.read_text(encoding='utf-8') for p in LIB.glob('*.py'))
+    assert re.findall(r'.*weights_only=False.*', text) == [] and all('weights_only=True' in line for line in re.findall(r'.*\btorch\.load\(.*', text))
+    assert re.findall(r'.*load_state_dict\([^\n]*strict\s*=\s*False.*', text) == [] and re.findall(r'.*allow_pickle=True.*', text) == []
+
+
+def test_json_of_others_is_read_and_ours_is_written_at_one_place():
+    # data.py: a list of class names; evaluate.py: text inside an archive; train.py: lines of a log; bench.py: a child's answer
+    assert set(calls(r'\bjson\.loads?\(')) <= {'core.py', 'data.py', 'evaluate.py', 'train.py', 'bench.py'}
+    assert set(calls(r'\bjson\.dumps?\(')) <= {'core.py', 'docs.py', 'bench.py', 'bench_flow.py', 'lab_bench.py', 'widgets.py', 'explorer.py', 'labs.py'}
+
+
+def test_n_of_a_set_is_taken_at_one_place():
+    # slices such as `range(min(n, len(data)))` or `data[:n]` would be the first n of a set that is sorted by class
+    bad = r'.*(?:range\(min\(n, len\((?:data|ds|images)\)\)|\b(?:data|ds|images)\[:n\]|range\(n\)\)\[.image.).*'
+    assert [line for p in LIB.glob('*.py') for line in re.findall(bad, p.read_text(encoding='utf-8'))] == []

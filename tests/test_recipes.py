@@ -313,3 +313,14 @@ def vae_of_others():
     "Random weights of latent diffusion's own layout."
     from vfmvae.baselines import ConvVAE, ConvVAEConfig
     return ConvVAE(ConvVAEConfig(width=32, mults=(1, 1), blocks=1, decoder_blocks=2)).state_dict()
+
+
+def test_pictures_outside_of_what_a_net_has_seen_are_said_to_be_so_once(tmp_path, recwarn):
+    from vfmvae.recipes import encode_images
+    noise = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (64, 64, 3), np.uint8)) for k in range(4)]
+    for call in (lambda d: evaluate_tokenizer('vfmvae-tiny-f8d16', d, batch_size=2),
+                 lambda d: encode_images('vfmvae-tiny-f8d16', d, tmp_path/'z.safetensors', 2)):
+        for data, times in ((noise, 1), (World(4, seed=8), 0)):
+            recwarn.clear()
+            call(data)
+            assert sum('only ever seen' in str(w.message) for w in recwarn) == times

@@ -156,7 +156,7 @@ def bombs():
     text = 'x'*10_000
     yield 'many copies of one text', [Call(__import__('_codecs').encode, text, 'latin1') for _ in range(10_000)], {}
     yield 'many copies of one list', (big := list(range(10_000)), [Call(set, big) for _ in range(3000)]), {}
-    yield 'a system call', dict(a=Call(exec, 'open("/tmp/vfmvae-was-run", "w")')), {}
+    yield 'a system call', dict(a=Call(exec, 'raise SystemExit')), {}
 
 BOMBS = {name: (pickled(x), stores) for name, x, stores in bombs()}
 

@@ -165,7 +165,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'vfmvae.baselines._Up.__init__': ('baselines.html#_up.__init__', 'vfmvae/baselines.py'),
                                   'vfmvae.baselines._Up.forward': ('baselines.html#_up.forward', 'vfmvae/baselines.py'),
                                   'vfmvae.baselines._in_reach': ('baselines.html#_in_reach', 'vfmvae/baselines.py'),
-                                  'vfmvae.baselines._latents': ('baselines.html#_latents', 'vfmvae/baselines.py'),
                                   'vfmvae.baselines._norm': ('baselines.html#_norm', 'vfmvae/baselines.py'),
                                   'vfmvae.baselines._start': ('baselines.html#_start', 'vfmvae/baselines.py')},
             'vfmvae.bench': { 'vfmvae.bench._alone': ('bench.html#_alone', 'vfmvae/bench.py'),

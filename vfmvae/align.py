@@ -18,7 +18,7 @@ from torch import Tensor
 # %% ../nbs/13_align.ipynb #fde01cb1
 from .core import Table, UserError, notice, real, whole
 from .features import Bank
-from .neighbours import Graph, _blocks, _graph, _graphs, _rows, _shared, _sorted, _square, knn_graph, mutual_knn, prepare
+from .neighbours import Graph, _blocks, _graph, _graphs, _rows, _scale, _shared, _sorted, _square, knn_graph, mutual_knn, prepare
 from .probes import PENALTIES, Score, knn_accuracy, linear_probe, probe, ridge_probe
 from .views import as_source, extract_views, gather, image_set, images_seen, label, say_unfamiliar, views
 _all_ = ['Graph', 'knn_graph', 'mutual_knn', 'prepare', 'PENALTIES', 'Score', 'knn_accuracy', 'linear_probe', 'probe', 'ridge_probe']   # one door for all of it
@@ -261,7 +261,7 @@ def _kernel_hsics(a: Tensor, b: Tensor, sigma: float | None, unbiased: bool) -> 
 def _centred(x: Tensor, linear: bool) -> Tensor:
     """Centred rows in float64. For the linear kernel in units of their size: the rows' length where all have one (1 after `prepare`: the published
     eps) and it is not all offset, else the root mean square of what is left after centring, which a constant offset leaves alone."""
-    square, c = _square(x) if linear else 1., x.double() - x.double().mean(0)
+    square, c = _square(x, _scale(x)) if linear else 1., x.double() - x.double().mean(0)
     if square == 1: return c
     size, spread = x.double().norm(dim=1), c.square().sum(1).mean().item()
     size = size[size > 0]

@@ -20,7 +20,7 @@ from .core import Gaussian, UserError, at_least_float32, real, to_grid, to_token
 from .dit_layers import sincos_table
 from .layers import norm_groups
 from .tokenizer import LatentStats, families, register_bundled
-from .vae import Encoded, check_images, scaled_features
+from .vae import Encoded, check_images, check_latents, scaled_features
 from .vfm import CarriesVFM
 
 # %% ../nbs/08_baselines.ipynb #03a3596f
@@ -185,10 +185,6 @@ def _start(net: nn.Module) -> None:
         if name.endswith(('conv2', 'proj_out')): nn.init.zeros_(m.weight)
 
 # %% ../nbs/08_baselines.ipynb #ce20fb61
-def _latents(z: Tensor, channels: int) -> Tensor:
-    if z.ndim != 4 or z.shape[1] != channels: raise UserError(f'latents must be (b,{channels},h,w), got {tuple(z.shape)}')
-    return z
-
 class ConvVAE(CarriesVFM):
     """A convolutional KL autoencoder, SD-VAE's layout (Rombach et al. 2022); with `config.vfm` it can be trained to agree with a frozen VFM, as
     VA-VAE is (Yao et al. 2025). `encode` and `decode` never ask the VFM."""
@@ -222,11 +218,10 @@ class ConvVAE(CarriesVFM):
     def look(self, x: Tensor) -> dict[int, Tensor]:
         "Frozen features {-1: (b,n,c)} of images (b,3,H,W); nothing if it has no VFM."
         if self.vfm is None: return {}
-        check_images(x, self.stride)
-        return scaled_features(self.vfm, x, self.config.scale, (-1,))
+        return scaled_features(self.vfm, check_images(x, self.stride, self), self.config.scale, (-1,))
     def encode_parts(self, x: Tensor, look: Mapping[int, Tensor] | None = None) -> Encoded:
         "Everything one encoding yields; x (b,3,H,W) in [-1,1]. `look`: see there, passed on for the alignment loss."
-        check_images(x, self.stride)
+        x = check_images(x, self.stride, self)
         moments = self.quant_conv(self.encoder(x))
         raw = Gaussian.split(at_least_float32(moments))
         return Encoded(self.stats.scale(raw), raw, moments, dict(look or {}))
@@ -235,7 +230,7 @@ class ConvVAE(CarriesVFM):
         return self.encode_parts(x).posterior
     def decode_scales(self, z: Tensor) -> list[Tensor]:
         "Latents (b,c,h,w) on unit scale to a list of one image (b,3,H,W), unclamped."
-        return [self.decoder(self.post_quant_conv(self.stats.unscale(_latents(z, self.channels))))]
+        return [self.decoder(self.post_quant_conv(self.stats.unscale(check_latents(z, self))))]
     def decode(self, z: Tensor) -> Tensor:
         "Latents (b,c,h,w) on unit scale to images (b,3,H,W), nominally in [-1,1], not clamped."
         return self.decode_scales(z)[0]
@@ -321,8 +316,7 @@ class RAE(CarriesVFM):
         "Frozen features {layer: (b,n,c)} of images (b,3,H,W) in [-1,1], resized to one token per latent pixel. UserError without a VFM."
         c = self.config
         if self.vfm is None: raise UserError(f'{self.name} was built without its VFM and cannot encode; give vfm=VFM(...)')
-        check_images(x, c.stride)
-        return scaled_features(self.vfm, x, c.scale, (c.layer,))
+        return scaled_features(self.vfm, check_images(x, c.stride, self), c.scale, (c.layer,))
     def encode_parts(self, x: Tensor, look: Mapping[int, Tensor] | None = None) -> Encoded:
         "Everything one encoding yields. In training mode the posterior has a std of sigma ~ U(0, tau), drawn per image: its sample is the noisy latent."
         features = dict(self.look(x) if look is None else look)
@@ -336,7 +330,8 @@ class RAE(CarriesVFM):
         return self.encode_parts(x).posterior
     def decode_scales(self, z: Tensor) -> list[Tensor]:
         "Latents (b,c,h,w) on unit scale to a list of one image (b,3,H,W), unclamped."
-        h, w = _latents(z, self.channels).shape[2:]
+        z = check_latents(z, self)
+        h, w = z.shape[2:]
         t = self.inp(to_tokens(self.stats.unscale(z)))
         t = t + sincos_table(h, w, t.shape[-1]).to(t)
         for block in self.blocks: t = block(t)

@@ -195,10 +195,8 @@ def _encode(a) -> int:
     return 0
 
 def _decode(a) -> int:
-    from vfmvae.core import check_out
     from vfmvae.recipes import decode_latents
-    out = check_out(a.out)
-    print(f'{len(decode_latents(_tokenizer(a), a.latents, out))} pictures in {out.resolve()}')
+    print(f'{len(decode_latents(_tokenizer(a), a.latents, a.out))} pictures in {Path(a.out).resolve()}')
     return 0
 
 # %% ../nbs/20_cli.ipynb #df0641f6

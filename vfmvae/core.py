@@ -376,6 +376,7 @@ def check_weights(tensors: Mapping[str, Tensor],
 def sidecar(path: str | Path) -> Path: # of tensors
     "The JSON beside them: `x.json` for `x.safetensors`; any other name is kept whole, so that `feat.layer3` and `feat.layer4` have one each."
     p = as_path(path)
+    if not p.name: raise UserError(f'{p} is a folder; give the name of a file')
     return p.with_suffix('.json') if p.suffix == '.safetensors' else p.with_name(f'{p.name}.json')
 
 def save_weights(path: str | Path,          # `*.safetensors`; the JSON lies beside it, see `sidecar`
@@ -429,7 +430,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType): return any(_fits(value, h) for h in inner)
     if hint is bool: return isinstance(value, bool)
     if hint is int: return isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if hint is float: return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is float: return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and abs(value) < 1e300
     if hint is tuple or origin is tuple:
         if not isinstance(value, list | tuple): return False
         if not inner: return True

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% ../nbs/02_data.ipynb #af157be0
-from .core import UserError, as_path, digest, nearest, notice, real, whole
+from .core import UserError, as_path, at_least_float32, digest, nearest, notice, real, whole
 
 # %% ../nbs/02_data.ipynb #103b7297
 SHAPES = ('ring', 'triangle', 'cross', 'square')
@@ -306,7 +306,8 @@ def transform(x: Tensor,         # (b,3,H,W) in [-1,1]
     t, strength, seed = TRANSFORMS[name], real(strength, f'the strength of {name}'), whole(seed, 'seed', -2**62, 2**62)
     if not t.low <= strength <= t.high: raise UserError(f'{name} takes strengths from {t.low} to {t.high} ({t.unit}), not {strength}')
     if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'transform takes images (b,3,H,W), not {tuple(x.shape)}; add the batch axis with x[None]')
-    return x if strength == t.identity else t.apply(x, float(strength), seed)
+    # half precision lacks some of these operations on a CPU, and is too coarse for others
+    return x if strength == t.identity else t.apply(at_least_float32(x), strength, seed).to(x.dtype)
 
 # %% ../nbs/02_data.ipynb #3b2abe0d
 def _each(x: Tensor, seed: int, f: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
@@ -492,7 +493,7 @@ def _image_files(root: Path) -> tuple[list[Path], Counter]:
 def _say_skipped(name: Any, skipped: Mapping[str, int]) -> None:
     "What looks like a picture and was not read is said aloud; text and JSON beside pictures are not."
     loud = {k: n for k, n in skipped.items() if k in _PICTURES or not k.startswith('.')}
-    if loud: notice(f"{name}: left out {', '.join(f'{n} {k}' for k, n in loud.items())}; images end with {' '.join(sorted(SUFFIXES))}", 4)
+    if loud: notice(f"{name}: left out {', '.join(f'{n} {k}' for k, n in loud.items())} (read are {' '.join(sorted(SUFFIXES))})", 4)
 
 def _short_side(path: Path) -> int:
     try:

@@ -28,7 +28,7 @@ from .features import _place, _samples, as_images, batches
 from .metrics import frechet, inception_score, precision_recall
 from .tokenizer import image_seed
 from .train import provenance, world
-from .vfm import VFM
+from .vfm import VFM, read_torch
 
 # %% ../nbs/16b_evaluate.ipynb #e25b1829
 @runtime_checkable
@@ -105,8 +105,8 @@ def _inception_weights(path: str | Path | None) -> Path:
         try: write_atomic(at, lambda p: torch.hub.download_url_to_file(_INCEPTION, str(p), hash_prefix='6726825d', progress=False))
         except Exception as e:
             raise UserError(f'cannot get the Inception weights ({type(e).__name__}); download {_INCEPTION} elsewhere and give weights=file') from None
-    try: torch.load(at, map_location='cpu', weights_only=True)
-    except Exception as e: raise UserError(f'{at} is not a weights-only torch file ({type(e).__name__}); download {_INCEPTION} again') from None
+    try: read_torch(at)        # torch-fidelity itself reads it without that care
+    except UserError as e: raise UserError(f'{e}; or download {_INCEPTION} again') from None
     return at
 
 class Inception(nn.Module):

@@ -47,6 +47,7 @@ def _samples(images: Any) -> Iterator[dict]:
     many = (images[i] for i in range(len(images))) if hasattr(images, '__getitem__') else images
     for x in many:
         s = x if isinstance(x, dict) else {'image': x}
+        if not isinstance(s.get('image'), Tensor): raise UserError(f'an iterator gave a {type(s.get("image")).__name__}, not a tensor (3,H,W); give a list')
         if s['image'].ndim == 3: yield s
         elif 'key' in s: yield from ({'image': i, 'key': k} for i, k in zip(s['image'], s['key'], strict=True))
         else: yield from ({'image': i} for i in s['image'])
@@ -55,8 +56,9 @@ def as_images(images: Any # whatever stands for a set of images
              ) -> Any:
     "The same where `batches` can walk through it as it is (tensors, sets, iterables of tensors), else what `data.as_dataset` makes of it."
     if isinstance(images, Tensor) or not hasattr(images, '__len__') or not len(images): return images
-    if hasattr(images, 'batch') or isinstance(images, str): return as_dataset(images)
-    first = images[0] if hasattr(images, '__getitem__') and not isinstance(images, dict) else None
+    if hasattr(images, 'batch') or isinstance(images, str | dict): return as_dataset(images)
+    if not hasattr(images, '__getitem__'): return images
+    first = images[0]
     picture = first.get('image') if isinstance(first, dict) else first
     return images if isinstance(picture, Tensor) and picture.is_floating_point() else as_dataset(images)
 
@@ -186,7 +188,8 @@ class Bank:
         names, meta, marks = side.get('names'), side.get('meta', {}), side.get('stamps')
         lists = all(isinstance(v, list) and all(isinstance(n, str) for n in v) for v in (names, marks) if v is not None)
         if 'features' in tensors and names is not None and lists and isinstance(meta, dict):
-            try: return cls(tensors['features'], names, meta, marks)
+            # own memory: what is read lies in the file, which somebody may write over
+            try: return cls(tensors['features'].clone(), names, meta, marks)
             except UserError as e: raise UserError(f'{path}: {e}') from None
         raise UserError(f'{path} is not a bank: it lacks the tensor `features` or, in the JSON beside it, `names`; make it with Bank.save')
 

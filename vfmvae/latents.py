@@ -24,6 +24,7 @@ from .core import (Gaussian, UserError, check_out, home, inside, notice, progres
 from .data import World, as_dataset, fingerprint, take, taken, uniforms
 from .tokenizer import LatentStats, net_digest
 from .train import provenance, world
+from .vfm import read_torch
 
 # %% ../nbs/15b_latents.ipynb #6cf5a337
 def described(data: Any) -> str:
@@ -360,8 +361,7 @@ LAYOUTS = ('lightningdit', 'reg')
 
 def _torch_file(path: Path) -> Any:
     if not path.is_file(): raise UserError(f'no {path.name} in {path.parent}; it holds the scale (mean and std per channel) and belongs to the layout')
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise UserError(f'{path} cannot be read as weights ({_first(e)}); copy it again') from None
+    return read_torch(path)
 
 def _read_scale(folder: Path) -> dict:
     d = _torch_file(folder/'latents_stats.pt')

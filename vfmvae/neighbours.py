@@ -206,7 +206,7 @@ def _dots(a: Tensor, b: Tensor, i: Tensor, j: Tensor, scales: tuple[float, float
 def _nearest(queries: Tensor, keys: Tensor, k: int, alone: bool = False) -> tuple[Tensor, Tensor]:
     "Indices and float64 values (r,k) of the k largest of queries @ keys.T; `alone`: queries are the keys, and nobody is his own neighbour."
     same, n = queries is keys, len(queries)
-    scales = (_scale(queries), _scale(keys))
+    scales = (own := _scale(keys), own) if same else (_scale(queries), _scale(keys))
     with _true_float32(keys.device.type):
         if 4*k > BLOCK or len(keys) <= BLOCK:
             idx, val = _whole(queries, keys, k, torch.arange(n, device=keys.device), alone, scales)
@@ -229,11 +229,11 @@ def _nearest(queries: Tensor, keys: Tensor, k: int, alone: bool = False) -> tupl
         if not done.all(): idx[~done], val[~done] = _whole(queries, keys, k, (~done).nonzero()[:, 0], alone, scales)
     return idx, val/scales[0]/scales[1]
 
-# %% ../nbs/12b_neighbours.ipynb #ee928119
-def _copies(x: Tensor) -> Tensor | None:
+# %% ../nbs/12b_neighbours.ipynb #8d0d15df
+def _copies(x: Tensor, scale: float | None = None) -> Tensor | None:
     "(n,) int64, a number that rows share which are copies of each other; None where no two rows are."
-    scale, d, total = _scale(x), x.shape[1], 0.
-    mean = sum((x[s]*(scale/len(x))).sum(0) for s in _blocks(len(x), 8*d))/scale      # type: ignore[union-attr]
+    scale, d, total = _scale(x) if scale is None else scale, x.shape[1], 0.
+    mean = sum((_narrow(x[s], scale).sum(0) for s in _blocks(len(x), 8*d)), torch.zeros(d, device=x.device)).to(x.dtype)/len(x)/scale
     w = torch.randn(d, generator=torch.Generator().manual_seed(0)).to(x.device)
     w, parts = w/w.norm(), []
     for s in _blocks(len(x), 8*d):
@@ -291,9 +291,8 @@ class Graph:
         "The graph of the same rows with a mean squared length of 1."
         return self if self.square == 1 else replace(self, val=self.val/self.square, square=1.)
 
-def _square(x: Tensor) -> float:
+def _square(x: Tensor, scale: float) -> float:
     "Mean squared length of the rows that are not zero; exactly 1 for rows of unit length up to rounding, as `prepare` makes them."
-    scale = _scale(x)
     size = torch.cat([_narrow(x[s], scale).norm(dim=1) for s in _blocks(len(x), 8*x.shape[1])]).double()
     if not (size > 0).any(): return 1.
     square = size[size > 0].square().mean().item()/scale/scale
@@ -309,9 +308,10 @@ def knn_graph(a: Any,              # (n,d) rows, as `prepare` makes them
     top = len(a)-1+loops
     k = top if k is None else whole(k, 'k')
     if not 0 < k <= top: raise UserError(f'k = {k} neighbours among {len(a)} rows; choose k between 1 and {top}')
-    copies = _copies(a)
+    scale = _scale(a)
+    copies = _copies(a, scale)
     _said(copies)
-    return Graph(*_nearest(a, a, k, alone=not loops), loops, _square(a), copies)
+    return Graph(*_nearest(a, a, k, alone=not loops), loops, _square(a, scale), copies)
 
 # %% ../nbs/12b_neighbours.ipynb #055a6f10
 def _graph(x: Any, k: int | None, loops: bool) -> Graph:

@@ -73,8 +73,7 @@ def _tensors(source: Any, *wrappers: str) -> dict[str, Tensor]:
     sd = {k: v for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str) and k != 'n_averaged'}
     out = {re.sub(r'^(module\.|_orig_mod\.)+', '', k): v for k, v in sd.items()}
     if len(out) < len(sd): raise UserError('tensors with and without the prefix module. share a name; give one set of weights')
-    if empty := [k for k, v in out.items() if v.is_meta]: raise UserError(f'{empty[0]} has a shape but no values; choose another file')
-    dense = [v for v in out.values() if v.layout == torch.strided and not v.is_quantized]
+    dense = [v for v in out.values() if v.layout == torch.strided and not v.is_quantized and not v.is_meta]
     stored = sum({(s := v.untyped_storage()).data_ptr(): s.nbytes() for v in dense}.values())
     if (many := sum(v.numel() for v in dense)) > max(stored, 1 << 29):
         raise UserError(f'tensors of {many:.1e} numbers repeat the {stored:.1e} bytes that are stored; choose another file')
@@ -209,8 +208,10 @@ def _fill(net: Any, sd: Mapping[str, Tensor], what: str) -> None:
     mine = {k: v for k, v in net.state_dict().items() if k.startswith('stats.')}
     wanted = {k: v for k, v in net.state_dict().items() if k not in mine}
     complain(wanted, dict(sd), 'the tensors of this checkpoint', what)
+    shapes = [k for k, v in sd.items() if v.is_meta]           # a net of shapes alone is a net on the meta device
+    if shapes and len(shapes) < len(sd): raise UserError(f'{shapes[0]} has a shape but no values; choose another file')
     made = {k: v.detach().to(wanted[k].dtype, copy=True) if v.is_floating_point() else v.detach() for k, v in sd.items()}   # float64 may be too large
-    check_weights(made, 'this checkpoint', wanted)
+    if not shapes: check_weights(made, 'this checkpoint', wanted)
     net.load_state_dict({k: v.contiguous() for k, v in made.items()} | mine, assign=True)
 
 def load_vfmvae(source: Mapping | str | Path, # a state dict or a checkpoint's content; or the path of a .pth or .safetensors file

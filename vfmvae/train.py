@@ -67,15 +67,16 @@ def _parts(net: nn.Module, but: nn.Module | None) -> tuple[list[Tensor], list[Te
 
 class EMA:
     """The decay is set by an image half-life: 0.5**(batch/n), n = min(half_life, rampup*seen) (spec section 12); buffers are
-    copied verbatim. `.net` is the averaged module. Its frozen VFM, if any, is that of the module in training: held once."""
+    copied verbatim. `.net` is the averaged module. Its frozen VFM, if any, is a twin of
+    that of the module in training: no memory of its own until one of the two moves."""
     def __init__(self, net: nn.Module, half_life: float = 160_000, rampup: float | None = 0.05,
                  constant: float | None = None  # the same decay at every step instead, as the diffusion recipes have it
                 ):
         self.half_life = real(half_life, 'half-life of the average', low=0)
         self.rampup = None if rampup is None else real(rampup, 'ramp-up of the average', low=0)
         self.constant = None if constant is None else real(constant, 'decay of the average', low=0, high=1)
-        self._vfm = getattr(net, 'vfm', None)
-        self.net: Any = copy.deepcopy(net, {} if self._vfm is None else {id(self._vfm): self._vfm}).eval()
+        vfm = getattr(net, 'vfm', None)
+        self.net: Any = copy.deepcopy(net, {id(vfm): vfm.twin()} if hasattr(vfm, 'twin') else {}).eval()
     def decay(self, batch: int, seen: int) -> float:
         "The decay of this step; `batch` images a step, `seen` images so far."
         if self.constant is not None: return self.constant
@@ -84,7 +85,7 @@ class EMA:
     @torch.no_grad()
     def update(self, net: nn.Module, batch: int, seen: int) -> None:
         "Moves the average towards `net`."
-        (mine, own), (theirs, new) = _parts(self.net, self._vfm), _parts(net, self._vfm)
+        (mine, own), (theirs, new) = (_parts(m, getattr(m, 'vfm', None)) for m in (self.net, net))
         torch._foreach_lerp_(mine, theirs, weight=1-self.decay(batch, seen))
         for a, b in zip(own, new, strict=True): a.copy_(b)
 

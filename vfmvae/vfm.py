@@ -119,7 +119,7 @@ class _Scales(pickle._Unpickler):   # type: ignore[name-defined, misc]
     "Goes through a pickle; ValueError where it asks for more than `limit` bytes, or than a storage of `held` bytes has."
     def __init__(self, file: Any, limit: int, held: Mapping[str, int] | None):
         super().__init__(file)
-        self.limit, self.held, self.spent = limit, held, 0
+        self.limit, self.held, self.spent, self.views = limit, held, 0, 0
         self.known: dict[tuple[str, str], Any] = {}
     def find_class(self, module: str, name: str) -> Any:
         if len(self.known) > 2000: raise ValueError('it names thousands of classes')
@@ -139,8 +139,9 @@ class _Scales(pickle._Unpickler):   # type: ignore[name-defined, misc]
         self.spent += sum(len(a) for a in args if hasattr(a, '__len__') and not isinstance(a, type))
         if self.spent > self.limit: raise ValueError('its calls make more than the file holds')
         if name == '_rebuild_from_type_v2': return args[0](*args[2])
-        if name.startswith('_rebuild_tensor') and math.prod(int(n) for n in args[2]) > args[0][1]:
-            raise ValueError('a tensor declares more than its storage has')
+        if name.startswith('_rebuild_tensor'):           # a view may repeat a small storage; all of them together may not fill the memory
+            self.views += math.prod(int(n) for n in args[2])
+            if self.views > max(self.limit, 2**30): raise ValueError('its tensors declare more than the file holds')
         return dict.__new__(cls)
 
 def check_pickle(path: str | Path # a file of `torch.save`, today's (zip) or the first (stacked pickles) format
