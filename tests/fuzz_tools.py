@@ -3,6 +3,7 @@ import io, json, os, pickle, random, struct, zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ BAD_JSON: dict[str, bytes] = {
 
 class Plain:
     "A tokenizer of 4 x 4 means: 3 channels, stride 4, with a posterior of width `std`."
-    channels, stride = 3, 4
+    channels, stride, config = 3, 4, SimpleNamespace(img_size=8)
     def __init__(self, name: str = 'plain', std: float = .1):
         self.name, self.stats, self.width = name, LatentStats(3), std
     def encode(self, x: torch.Tensor) -> Gaussian:

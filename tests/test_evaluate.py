@@ -208,7 +208,7 @@ def test_inception_says_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='no Inception weights') as e: Inception(tmp_path/'none.pth')
     assert one_line(e)
     (tmp_path/'bad.pth').write_bytes(b'nothing')
-    with pytest.raises(UserError, match='not a weights-only torch file') as e: Inception(tmp_path/'bad.pth')
+    with pytest.raises(UserError, match='not a plain torch file of weights') as e: Inception(tmp_path/'bad.pth')
     assert one_line(e)
     def offline(*a, **k): raise OSError('no route')
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path/'hub'))

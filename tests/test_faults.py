@@ -23,7 +23,8 @@ for script in sys.argv[1:]:
             sys.argv = [script]
             runpy.run_path(script, run_name='__main__')
             code = 0
-        except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        except SystemExit as e:           # a bool of numpy is a code, too
+            code = int(e.code) if hasattr(e.code, '__index__') or hasattr(e.code, 'item') else int(e.code is not None)
         except BaseException:
             import traceback
             traceback.print_exc()

@@ -22,9 +22,7 @@ def rows(tmp_path_factory):
 
 
 # kinds with faults that are not mended yet, and why: to be empty
-KNOWN: dict[str, str] = dict(shards='names that leave the folder', configs='types', settings='types', tensors='edited JSON', pickles='foreign errors',
-                             published='NaN and integers', banks='messages', caches='shards and manifests', statistics='facts', cli='outputs',
-                             images='odd settings')
+KNOWN: dict[str, str] = {}
 KINDS = [pytest.param(k, marks=[pytest.mark.xfail(strict=True, reason=KNOWN[k])] if k in KNOWN else []) for k in fuzz.SHARES]
 
 

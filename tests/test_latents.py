@@ -182,7 +182,7 @@ def test_damaged_published_files_are_named(tmp_path):
     with pytest.raises(UserError, match='shard000.safetensors is cut off'): import_latents(made, tmp_path/'x', 'lightningdit', 'toy')
     f.write_bytes(keep)
     (made/'latents_stats.pt').write_bytes(b'not a file')
-    with pytest.raises(UserError, match='latents_stats.pt cannot be read'): import_latents(made, tmp_path/'y', 'lightningdit', 'toy')
+    with pytest.raises(UserError, match='latents_stats.pt is not a plain torch file'): import_latents(made, tmp_path/'y', 'lightningdit', 'toy')
     (made/'latents_stats.pt').unlink()
     with pytest.raises(UserError, match='no latents_stats.pt'): import_latents(made, tmp_path/'z', 'lightningdit', 'toy')
     reg = export_latents(c, tmp_path/'reg', 'reg')

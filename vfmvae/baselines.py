@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/08_baselines.ipynb #6696ffe8
-from .core import Gaussian, UserError, at_least_float32, real, to_grid, to_tokens, whole
+from .core import Gaussian, UserError, at_least_float32, check_fields, real, to_grid, to_tokens, whole
 from .dit_layers import sincos_table
 from .layers import norm_groups
 from .tokenizer import LatentStats, families, register_bundled
@@ -108,6 +108,7 @@ class ConvVAEConfig:
     dim: int = 1024                         # its width
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _in_reach(self, ('channels', 'width', 'img_size', 'patch', 'dim'), ('blocks', 'decoder_blocks'))
         if self.groups is not None: whole(self.groups, 'ConvVAEConfig.groups', 1)
         if not 0 < len(self.mults) <= 16: raise UserError(f'ConvVAEConfig.mults: {self.mults} needs one factor for each of 1 to 16 levels')
@@ -266,6 +267,7 @@ class RAEConfig:
     tau: float = .8            # training noise: z + sigma n with sigma ~ U(0, tau) per image
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _in_reach(self, ('patch', 'channels', 'stride', 'img_size', 'width', 'heads'), ('depth',))
         if self.width % self.heads or self.width % 4: raise UserError(f'RAEConfig.width: {self.width} must be a multiple of 4 and of the {self.heads} heads')
         if self.img_size % self.stride: raise UserError(f'RAEConfig.img_size: {self.img_size} is not a multiple of the stride {self.stride}')

@@ -195,7 +195,9 @@ def _encode(a) -> int:
     return 0
 
 def _decode(a) -> int:
+    from vfmvae.core import check_out
     from vfmvae.recipes import decode_latents
+    check_out(a.out, make=False)
     print(f'{len(decode_latents(_tokenizer(a), a.latents, a.out))} pictures in {Path(a.out).resolve()}')
     return 0
 
@@ -356,11 +358,11 @@ def lab_notebook(path: Path,           # where to write it; its folder is made
 def _lab(a) -> int:
     import importlib.util
     import subprocess
-    from vfmvae.core import UserError, home
+    from vfmvae.core import UserError, as_path, home
     missing = [n for n in ('jupyterlab', 'ipywidgets', 'ipykernel') if importlib.util.find_spec(n) is None]
     if missing: raise UserError(f"the lab needs {', '.join(missing)}: pip install jupyterlab ipywidgets")
     fields = dict(images=a.images, vfm=a.vfm, tokenizers=tuple(a.tokenizers.split(',')), size=a.size or 64, n=a.n)
-    if fields['images'] != 'world': fields['images'] = str(Path(a.images).expanduser().resolve())
+    if fields['images'] != 'world': fields['images'] = str(as_path(a.images, 'images').resolve())
     path = lab_notebook(home()/'labs'/'explorer.ipynb', **{k: v for k, v in fields.items() if k != 'size' or v != 64})
     print(f'notebook: {path}', flush=True)
     if a.dry_run: return 0

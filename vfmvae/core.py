@@ -6,7 +6,7 @@
 __all__ = ['UserError', 'Notice', 'notice', 'whole', 'real', 'home', 'data_dir', 'nearest', 'Registry', 'Gaussian',
            'at_least_float32', 'to_tokens', 'to_grid', 'seed_all', 'progress', 'as_path', 'is_file', 'write_atomic',
            'sweep', 'to_json', 'write_json', 'parse_json', 'read_json', 'check_out', 'inside', 'digest',
-           'check_weights', 'sidecar', 'save_weights', 'load_weights', 'build_config', 'Table']
+           'check_weights', 'sidecar', 'save_weights', 'load_weights', 'check_fields', 'build_config', 'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
 import dataclasses, difflib, hashlib, importlib, json, math, operator, os, platform, random, sys, tempfile, threading, time, types, typing, uuid, warnings
@@ -49,7 +49,7 @@ def whole(value: Any,              # an integer of Python, numpy or torch, or a 
         if isinstance(value, bool | np.bool_): raise TypeError
         n = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
     except TypeError: raise UserError(f'{name}: {str(value)[:40]!r} is not an integer; give a whole number') from None
-    _range(n, name, low, high)
+    _range(n, name, -2**63 if low is None else low, 2**63-1 if high is None else high)    # what a tensor can count
     return n
 
 def real(value: Any,               # a number of Python, numpy or torch
@@ -222,10 +222,11 @@ _HOST = hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
 
 def as_path(path: Any, what: str = 'path' # of an error
            ) -> Path:
-    "A `Path`. UserError: nothing, no text, a zero byte in it."
+    "A `Path`, `~` written out. UserError: nothing, no text, a zero byte in it, an unknown user."
     if not isinstance(path, str | os.PathLike) or not str(path) or '\0' in str(path):
         raise UserError(f'{what}: {str(path)[:60]!r} is no path; give the name of a file')
-    return Path(path)
+    try: return Path(path).expanduser()
+    except RuntimeError: raise UserError(f'{what}: {str(path)[:60]!r} names a user that this system does not know; write the folder out') from None
 
 def is_file(path: Path) -> bool:
     "Whether there is such a file; a name that no file can have is none."
@@ -321,16 +322,18 @@ def read_json(path: str | Path,                  # a file that holds one JSON ob
 
 # %% ../nbs/00_core.ipynb #6cc2ff23
 def check_out(path: str | Path,           # to be written at the end
-              suffix: str | None = None   # of a file, such as '.safetensors'; None: a folder
+              suffix: str | None = None,  # of a file, such as '.safetensors'; None: a folder
+              make: bool = True           # the folders; False: only look whether they could be made
              ) -> Path:
-    "The path, once something could be written there; makes the folders. UserError: empty, of another ending, a folder for a file or the reverse, not writable."
+    "The path, once something could be written there. UserError: empty, of another ending, a folder for a file or the reverse, not writable."
     p = as_path(path, 'what is written')
     if suffix and p.suffix != suffix: raise UserError(f'cannot write to {p}; name a file that ends with {suffix}')
     if suffix and p.is_dir(): raise UserError(f'{p} is a folder; name a file in it')
     try:
         if not suffix and p.exists() and not p.is_dir(): raise UserError(f'{p} is a file; name a folder')
         folder = p.parent if suffix else p
-        folder.mkdir(parents=True, exist_ok=True)
+        if make: folder.mkdir(parents=True, exist_ok=True)
+        while not folder.exists(): folder = folder.parent
         with tempfile.TemporaryFile(dir=folder): pass
         if suffix and p.exists() and not os.access(p, os.W_OK): raise PermissionError(13, 'Permission denied')
     except OSError as e: raise _cannot(p, e) from None
@@ -437,6 +440,12 @@ def _fits(value: Any, hint: Any) -> bool:
         return all(_fits(v, inner[0]) for v in value) if inner[-1] is ... else len(value) == len(inner) and all(map(_fits, value, inner))
     kind = origin or hint
     return isinstance(value, kind) if isinstance(kind, type) else True
+
+def check_fields(c: Any) -> None: # an instance of a dataclass: for its `__post_init__`
+    "UserError on a field whose value is not of the annotated type: it names the field."
+    for k, hint in typing.get_type_hints(type(c)).items():
+        if k in c.__dataclass_fields__ and typing.get_origin(hint) is not typing.ClassVar and not _fits(v := getattr(c, k), hint):
+            raise UserError(f"{type(c).__name__}.{k}: {str(v)[:40]!r} does not fit; give {getattr(hint, '__name__', None) or hint}".replace('typing.', ''))
 
 def build_config(cls: Any,   # a dataclass
                  values: Mapping # field name -> value; lists become tuples

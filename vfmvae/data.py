@@ -516,8 +516,8 @@ def folder(path: str | Path,            # class folders with images in them, or 
           ) -> ImageSet:
     """The images below `path`, sorted; keys are relative paths, links are followed. What is seen and not read is counted in `.skipped` and said.
     UserError: no folder, no images, images beside class folders, parts of a data set (train, val) for classes; later an unreadable file."""
-    root, min_side = as_path(path, 'a folder of images').expanduser(), None if min_side is None else whole(min_side, 'min_side', 0)
-    if not os.path.isdir(root): raise UserError(f'no folder {str(path)[:300]!r}; give a folder of images or of class folders')
+    root, min_side = as_path(path, 'a folder of images'), None if min_side is None else whole(min_side, 'min_side', 0)
+    if not os.path.isdir(root): raise UserError(f'no folder {root}; give a folder of images or of class folders')
     files, skipped = _image_files(root)
     if not files:
         seen = ', '.join(f'{n} {k}' for k, n in skipped.items())
@@ -629,7 +629,7 @@ def shards(pattern: str | Path | Sequence[str | Path], # 'train-{0000..1023}.tar
     without images, with two pictures of one key, with classes for a part of them."""
     if not isinstance(pattern, str | Path | list | tuple): raise UserError(f'{str(pattern)[:60]!r} names no shards; give a pattern or a list of tar files')
     given = [pattern] if isinstance(pattern, str | Path) else list(pattern)
-    paths = [q for p in given for q in _expand(str(as_path(p, 'a shard').expanduser()))]
+    paths = [q for p in given for q in _expand(str(as_path(p, 'a shard')))]
     if not paths: raise UserError(f'no shard matches {pattern}; give tar files')
     skipped: Counter = Counter()
     rows = [(s, *row) for s, p in enumerate(paths) for row in _shard_index(p, skipped)]

@@ -118,7 +118,9 @@ class Inception(nn.Module):
         try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError: raise UserError("Inception needs torch-fidelity; pip install 'vfmvae[eval]', or use another extractor") from None
         file = str(_inception_weights(weights))
-        self.net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'], feature_extractor_weights_path=file)
+        try: self.net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'], feature_extractor_weights_path=file)
+        except (RuntimeError, TypeError, AttributeError, LookupError) as e:
+            raise UserError(f'{file} holds no weights of Inception v3 ({str(e).splitlines()[0][:80]}); download {_INCEPTION}') from None
         self.net.Mixed_6d.branch1x1.register_forward_hook(lambda _, args, out: setattr(self, '_maps', out[:, :7]))
         self.name, self.preprocessing = 'inception-v3-compat', 'rounded to 8 bits, resized to 299 px as TensorFlow 1 does (bilinear, no antialias)'
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -218,6 +220,8 @@ class Statistics:
             if v.ndim != 2 or not v.is_floating_point() or d not in (None, v.shape[1]) or self.n not in (None, len(v)):
                 raise UserError(f'{k} of {whose} are {v.dtype} {tuple(v.shape)}; want floats, a row for each of the n images')
             if not v.isfinite().all(): raise UserError(f'{k} of {whose} contain NaN or infinity; make them again')
+        if self.probs is not None and ((self.probs < 0).any() or (self.probs.double().sum(1)-1).abs().max() > 1e-3):
+            raise UserError(f'probs of {whose} are no probabilities: each row sums to 1 and is not negative; make them again')
     def __repr__(self) -> str:
         seen = self.extractor or 'extractor not stated'
         return f'Statistics({self.name or "unnamed"}: {self.n or "?"} images, {len(self.mu)} dimensions, {seen})'

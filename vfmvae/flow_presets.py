@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 # %% ../nbs/17b_flow_presets.ipynb #b00b1661
+from .core import check_fields
 from .dit import FAMILIES, SIZES, DiT, DiTConfig
 from .flow import FLOW_WEIGHTS
 from .flow_train import FlowConfig
@@ -33,6 +34,7 @@ class FlowPreset:
     cosine: int = 0                 # cycles in which the learning rate is annealed, see `warm_cosine`; 0, as published: constant
     precision: str = 'fp32'
     sampling: Mapping[str, Any] = field(default_factory=dict) # for `sample_latents`
+    def __post_init__(self) -> None: check_fields(self)
 
 def forward_gflop(net: DiTConfig, latent: tuple[int, int, int]) -> float:
     "Billions of floating-point operations (two for each multiply-add) of one forward pass on one latent (c,h,w); counted, without memory or time."

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/15b_latents.ipynb #5809d2d7
-from .core import (Gaussian, UserError, check_out, home, inside, notice, progress, read_json, sweep, to_json, whole, write_atomic,
+from .core import (Gaussian, UserError, as_path, check_out, check_weights, home, inside, notice, progress, read_json, sweep, to_json, whole, write_atomic,
                          write_json)
 from .data import World, as_dataset, fingerprint, take, taken, uniforms
 from .tokenizer import LatentStats, net_digest
@@ -60,7 +60,7 @@ def _folder(path: str | Path) -> Path:
     if not text: raise UserError('a cache needs a name or a folder')
     try: taken = isinstance(path, Path) or os.sep in text or (os.altsep or os.sep) in text or Path(text).is_dir()
     except (OSError, ValueError): taken = False          # no file can be called so; said below
-    return Path(text).expanduser() if taken else inside(home()/'latents', text)
+    return as_path(text) if taken else inside(home()/'latents', text)
 
 # %% ../nbs/15b_latents.ipynb #914b4bb5
 def _rows(data: Any, at: Sequence[int]) -> dict: return data.batch([int(i) for i in at])
@@ -90,8 +90,9 @@ def _shard_of(tokenizer: Any, data: Any, at: range, batch_size: int, flips: bool
     return tensors
 
 def _finite(tensors: Mapping[str, Tensor]) -> bool:
-    "A sum is not finite if one of its terms is not; it costs a third of looking at each."
-    return all(math.isfinite(t.sum(dtype=torch.float64).item()) for t in tensors.values())
+    "A sum is not finite if one of its terms is not; it costs a third of looking at each. A variance of e^100 is none, either: tokenizers end at e^20."
+    small = all(t.max() <= 100 for k, t in tensors.items() if k.startswith('logvar'))
+    return small and all(math.isfinite(t.sum(dtype=torch.float64).item()) for t in tensors.values())
 
 # %% ../nbs/15b_latents.ipynb #1e563cce
 def _full(path: Path, needs: float) -> UserError:
@@ -239,7 +240,8 @@ class LatentCache:
 
     def batch(self, indices: Sequence[int], epoch: int = 0, seed: int = 0) -> dict:
         "The latents of these indices; epoch and seed decide which are flipped, if flips are kept."
-        at = np.asarray([int(i) for i in indices], dtype=np.int64)
+        at = np.asarray([whole(i, 'index', 0) for i in indices], dtype=np.int64)
+        if not len(at): raise UserError('a batch of no latents; give at least one index')
         if len(at) and (at.min() < 0 or at.max() >= len(self)): raise IndexError(f'index outside 0..{len(self)-1}')
         flip = uniforms(seed*1_000_003+epoch, at.tolist(), 1)[:, 0].numpy() < .5 if self.augment else np.zeros(len(at), dtype=bool)
         which = np.searchsorted(self.ends, at, side='right')
@@ -376,12 +378,15 @@ def _read_lightningdit(folder: Path) -> Iterator[tuple[Path, dict[str, Tensor]]]
     for f in files:
         try: t = load_file(f)
         except Exception as e: raise UserError(f'{f} is cut off or damaged ({_first(e)}); copy it again') from None
+        check_weights(t, f)
         if not {'latents', 'labels'} <= {*t}: raise UserError(f"{f} holds {', '.join(sorted(t))}, not latents and labels; it is of another layout")
         yield f, dict(mean=t['latents'].float(), label=t['labels'].long(), **({'mean_flip': t['latents_flip'].float()} if 'latents_flip' in t else {}))
 
 def _npy(path: Path) -> np.ndarray:
     "One array, float32; read through a map, so that a header that claims more than the file holds takes no memory."
-    return np.array(np.load(path, mmap_mode='r', allow_pickle=False), dtype=np.float32)
+    a = np.load(path, mmap_mode='r', allow_pickle=False)
+    if a.dtype.kind not in 'fiu': raise ValueError(f'it holds {a.dtype}')
+    return np.array(a, dtype=np.float32)
 
 def _read_reg(folder: Path, shard: int = 4096) -> Iterator[tuple[Path, dict[str, Tensor]]]:
     file = folder/'dataset.json'

@@ -8,7 +8,7 @@ __all__ = ['SHAPING', 'FIXED', 'DERIVED', 'IDLE', 'COUNTS', 'SWITCHES', 'VFM_PRE
            'read_settings', 'open_published', 'load_net']
 
 # %% ../nbs/17_published.ipynb #9b6229d6
-import pickle, re, reprlib, warnings, zipfile
+import os, pickle, re, reprlib, warnings, zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ from torch import Tensor
 
 # %% ../nbs/17_published.ipynb #5c7026ee
 from .baselines import ConvVAE, ConvVAEConfig
-from .core import UserError, build_config, check_weights, load_weights, nearest, read_json, real, whole
+from .core import UserError, as_path, build_config, check_weights, load_weights, nearest, read_json, real, whole
 from .dit import FAMILIES, SIZES, DiT, DiTConfig
 from .dit_layers import rope_table, sincos_table
 from .layers import norm_groups
@@ -50,7 +50,7 @@ def _strangers(path: Path) -> list[str]:
 def read_checkpoint(path: str | Path) -> dict: # .pth, .pt, .bin or .safetensors
     """What the file holds. Nothing in it is executed and nothing larger than the file is made: dict subclasses become OrderedDicts, anything else
     unknown is a UserError."""
-    path = Path(path).expanduser()
+    path = as_path(path)
     if not path.is_file(): raise UserError(f'no checkpoint at {path}; check the path')
     if path.suffix == '.safetensors': return load_weights(path)[0]
     try:
@@ -298,7 +298,7 @@ def _set_scale(stats: LatentStats, config: Mapping, factor: float | None) -> Non
 
 def _diffusers_folder(source: Any, config: Any) -> tuple[Any, Mapping | None]:
     "The file of weights and the config that lies beside it; what is no path, and a config that is given, stay as they are."
-    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    path = as_path(source) if isinstance(source, str | Path) else None
     if path is not None and path.is_dir():
         if (path/'vae'/'config.json').is_file(): path = path/'vae'        # of a whole pipeline
         found = [f for end in ('safetensors', 'bin') for f in (path/f'diffusion_pytorch_model.{end}', *sorted(path.glob(f'*.{end}'))) if f.is_file()]
@@ -343,7 +343,7 @@ def read_settings(source: Mapping | str | Path # the `G_kwargs` mapping, or a YA
     "The `G_kwargs` of a published VFM-VAE. UserError unless it is a mapping, or a file of one."
     import yaml
     if isinstance(source, Mapping): return source
-    path = Path(source).expanduser()
+    path = as_path(source)
     if not path.is_file(): raise UserError(f'no file {path}; g_kwargs is the YAML that the checkpoint was trained with')
     try: d = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as e:
@@ -356,7 +356,7 @@ def open_published(source: Mapping | str | Path,              # a file, a folder
                    vfm: Any = None                            # see `load_vfmvae` and `load_convvae`
                   ) -> VFMVAE | ConvVAE:
     "A published tokenizer of whatever kind the names of its tensors tell, in eval mode. UserError that says what the file is, if it is none."
-    if isinstance(source, str | Path) and Path(source).expanduser().is_dir(): return load_convvae(source, vfm=vfm)
+    if isinstance(source, str | Path) and os.path.isdir(as_path(source)): return load_convvae(source, vfm=vfm)
     content = source if isinstance(source, Mapping) else read_checkpoint(source)
     names = [k.removeprefix('first_stage_model.') for k in _tensors(content, *_WRAPPERS)]
     if any(k.startswith(_VFMVAE) for k in names):

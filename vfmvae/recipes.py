@@ -24,8 +24,8 @@ from torch import Tensor
 # %% ../nbs/18_recipes.ipynb #fe90f76b
 from .adversarial import PatchGAN, ProjectedDiscriminator
 from .baselines import ConvVAEConfig, RAEConfig
-from .core import (UserError, check_out, check_weights, inside, load_weights, nearest, notice, progress, read_json,
-                         real, save_weights, seed_all, sidecar, whole, write_atomic)
+from .core import (UserError, as_path, check_out, check_weights, inside, is_file, load_weights, nearest,
+                         notice, progress, read_json, real, save_weights, seed_all, sidecar, whole, write_atomic)
 from .data import SUFFIXES, World, as_dataset, fingerprint, folder, loader, shards, take, to_pil
 from .flow_presets import FLOW_PRESETS
 from .latents import described, latent_digest
@@ -57,7 +57,7 @@ def open_data(spec: Any,             # 'world', a folder of images, WebDataset s
     if paths and len({str(p).endswith('.tar') for p in several}) > 1:
         raise UserError('a list of shards (*.tar) and other files; give one kind')
     if paths and str(several[0]).endswith('.tar'): ds = shards(several, augment=augment, **sized)
-    elif named and Path(spec).suffix.lower() in SUFFIXES and Path(spec).is_file():
+    elif named and Path(spec).suffix.lower() in SUFFIXES and is_file(as_path(spec)):
         ds = as_dataset([spec], size, augment)
     elif named: ds = folder(spec, augment=augment, **sized)
     else: return as_dataset(spec, size, augment)
@@ -220,7 +220,7 @@ def plan(preset: Preset,
     images, lr = None if images is None else whole(images, 'images', 1), None if lr is None else real(lr, 'lr', above=0)
     if stages is not None and not stages: raise UserError(f"no stages to train; name some (known: {', '.join(known)})")
     for name in stages or ():
-        if name not in known: raise UserError(f"no stage {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+        if not isinstance(name, str) or name not in known: raise UserError(f"no stage {name!r}{nearest(str(name), known)} (known: {', '.join(known)})")
     chosen = [s for s in preset.stages if stages is None or s.name in stages]
     share = 1. if images is None else images/sum(s.images for s in chosen)
     faster = 1. if lr is None else lr/chosen[0].lr

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/11_tok_train.ipynb #1d766106
 from .adversarial import feature_matching, gan_loss_d, gan_loss_g
-from .core import UserError, nearest, real, whole
+from .core import UserError, check_fields, nearest, real, whole
 from .losses import Warp, adaptive_weight, align_loss, draw_warp, latent_transform, multiscale, pixel, ssim_loss, target_transform
 from .train import EMA, NotFinite, betas_of, defaults_of, everywhere, modules_in, world
 from .vae import Codebook, Encoded, VFMVAEConfig
@@ -57,6 +57,7 @@ class Stage:
         for k, w in self.weights.items():
             need(k in LOSSES, f" has no loss {k!r}{nearest(str(k), LOSSES)} (known: {', '.join(LOSSES)})")
             real(w, f'{who}: the weight of {k}', low=0, high=1e9)
+        check_fields(self)
         self._numbers(who)
         for k in ('train', 'warmup', 'equivariance'):
             need(isinstance(getattr(self, k), list | tuple), f': {k} is {getattr(self, k)!r}; give a tuple')

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/10_train.ipynb #c113c6d2
-from .core import (UserError, check_out, check_weights, digest, home, inside, load_weights, progress, real, save_weights,
-                         seed_all, sidecar, sweep, to_json, whole, write_atomic, write_json)
+from .core import (UserError, as_path, check_out, check_weights, digest, home, inside, load_weights,
+                         progress, real, save_weights, sidecar, sweep, to_json, whole, seed_all, write_atomic, write_json)
 from .data import Loader, fingerprint, loader as data_loader
 from .plots import curves, panels, to_png
 
@@ -233,7 +233,7 @@ class Run:
     def __init__(self, name: str | Path, keep: int = 2 # checkpoints
                 ):
         bare = isinstance(name, str) and os.sep not in name
-        self.dir = inside(home()/'runs', str(name)) if bare else Path(name).expanduser()
+        self.dir = inside(home()/'runs', str(name)) if bare else as_path(name)
         self.keep = whole(keep, 'keep', 1)
         if not self.dir.is_dir(): check_out(self.dir)
         sweep(self.dir)
@@ -259,7 +259,7 @@ class Run:
         tensors, meta = load_weights(found[-1])
         tell = partial('{} {}; choose another run name or delete {}'.format, found[-1])
         own = f"step-{meta.get('step')!s:0>8}" == found[-1].stem
-        if not own or not all(isinstance(meta.get(k), dict) for k in ('config', 'task')):
+        if not own or not all(isinstance(meta.get(k) or {}, dict) for k in ('config', 'task', 'loop')):
             raise UserError(tell('is no checkpoint of a run', self.dir))
         bad, said = _differences(meta, task, loop or {})
         if bad: raise UserError(tell(f"belongs to another configuration ({'; '.join(bad)})", self.dir))
@@ -311,6 +311,7 @@ def read_nets(path: str | Path # a run's folder, one of its checkpoints, or a fi
             return {'model': tensors, 'ema': tensors}, whole((meta.get('recipe') or {}).get('images', 0), 'images', 0)
         tree, seen = _restore(meta['task'], tensors), whole(meta['images'], 'images', 0)
         nets = tree['nets'] | ({'ema': tree['ema']} if tree['ema'] else {})
+        if not nets or not all(isinstance(n, dict) and all(isinstance(t, Tensor) for t in n.values()) for n in nets.values()): raise TypeError('no nets')
         return nets, seen + whole(meta['config'].get('start', 0), 'start', 0)
     except (UserError, LookupError, TypeError, AttributeError) as e:
         what = f'{path} says nothing of use about its weights ({_line(e)[:80]})'
@@ -330,12 +331,14 @@ def load_nets(task: Task, state: Mapping[str, Mapping[str, Tensor]]) -> None:
 # %% ../nbs/10_train.ipynb #fc85da89
 def constant(lr: float) -> Callable[[int], float]:
     "The published schedule: lr at every step."
+    lr = real(lr, 'lr', 0)
     return lambda step: lr
 
 def warm_cosine(lr: float, steps: int, warmup: int = 100, floor: float = 0.02,
                 cycles: int = 1 # the cosine starts anew so often, each as long (SGDR, Loshchilov & Hutter 2017); the warm-up does not
                ) -> Callable[[int], float]:
     "Linear warm-up, then half a cosine down to `floor*lr` at `steps`, or `cycles` of them one after another."
+    lr, steps, warmup, cycles = real(lr, 'lr', 0), whole(steps, 'steps', 1), whole(warmup, 'warmup', 1), whole(cycles, 'cycles', 1)
     def way(step: int) -> float: return 1. if step >= steps else step*cycles/steps % 1
     return lambda step: lr*min(1., (step+1)/warmup)*(floor + (1-floor)*(.5 + .5*math.cos(math.pi*way(step))))
 

@@ -7,6 +7,7 @@ __all__ = ['NOISE', 'SETS', 'label', 'views', 'see', 'as_source', 'gather', 'ima
            'extract_views', 'Fitted']
 
 # %% ../nbs/12c_views.ipynb #b783486a
+import os
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/12c_views.ipynb #d0cc4a8c
-from .core import UserError, nearest, notice, progress, real, whole
+from .core import UserError, as_path, nearest, notice, progress, real, whole
 from .data import (TRANSFORMS, World, as_dataset, fingerprint, folder, published_draw, published_noise, shards, stamps, take, taken,
                          to_tensor, to_uint8, transform)
 from .features import Bank, as_images, batches, pool as pool_tokens
@@ -93,7 +94,7 @@ def as_source(x: Any # a FeatureSource, a Tokenizer, a name of `tokenizers` or `
     raise UserError(f'{type(x).__name__} has neither features nor encode; give a VFM, a tokenizer, a name, or an adapter of one')
 
 def _named(name: str) -> Any:
-    if name.endswith('.safetensors'): return load_tokenizer(Path(name).expanduser())
+    if name.endswith('.safetensors'): return load_tokenizer(name)
     if name in tokenizers and name in vfms: raise UserError(f'{name!r} is a tokenizer and a VFM; give tokenizers[{name!r}] or VFM({name!r})')
     if name in tokenizers: return tokenizers[name]
     from timm import is_model
@@ -128,8 +129,8 @@ def image_set(images: Any,          # World, a folder's or shards' set or path; 
              ) -> Any:
     "What stands for a set of images, as `extract_views` reads it. UserError: nothing that holds images, n of a stream."
     if isinstance(images, str | Path):
-        path = Path(images).expanduser()
-        if path.is_dir(): images = folder(path)
+        path = as_path(images, 'images')
+        if os.path.isdir(path): images = folder(path)
         elif path.suffix == '.tar': images = shards(path)
         else: raise UserError(f'no folder and no shard (*.tar) {images}; check the path, or open other sets with recipes.open_data')
     if not isinstance(images, Iterable) and not hasattr(images, '__getitem__') and not hasattr(images, 'batch'):
