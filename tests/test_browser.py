@@ -191,7 +191,7 @@ def test_the_other_labs_are_moved_by_the_keyboard_too(page, place, name, control
 def test_bad_input_is_told_and_the_lab_lives_on(lab):
     before = lab.seen()
     lab.press('images', 'Control+a', 'nowhere', 'Enter')
-    until(lab.page, lambda: "no folder 'nowhere'" in lab.seen()[1], 'no message')
+    until(lab.page, lambda: 'no folder nowhere' in lab.seen()[1], 'no message')
     assert lab.seen()[0] == before[0] and lab.control('images').input_value() == 'world'
     lab.moves('image', 'Control+a', '9', 'Enter', words='image 9')
 
