@@ -192,7 +192,7 @@ def _to_rgb(im: Image.Image, name: str, form: str | None) -> Image.Image:
 
 # %% ../nbs/02_data.ipynb #6bc5d632
 SUFFIXES = frozenset('.jpg .jpeg .png .webp .bmp .tif .tiff .ppm'.split())
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'PPM')   # what a name may hide, such as EPS, starts other programs
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'PPM', 'GIF')   # what a name may hide, such as EPS, starts other programs
 PIXELS = 2**26    # of a picture; a bomb of a few kilobytes may declare billions, and one of transparent pixels takes 16 bytes for each
 
 def open_image(path: str | Path | io.BytesIO, # a file, or its bytes
