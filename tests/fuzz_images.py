@@ -271,7 +271,7 @@ def classes_of_folders(rng: random.Random, box: Path) -> Case:
         for n in names: (box/'train').mkdir(exist_ok=True); (box/n).rename(box/'train'/n)
         pictures(box/'val'/'a', rng, 1)
     seen = sorted(n for n in names if n != '.h')
-    want = sorted([*seen, 'linked']) if twist == 'link' and names[0] != '.h' else seen
+    want = sorted([*seen, 'linked']) if twist == 'link' else seen      # a link is read, also to a hidden folder
     count = 2*len(want) + (twist in ('nested', 'link of a file') and names[0] != '.h')
     def right(ds: Any) -> bool:
         if twist in ('beside', 'train and val'): return False

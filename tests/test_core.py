@@ -1,7 +1,8 @@
 "Laws of the files: whole or absent, whoever else writes them."
-import os, threading, time
+import importlib, os, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from vfmvae.core import write_atomic
+import pytest
+from vfmvae.core import Registry, write_atomic
 
 
 def test_threads_that_write_the_same_file_leave_a_whole_one_that_all_may_read(tmp_path):
@@ -27,21 +28,20 @@ def test_threads_that_write_the_same_file_leave_a_whole_one_that_all_may_read(tm
     finally: os.umask(before)
 
 
-def test_threads_that_ask_a_registry_first_all_find_what_is_registered(tmp_path, monkeypatch):
-    import sys
-    from vfmvae.core import Registry
-    (tmp_path/'slow_zoo.py').write_text('import time\nfrom zoo_registry import zoo\nfor name in "abc":\n    time.sleep(.05)\n    assert name not in zoo\n    zoo.register(name, lambda n=name: n)\n')
+@pytest.mark.parametrize('start', ['ask', 'import'])          # a registry is asked, or its module is imported, while others ask
+def test_threads_that_ask_a_registry_first_all_find_what_is_registered(start, tmp_path, monkeypatch):
+    (tmp_path/'slow_zoo.py').write_text('import time\nfrom zoo_registry import zoo\nfor name in "abc":\n    time.sleep(.05)\n    assert name not in zoo\n'
+                                        '    zoo.register(name, lambda n=name: n)\n')
     monkeypatch.syspath_prepend(str(tmp_path))
-    for start in ('ask', 'import'):                       # a registry is asked, or its module is imported, while others ask
-        zoo = Registry('animal', modules=('slow_zoo',))
-        monkeypatch.setitem(sys.modules, 'zoo_registry', type(sys)('zoo_registry'))
-        sys.modules['zoo_registry'].zoo = zoo
-        sys.modules.pop('slow_zoo', None)
-        meet = threading.Barrier(6)
-        def look(i):
-            meet.wait()
-            if start == 'import' and not i: __import__('slow_zoo')
-            time.sleep(.02*i)
-            return zoo['abc'[i % 3]], sorted(zoo)
-        with ThreadPoolExecutor(6) as pool: found = [*pool.map(look, range(6))]
-        assert found == [('abc'[i % 3], ['a', 'b', 'c']) for i in range(6)]
+    zoo = Registry('animal', modules=('slow_zoo',))
+    monkeypatch.setitem(sys.modules, 'zoo_registry', type(sys)('zoo_registry'))
+    sys.modules['zoo_registry'].zoo = zoo
+    sys.modules.pop('slow_zoo', None)
+    meet = threading.Barrier(6)
+    def look(i):
+        meet.wait()
+        if start == 'import' and not i: importlib.import_module('slow_zoo')
+        time.sleep(.02*i)
+        return zoo['abc'[i % 3]], sorted(zoo)
+    with ThreadPoolExecutor(6) as pool: found = [*pool.map(look, range(6))]
+    assert found == [('abc'[i % 3], ['a', 'b', 'c']) for i in range(6)]

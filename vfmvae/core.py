@@ -442,7 +442,9 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 def check_fields(c: Any) -> None: # an instance of a dataclass: for its `__post_init__`
-    "UserError on a field whose value is not of the annotated type: it names the field."
+    "UserError on a field whose value is not of the annotated type: it names the field. Numbers of numpy become Python's."
+    for k in c.__dataclass_fields__:
+        if isinstance(v := getattr(c, k), np.generic): object.__setattr__(c, k, v.item())
     for k, hint in typing.get_type_hints(type(c)).items():
         if k in c.__dataclass_fields__ and typing.get_origin(hint) is not typing.ClassVar and not _fits(v := getattr(c, k), hint):
             raise UserError(f"{type(c).__name__}.{k}: {str(v)[:40]!r} does not fit; give {getattr(hint, '__name__', None) or hint}".replace('typing.', ''))

@@ -43,6 +43,7 @@ class FlowConfig:
     def __post_init__(self) -> None:
         def need(ok: bool, text: str) -> None:
             if not ok: raise UserError(f'FlowConfig.{text}')
+        for k in ('path', 'predict'): need(isinstance(getattr(self, k), str), f'{k}: {getattr(self, k)!r} is no name')
         need(isinstance(self.weights, Mapping), f'weights: {self.weights!r} is no mapping of loss terms to numbers')
         for k, w in self.weights.items():
             need(k in TERMS, f"weights: no loss term {k!r}{nearest(str(k), TERMS)} (known: {', '.join(TERMS)})")

@@ -378,14 +378,14 @@ def _read_lightningdit(folder: Path) -> Iterator[tuple[Path, dict[str, Tensor]]]
     for f in files:
         try: t = load_file(f)
         except Exception as e: raise UserError(f'{f} is cut off or damaged ({_first(e)}); copy it again') from None
-        check_weights(t, f)
+        check_weights(t, f, {k: torch.empty(0) for k in ('latents', 'latents_flip')})
         if not {'latents', 'labels'} <= {*t}: raise UserError(f"{f} holds {', '.join(sorted(t))}, not latents and labels; it is of another layout")
         yield f, dict(mean=t['latents'].float(), label=t['labels'].long(), **({'mean_flip': t['latents_flip'].float()} if 'latents_flip' in t else {}))
 
 def _npy(path: Path) -> np.ndarray:
     "One array, float32; read through a map, so that a header that claims more than the file holds takes no memory."
     a = np.load(path, mmap_mode='r', allow_pickle=False)
-    if a.dtype.kind not in 'fiu': raise ValueError(f'it holds {a.dtype}')
+    if a.dtype.kind != 'f': raise ValueError(f'it holds {a.dtype}')
     return np.array(a, dtype=np.float32)
 
 def _read_reg(folder: Path, shard: int = 4096) -> Iterator[tuple[Path, dict[str, Tensor]]]:

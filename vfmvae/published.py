@@ -22,7 +22,7 @@ from torch import Tensor
 
 # %% ../nbs/17_published.ipynb #5c7026ee
 from .baselines import ConvVAE, ConvVAEConfig
-from .core import UserError, as_path, build_config, check_weights, load_weights, nearest, read_json, real, whole
+from .core import UserError, as_path, build_config, check_weights, is_file, load_weights, nearest, read_json, real, whole
 from .dit import FAMILIES, SIZES, DiT, DiTConfig
 from .dit_layers import rope_table, sincos_table
 from .layers import norm_groups
@@ -344,7 +344,7 @@ def read_settings(source: Mapping | str | Path # the `G_kwargs` mapping, or a YA
     import yaml
     if isinstance(source, Mapping): return source
     path = as_path(source)
-    if not path.is_file(): raise UserError(f'no file {path}; g_kwargs is the YAML that the checkpoint was trained with')
+    if not is_file(path): raise UserError(f'no file {path}; g_kwargs is the YAML that the checkpoint was trained with')
     try: d = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} is not YAML ({(str(e).splitlines() or ['?'])[0][:120]}); give the YAML of the training") from None
@@ -471,7 +471,8 @@ def load_net(source: Mapping | str | Path, # a state dict or a checkpoint's cont
             ) -> DiT:
     """A published net, float32, eval mode, in the library's time direction: t is the noise level, the velocity noise - data. `.meta` keeps the settings.
     UserError, one line, on missing, extra and misshaped tensors, position tables that are not ours (1e-5), unsupported settings, and unsafe files."""
-    if family not in FAMILIES: raise UserError(f"no family {family!r} of nets{nearest(family, FAMILIES)} (known: {', '.join(FAMILIES)})")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"no family {family!r} of nets{nearest(str(family), FAMILIES)} (known: {', '.join(FAMILIES)})")
     config = {k: v for k, v in _sane(config, NET_COUNTS, f'settings of a {family} net').items() if v is not None}
     if config.get('encoder_depth') is not None: whole(config['encoder_depth'], 'encoder_depth', 0)
     sd, told = _net_tensors(source, config)
