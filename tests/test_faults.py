@@ -23,7 +23,7 @@ for script in sys.argv[1:]:
             sys.argv = [script]
             runpy.run_path(script, run_name='__main__')
             code = 0
-        except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        except SystemExit as e: code = 1 if isinstance(e.code, str) else int(bool(e.code))     # numpy's False is no failure
         except BaseException:
             import traceback
             traceback.print_exc()
