@@ -9,7 +9,8 @@ __all__ = ['UserError', 'Notice', 'notice', 'whole', 'real', 'home', 'data_dir',
            'check_weights', 'sidecar', 'save_weights', 'load_weights', 'check_fields', 'build_config', 'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
-import dataclasses, difflib, hashlib, importlib, json, math, operator, os, platform, random, sys, tempfile, threading, time, types, typing, uuid, warnings
+import dataclasses, difflib, hashlib, importlib, json, math, operator, os, platform, random, shutil, sys
+import tempfile, threading, time, types, typing, uuid, warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -239,7 +240,8 @@ def _cannot(path: Path, e: BaseException) -> UserError:
 def write_atomic(path: Path,    # the final name; its folder is made
                  write: Callable[[Path], Any]  # writes the file whose name it is given
                 ) -> Path:
-    "Writes to a temporary name in the same folder and renames: the file is whole or absent. UserError if the system does not let it."
+    """Writes in a temporary folder beside it and renames: the file is whole or absent. UserError if the system does not let it.
+    A folder, since some writers (safetensors) have temporary files of their own, which nobody could tell from a living one's."""
     path = as_path(path)
     # threads and machines may write the same file at once; the process is named so that `sweep` can tell a dead writer
     tmp = path.with_name(f'.{path.name[:120]}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp')
@@ -248,13 +250,15 @@ def write_atomic(path: Path,    # the final name; its folder is made
         if path.parent not in _SWEPT:      # what an earlier program left behind when it was killed
             _SWEPT.add(path.parent)
             sweep(path.parent)
+        tmp.mkdir()
         try:
-            tmp.touch()
-            mode = tmp.stat().st_mode      # of any new file here; some writers make private ones
-            write(tmp)
-            tmp.chmod(mode)
-            os.replace(tmp, path)
-        finally: tmp.unlink(missing_ok=True)
+            new = tmp/path.name
+            new.touch()
+            mode = new.stat().st_mode      # of any new file here; some writers make private ones
+            write(new)
+            new.chmod(mode)
+            os.replace(new, path)
+        finally: shutil.rmtree(tmp, ignore_errors=True)
     except OSError as e: raise _cannot(path, e) from e
     return path
 
@@ -267,7 +271,7 @@ def _alive(pid: int) -> bool:
 def sweep(folder: str | Path, # of `write_atomic`'s files
           days: float = 7     # a writer on another machine is taken for dead after so many
          ) -> list[Path]:
-    "Removes the temporary files in a folder whose writer is dead; returns them. Those of a living process stay."
+    "Removes what `write_atomic` had begun in a folder where the writer is dead; returns it. What a living process writes stays."
     gone = []
     for p in Path(folder).glob('.*.tmp'):
         host, pid, _ = (p.name.split('.')[-2].split('-') + ['', ''])[:3]
@@ -276,7 +280,7 @@ def sweep(folder: str | Path, # of `write_atomic`'s files
             mine = host == _HOST and pid == str(os.getpid()) and made < _BORN-60      # of a program that had this number before
             dead = time.time()-made > days*86400 if host != _HOST else pid.isdigit() and not _alive(int(pid))
             if not (dead or mine): continue
-            p.unlink()
+            shutil.rmtree(p) if p.is_dir() else p.unlink()
         except OSError: continue           # another process swept it
         gone.append(p)
     return gone
