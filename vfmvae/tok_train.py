@@ -57,7 +57,6 @@ class Stage:
         for k, w in self.weights.items():
             need(k in LOSSES, f" has no loss {k!r}{nearest(str(k), LOSSES)} (known: {', '.join(LOSSES)})")
             real(w, f'{who}: the weight of {k}', low=0, high=1e9)
-        check_fields(self)
         self._numbers(who)
         for k in ('train', 'warmup', 'equivariance'):
             need(isinstance(getattr(self, k), list | tuple), f': {k} is {getattr(self, k)!r}; give a tuple')
@@ -71,6 +70,7 @@ class Stage:
         for k in self.warmup: need(k in _LEANS, f' has no warm-up for {k!r}; known: gan, patchgan')
         for k, other in _LEANS.items():
             need(k not in self.warmup or {k, other} <= on, f': {k} cannot wait for {other} to settle unless both have a weight')
+        check_fields(self)
     def _numbers(self, who: str) -> None:
         real(self.lr, f'{who}: lr', above=0, high=1e3)
         if self.lr_critics is not None: real(self.lr_critics, f'{who}: lr_critics', above=0, high=1e3)

@@ -259,7 +259,7 @@ class Run:
         tensors, meta = load_weights(found[-1])
         tell = partial('{} {}; choose another run name or delete {}'.format, found[-1])
         own = f"step-{meta.get('step')!s:0>8}" == found[-1].stem
-        if not own or not all(isinstance(meta.get(k) or {}, dict) for k in ('config', 'task', 'loop')):
+        if not own or not all(isinstance(d, dict) for d in (meta.get('config'), meta.get('task'), meta.get('loop') or {})):
             raise UserError(tell('is no checkpoint of a run', self.dir))
         bad, said = _differences(meta, task, loop or {})
         if bad: raise UserError(tell(f"belongs to another configuration ({'; '.join(bad)})", self.dir))
