@@ -438,7 +438,7 @@ def test_sampling_that_leaves_the_numbers_says_so(method):
     for how in (dict(), dict(states=True)):
         with pytest.raises(UserError, match='ended in NaN or infinity') as e: sample_latents(net, [0, 1], (3, 4, 4), steps=2, method=method, **how)
         assert '\n' not in str(e.value) and not net.final_layer.linear.weight.isnan().any()
-    for seed in (2**70, -3): assert sample_latents(net_of(), [0], (3, 4, 4), seed=seed, steps=1).isfinite().all()
+    for seed in (2**60, -3): assert sample_latents(net_of(), [0], (3, 4, 4), seed=seed, steps=1).isfinite().all()
 
 
 def test_a_watch_that_goes_on_keeps_its_schedule(tmp_path):

@@ -18,7 +18,7 @@ from torch import Tensor
 # %% ../nbs/13_align.ipynb #fde01cb1
 from .core import Table, UserError, notice, real, whole
 from .features import Bank
-from .neighbours import Graph, _blocks, _graph, _graphs, _rows, _scale, _shared, _sorted, _square, knn_graph, mutual_knn, prepare
+from .neighbours import Graph, _blocks, _graph, _graphs, _rows, _shared, _sorted, knn_graph, mutual_knn, prepare
 from .probes import PENALTIES, Score, knn_accuracy, linear_probe, probe, ridge_probe
 from .views import as_source, extract_views, gather, image_set, images_seen, label, say_unfamiliar, views
 _all_ = ['Graph', 'knn_graph', 'mutual_knn', 'prepare', 'PENALTIES', 'Score', 'knn_accuracy', 'linear_probe', 'probe', 'ridge_probe']   # one door for all of it
@@ -261,11 +261,16 @@ def _kernel_hsics(a: Tensor, b: Tensor, sigma: float | None, unbiased: bool) -> 
 def _centred(x: Tensor, linear: bool) -> Tensor:
     """Centred rows in float64. For the linear kernel in units of their size: the rows' length where all have one (1 after `prepare`: the published
     eps) and it is not all offset, else the root mean square of what is left after centring, which a constant offset leaves alone."""
-    square, c = _square(x, _scale(x)) if linear else 1., x.double() - x.double().mean(0)
-    if square == 1: return c
-    size, spread = x.double().norm(dim=1), c.square().sum(1).mean().item()
+    x = x.double()
+    c = x - x.mean(0)
+    if not linear: return c
+    size = torch.linalg.vector_norm(x, dim=1)
     size = size[size > 0]
-    return c/(square if size.max() < (1+1e-5)*size.min() and spread > 1e-4*square else spread)**.5
+    square = size.square().mean().item() if len(size) else 1.
+    if abs(square-1) < 1e-5: return c
+    spread = torch.linalg.vector_norm(c).item()**2/len(c)
+    unit = square if size.max() < (1+1e-5)*size.min() and spread > 1e-4*square else spread
+    return c.mul_(unit**-.5) if unit else c
 
 # %% ../nbs/13_align.ipynb #2d47850b
 def cka(a: Any,                 # (n,d)
@@ -293,7 +298,7 @@ def cka(a: Any,                 # (n,d)
     return _value(parts[0], parts[1], parts[2], eps)
 
 def _vary(x: Tensor, name: str) -> bool:
-    if (x != x[0]).any(): return True
+    if (x[-1] != x[0]).any() or (x != x[0]).any(): return True
     notice(f'all rows of {name} are the same: features that never vary have nothing to compare, and this score is nan')
     return False
 

@@ -200,7 +200,7 @@ def load_tokenizer(path: str | Path,       # written by `save_tokenizer`
                         'published checkpoints open with load_vfmvae')
     shape, cls = families[meta['family']]
     config = build_config(shape, meta['config'])
-    if re.search(r'\d{4}|[3-9]\d\d', str(meta['config'])):  # a net of some size takes no memory before the file has the tensors for it
+    if re.search(r'\d{4}|[3-9]\d\d', str({**meta['config'], 'vocab': 0})):  # a net of some size takes no memory before the file has the tensors for it
         with torch.device('meta'): like = cls(config, None)
         like.check_own_state(like.own_state(), tensors)
     model = cls(config, None)
