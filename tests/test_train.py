@@ -703,8 +703,10 @@ def test_temporary_files_of_killed_writers_go_at_the_next_start(tmp_path):
     dead = subprocess.Popen([sys.executable, '-c', ''])
     dead.wait()
     names = []
-    write_atomic(run.dir/'look.png', lambda p: names.append(p.name) or p.write_bytes(b''))
-    for pid in (dead.pid, os.getpid()): (run.dir/names[0].replace(f'-{os.getpid()}-', f'-{pid}-')).write_bytes(b'x')
+    write_atomic(run.dir/'look.png', lambda p: names.append(p.parent.name) or p.write_bytes(b''))
+    for pid in (dead.pid, os.getpid()):
+        (folder := run.dir/names[0].replace(f'-{os.getpid()}-', f'-{pid}-')).mkdir()
+        (folder/'look.png').write_bytes(b'x')
     Run(tmp_path/'a')
     assert [p.name for p in run.dir.glob('.look.png.*.tmp')] == names                                              # the writer that lives
 
