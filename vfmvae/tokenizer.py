@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 # %% ../nbs/06_tokenizer.ipynb #38b42f4e
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/06_tokenizer.ipynb #b53f4562
-from .core import (Gaussian, Registry, UserError, _fits, build_config, data_dir, digest, load_weights, save_weights,
+from .core import (Gaussian, Registry, UserError, build_config, check_fields, data_dir, digest, load_weights, save_weights,
                          sidecar, to_tokens)
 from .data import World, as_dataset, check_images, take, to_uint8
 from .features import batches
@@ -170,10 +170,9 @@ _SIZES = ('width', 'dim', 'dims', 'channels', 'size', 'heads', 'hidden')        
 
 def check_config(c: Any) -> None: # a dataclass: the shape of a net
     "UserError on a field of another type than annotated, more than 1,000 layers, a width above 2^16, any number above 2^24."
-    hints = get_type_hints(type(c))
+    check_fields(c)
     for f in fields(c):
         v, name = getattr(c, f.name), f'{type(c).__name__}.{f.name}'
-        if not _fits(v, hints[f.name]): raise UserError(f'{name}: {str(v)[:40]!r} does not fit; its default is {f.default!r}')
         most = 1000 if f.name.endswith(_COUNTS) else 2**16 if f.name.endswith(_SIZES) else 2**24
         many = v if isinstance(v, list | tuple) else [v]
         if bad := [n for n in many if isinstance(n, int | float) and abs(n) > most]:

@@ -10,7 +10,7 @@ __all__ = ['Task', 'NotFinite', 'EMA', 'provenance', 'task_state', 'load_task_st
 # %% ../nbs/10_train.ipynb #f77639c8
 import copy, dataclasses, inspect, itertools, json, math, os, platform, resource, shutil, subprocess, sys, time
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sized
 from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 # %% ../nbs/10_train.ipynb #c113c6d2
 from .core import (UserError, as_path, check_out, check_weights, digest, home, inside, load_weights,
                          progress, real, save_weights, sidecar, sweep, to_json, whole, seed_all, write_atomic, write_json)
-from .data import Loader, fingerprint, loader as data_loader
+from .data import fingerprint
 from .plots import curves, panels, to_png
 
 # %% ../nbs/10_train.ipynb #eec3455d
@@ -509,7 +509,9 @@ def _begin(task: Task, loader: Any, images: int, run: Run | None, seed: int, acc
     n = acc.num_processes
     if getattr(loader, 'world', 1) != n:
         raise UserError(f'the loader splits batches over {loader.world} processes, but {n} run; give it world={n}')
-    per_step = loader.batch_size*accumulate
+    per_step, ds = loader.batch_size*accumulate, getattr(loader, 'ds', None)
+    if isinstance(ds, Sized) and per_step > len(ds):
+        raise UserError(f'a batch of {per_step} is larger than the set ({len(ds)} images); give at most {len(ds)}')
     _move([*task.nets.values(), *([task.ema.net] if task.ema else [])], acc.device)
     _same_start(task, acc)
     loop = dict(_identity(task, loader, acc, accumulate=accumulate) if run else {}, batch=per_step, seed=seed)
@@ -526,15 +528,7 @@ def _begin(task: Task, loader: Any, images: int, run: Run | None, seed: int, acc
     return loop, steps, first, run.history(before=first)
 
 def _micro(loader: Any, first: int, accumulate: int) -> Generator[list[dict]]:
-    """The micro-batches of each step from `first` on. A step sees the same images however it is split, also where an epoch
-    ends: they are those of a loader of the whole batch."""
-    if accumulate > 1 and isinstance(loader, Loader):
-        large = data_loader(loader.ds, loader.batch_size*accumulate, loader.seed, loader.rank, loader.world, loader.workers)
-        with closing(large.steps(first)) as batches:  # type: ignore[type-var]
-            for b in batches:
-                n = [len(next(iter(b.values())))*i//accumulate for i in range(accumulate+1)]
-                yield [{k: v[i:j] for k, v in b.items()} for i, j in itertools.pairwise(n)]
-        return
+    "The micro-batches of each step from `first` on. A loader is one stream: a step sees the same images however it is split."
     start = first*accumulate
     plain = (loader.batch_at(i) for i in itertools.count(start))
     with closing(loader.steps(start) if hasattr(loader, 'steps') else plain) as batches:
