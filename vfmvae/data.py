@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% ../nbs/02_data.ipynb #af157be0
-from .core import UserError, as_path, at_least_float32, digest, nearest, notice, real, whole
+from .core import UserError, first_line, as_path, at_least_float32, digest, nearest, notice, real, whole
 
 # %% ../nbs/02_data.ipynb #103b7297
 SHAPES = ('ring', 'triangle', 'cross', 'square')
@@ -215,7 +215,7 @@ def open_image(path: str | Path | io.BytesIO, # a file, or its bytes
     except Image.UnidentifiedImageError: raise UserError(f'{name} is not an image that Pillow can read; remove it or convert it to PNG') from None
     except Image.DecompressionBombError: raise UserError(f'{name} has more pixels than is safe to open ({PIXELS:,}); shrink it first') from None
     except Exception as e:    # a damaged file fails in the decoders in ways that nobody lists
-        raise UserError(f'{name[:300]} cannot be read ({(str(e) or type(e).__name__).splitlines()[0][:80]}); copy it again') from None
+        raise UserError(f'{name[:300]} cannot be read ({first_line(e)}); copy it again') from None
     if min(im.size) < min_side: raise UserError(f'{name} is {im.width} x {im.height}; the shorter side must have at least {min_side} pixels')
     return _to_rgb(im, name, form)
 
@@ -578,7 +578,7 @@ def _shard_index(path: str, skipped: Counter) -> list[tuple[str, int | str | Non
     except UserError: raise
     except FileNotFoundError: raise UserError(f'no shard {path}; check the pattern') from None
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as e:
-        raise UserError(f'{path[:300]} is no whole uncompressed tar ({(str(e) or type(e).__name__).splitlines()[0][:80]}); copy it again') from None
+        raise UserError(f'{path[:300]} is no whole uncompressed tar ({first_line(e)}); copy it again') from None
     if not ended: raise UserError(f'{path} is cut off after {len(images)} images; copy it again')
     if labels and (bare := images.keys()-labels.keys()): raise UserError(f'{path} has labels but none for {min(bare)}; write the shard again')
     if alone := len(labels.keys()-images.keys()): skipped['class without a picture'] += alone
@@ -599,7 +599,7 @@ def _class_names(paths: Sequence[str]) -> list[str] | None:
     file = Path(paths[0]).parent/'classes.json'
     if not file.is_file(): return None
     try: d = json.loads(file.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError, OSError) as e: raise UserError(f'{file} is not JSON ({str(e).splitlines()[0][:80]}); write it again') from None
+    except (ValueError, RecursionError, OSError) as e: raise UserError(f'{file} is not JSON ({first_line(e)}); write it again') from None
     d = d['classes'] if isinstance(d, dict) and 'classes' in d else d
     if isinstance(d, dict) and sorted(d.values(), key=str) == sorted(range(len(d)), key=str): d = sorted(d, key=d.__getitem__)
     if isinstance(d, list) and d and all(isinstance(c, str) for c in d) and len({*d}) == len(d): return d

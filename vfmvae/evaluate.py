@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/16b_evaluate.ipynb #6772c87c
-from .core import Table, UserError, data_dir, load_weights, nearest, to_json, whole, write_atomic
+from .core import Table, UserError, first_line, data_dir, load_weights, nearest, to_json, whole, write_atomic
 from .data import ImageSet, World, check_images, spread, take, taken, to_uint8, transform
 from .features import _place, _samples, as_images, batches
 from .metrics import frechet, inception_score, precision_recall
@@ -120,7 +120,7 @@ class Inception(nn.Module):
         file = str(_inception_weights(weights))
         try: self.net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'], feature_extractor_weights_path=file)
         except (RuntimeError, TypeError, AttributeError, LookupError) as e:
-            raise UserError(f'{file} holds no weights of Inception v3 ({str(e).splitlines()[0][:80]}); download {_INCEPTION}') from None
+            raise UserError(f'{file} holds no weights of Inception v3 ({first_line(e)}); download {_INCEPTION}') from None
         self.net.Mixed_6d.branch1x1.register_forward_hook(lambda _, args, out: setattr(self, '_maps', out[:, :7]))
         self.name, self.preprocessing = 'inception-v3-compat', 'rounded to 8 bits, resized to 299 px as TensorFlow 1 does (bilinear, no antialias)'
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -264,7 +264,7 @@ def _archive(path: str | Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as z: yield z
     except UserError: raise
     except Exception as e:     # of the archive, its compression, numpy's headers: damaged bytes may end in any
-        why = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+        why = first_line(e, 100)
         raise UserError(f'{path} is not a whole npz of plain arrays, or is damaged or cut off ({why}); copy it again') from None
 
 def _header(z: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype, int, bool]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/15b_latents.ipynb #5809d2d7
-from .core import (Gaussian, UserError, as_path, check_out, check_weights, home, inside, notice, progress, read_json, sweep, to_json, whole, write_atomic,
-                         write_json)
+from .core import (Gaussian, UserError, as_path, check_out, check_weights, first_line, home, inside,
+                         notice, progress, read_json, sweep, to_json, whole, write_atomic, write_json)
 from .data import World, as_dataset, fingerprint, take, taken, uniforms
 from .tokenizer import LatentStats, net_digest
 from .train import provenance, world
@@ -111,7 +111,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], whose: str = '') -> Non
     except (UserError, SafetensorError) as e:
         if getattr(e.__cause__, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(e):
             raise _full(path, needs) from None
-        raise UserError(f'{path} cannot be written ({_first(e)}); free the place or choose another') from None
+        raise UserError(f'{path} cannot be written ({first_line(e)}); free the place or choose another') from None
 
 def _wanted(m: dict, rows: int) -> dict[str, tuple]:
     "Name -> (shape, dtype) of the tensors of a shard, as the manifest has them."
@@ -128,7 +128,7 @@ def _open_shard(folder: Path, m: dict, k: int, values: bool = False) -> dict[str
         with safe_open(path, 'pt') as f:
             tensors, whose = {n: f.get_tensor(n) for n in f.keys()}, (f.metadata() or {}).get('whose')  # noqa: SIM118
     except (SafetensorError, OSError) as e:
-        raise UserError(f'{path} is cut off or damaged ({_first(e)}); {again}') from None
+        raise UserError(f'{path} is cut off or damaged ({first_line(e)}); {again}') from None
     if whose and whose != _whose(m, k):
         raise UserError(f'{path} belongs to another cache (other images, other weights, or another number); {again}')
     have, want = {k: (tuple(t.shape), t.dtype) for k, t in tensors.items()}, _wanted(m, rows)
@@ -139,7 +139,6 @@ def _open_shard(folder: Path, m: dict, k: int, values: bool = False) -> dict[str
     if values and not _finite(tensors): raise UserError(f'{path} holds numbers that are NaN or infinite; {again}')
     return tensors
 
-def _first(e: BaseException) -> str: return (str(e).splitlines() or [type(e).__name__])[0][:80]
 
 def _whole(folder: Path, m: dict, k: int) -> bool:
     try: return bool(_open_shard(folder, m, k))
@@ -377,7 +376,7 @@ def _read_lightningdit(folder: Path) -> Iterator[tuple[Path, dict[str, Tensor]]]
     from safetensors.torch import load_file
     for f in files:
         try: t = load_file(f)
-        except Exception as e: raise UserError(f'{f} is cut off or damaged ({_first(e)}); copy it again') from None
+        except Exception as e: raise UserError(f'{f} is cut off or damaged ({first_line(e)}); copy it again') from None
         check_weights(t, f, {k: torch.empty(0) for k in ('latents', 'latents_flip')})
         if not {'latents', 'labels'} <= {*t}: raise UserError(f"{f} holds {', '.join(sorted(t))}, not latents and labels; it is of another layout")
         yield f, dict(mean=t['latents'].float(), label=t['labels'].long(), **({'mean_flip': t['latents_flip'].float()} if 'latents_flip' in t else {}))
@@ -399,7 +398,7 @@ def _read_reg(folder: Path, shard: int = 4096) -> Iterator[tuple[Path, dict[str,
         some = rows[i:i+shard]
         try: t = torch.from_numpy(np.stack([_npy(f) for f, _ in some]))
         except (OSError, ValueError, EOFError, TypeError) as e:
-            raise UserError(f'a latent of {folder} cannot be read ({_first(e)}); copy it again') from None
+            raise UserError(f'a latent of {folder} cannot be read ({first_line(e)}); copy it again') from None
         mean, std = t.chunk(2, 1) if t.ndim == 4 and t.shape[1] % 2 == 0 else (t, t)
         yield folder, dict(mean=mean, logvar=2*std.log().clamp(-15, 10), label=torch.tensor([k for _, k in some]))
 

@@ -17,7 +17,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/12b_neighbours.ipynb #19361204
-from .core import UserError, notice, real, whole
+from .core import UserError, first_line, notice, real, whole
 from .layers import dense
 
 # %% ../nbs/12b_neighbours.ipynb #2fafc1f4
@@ -29,7 +29,7 @@ def _tensor(x: Any, name: str) -> Tensor:
     "A dense tensor of real numbers of any type."
     try: x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f'{name} must be numbers of equal rows, not {type(x).__name__} ({str(e).splitlines()[0]})') from None
+        raise UserError(f'{name} must be numbers of equal rows, not {type(x).__name__} ({first_line(e, 200)})') from None
     if x.is_complex() or x.layout != torch.strided or x.is_quantized: raise UserError(f'{name} must be dense real numbers, not {x.dtype} ({x.layout})')
     return x
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 # %% ../nbs/17_published.ipynb #5c7026ee
 from .baselines import ConvVAE, ConvVAEConfig
-from .core import UserError, as_path, build_config, check_weights, is_file, load_weights, nearest, read_json, real, whole
+from .core import UserError, first_line, as_path, build_config, check_weights, is_file, load_weights, nearest, read_json, real, whole
 from .dit import FAMILIES, SIZES, DiT, DiTConfig
 from .dit_layers import rope_table, sincos_table
 from .layers import norm_groups
@@ -201,7 +201,7 @@ def _on_meta(cls: Any, config: Any) -> Any:
     try:
         with torch.device('meta'): return cls(config)
     except (RuntimeError, TypeError, OverflowError) as e:
-        raise UserError(f'these settings make no net ({str(e).splitlines()[0][:120]}); check the configuration') from None
+        raise UserError(f'these settings make no net ({first_line(e, 120)}); check the configuration') from None
 
 def _fill(net: Any, sd: Mapping[str, Tensor], what: str) -> None:
     "Gives a net built on the meta device the tensors of a file, as float32 copies, strictly; latent statistics it keeps."
@@ -347,7 +347,7 @@ def read_settings(source: Mapping | str | Path # the `G_kwargs` mapping, or a YA
     if not is_file(path): raise UserError(f'no file {path}; g_kwargs is the YAML that the checkpoint was trained with')
     try: d = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not YAML ({(str(e).splitlines() or ['?'])[0][:120]}); give the YAML of the training") from None
+        raise UserError(f"{path} is not YAML ({first_line(e, 120)}); give the YAML of the training") from None
     if not isinstance(d, dict): raise UserError(f'{path} holds no settings but a {type(d).__name__}; give the YAML of the training')
     return next((d[k] for k in ('G_kwargs', 'g_kwargs') if isinstance(d.get(k), dict)), d)
 
