@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['UserError', 'first_line', 'Notice', 'notice', 'whole', 'real', 'home', 'data_dir', 'nearest', 'Registry', 'Gaussian',
-           'at_least_float32', 'to_tokens', 'to_grid', 'seed_all', 'progress', 'as_path', 'is_file', 'write_atomic',
-           'sweep', 'to_json', 'write_json', 'parse_json', 'read_json', 'check_out', 'inside', 'digest',
-           'check_weights', 'sidecar', 'save_weights', 'load_weights', 'check_fields', 'build_config', 'Table']
+           'at_least_float32', 'to_tokens', 'to_grid', 'seed_all', 'device_of', 'best_device', 'philox', 'box_muller',
+           'Draws', 'normal_like', 'progress', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json',
+           'parse_json', 'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'save_weights',
+           'load_weights', 'check_fields', 'build_config', 'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
 import dataclasses, difflib, hashlib, importlib, json, math, operator, os, platform, random, shutil, sys
-import tempfile, threading, time, types, typing, uuid, warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import tempfile, threading, time, types, typing, uuid, warnings, zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 # %% ../nbs/00_core.ipynb #191bb83e
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #7a536ceb
 class UserError(ValueError):
@@ -146,12 +147,10 @@ class Gaussian:
         "exp(logvar/2), (b,c,h,w); zeros for a deterministic tokenizer."
         return torch.zeros_like(self.mean) if self.logvar is None else (self.logvar/2).exp()
 
-    def sample(self, generator: torch.Generator|None = None) -> Tensor:
-        "mean + std*eps, (b,c,h,w). eps is drawn on the CPU unless the generator lives elsewhere, so that a seed means the same everywhere."
+    def sample(self, generator: 'torch.Generator|Draws|None' = None) -> Tensor:
+        "mean + std*eps, (b,c,h,w); eps is drawn by `normal_like`."
         if self.logvar is None: return self.mean
-        device = generator.device if generator is not None else 'cpu'
-        eps = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean)
-        return self.mean + self.std*eps
+        return self.mean + self.std*normal_like(self.mean, generator, 'posterior').to(self.mean)
 
     def mode(self) -> Tensor:
         "The most likely latent, (b,c,h,w)."
@@ -191,6 +190,118 @@ def seed_all(seed: int # any integer; python, numpy and torch (all devices) are 
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../nbs/00_core.ipynb #16d0a002
+_INSIDE = ('stats', 'tokenizer', 'vfm', 'net', 'model')   # what an adapter holds, by the names that this library gives it
+
+def device_of(source: Any,        # a module, an adapter of one (VFM, tokenizer, net, extractor), or what says `.device`
+              default: Any = 'cpu' # for what has no weights
+             ) -> torch.device:
+    "Where a source wants its tensors: where it says, where its weights are, or those of the net that it holds."
+    for x in (source, *(getattr(source, k, None) for k in _INSIDE)):
+        if x is None: continue
+        if isinstance(said := getattr(x, 'device', None), torch.device): return said
+        tensors = (*x.parameters(), *x.buffers()) if isinstance(x, nn.Module) else ()
+        if tensors: return tensors[0].device
+        if x is not source and (inner := device_of(x, None)) is not None: return inner
+    return None if default is None else torch.device(default)  # type: ignore[return-value]
+
+def best_device(name: Any = None # 'cpu', 'cuda', 'cuda:1', 'mps' ...; None: the accelerator if there is one, else the CPU
+               ) -> torch.device:
+    "A device that can be computed on. UserError: there is no such device."
+    if name is None: return torch.accelerator.current_accelerator() or torch.device('cpu') if torch.accelerator.is_available() else torch.device('cpu')
+    try: return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
+        has = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        raise UserError(f"no device {str(name)[:40]!r} here ({first_line(e, 80)}); this machine computes on {f'{has} and ' if has else ''}cpu") from None
+
+# %% ../nbs/00_core.ipynb #16d0a005
+_WORD = 0xFFFFFFFF
+
+def philox(counter: Sequence[Tensor|int], # four int64 tensors that broadcast, each below 2**32
+           key: Sequence[Tensor|int]      # two
+          ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Philox 4x32-10 (Salmon et al. 2011): four words in [0, 2**32), as int64, on the device of the counters."
+    (a, b, c, d), (k, l) = counter, key
+    for _ in range(10):
+        p, q = a*0xD2511F53, c*0xCD9E8D57        # int64 wraps; its lower and upper 32 bits are those of the unsigned product
+        a, b, c, d = ((q >> 32) & _WORD) ^ b ^ k, q & _WORD, ((p >> 32) & _WORD) ^ d ^ l, p & _WORD
+        k, l = (k + 0x9E3779B9) & _WORD, (l + 0xBB67AE85) & _WORD
+    return a, b, c, d  # type: ignore[return-value]
+
+# %% ../nbs/00_core.ipynb #16d0a013
+def box_muller(words: Tensor # (b,n) in [0, 2**32), n even
+              ) -> Tensor:
+    "Normal numbers (b,n), float32, of pairs of words (Box and Muller 1958); the largest is 6.8."
+    u = (words.unflatten(1, (-1, 2)) + .5).float()/2**32
+    radius, angle = (-2*u[..., 0].log()).sqrt(), 2*math.pi*u[..., 1]
+    return torch.stack([radius*angle.cos(), radius*angle.sin()], -1).flatten(1)
+
+# %% ../nbs/00_core.ipynb #16d0a009
+def _words(v: int) -> tuple[int, int]: return v & _WORD, (v >> 32) & _WORD
+
+class Draws:
+    """Random numbers of images, a pure function of (seed, number of the image, what they are for): a batch, a process or an order changes nothing.
+    `use` names what they are for; asked twice for one use, it gives the same numbers. `step`: draws that a whole batch shares, see `shared`."""
+    def __init__(self, seed: int,                    # any integer
+                 index: 'Sequence[int]|Tensor',      # (b,) numbers of the images, any integers: of a run, the how many-th image that it sees
+                 device: Any = 'cpu',                # where the numbers are wanted
+                 step: int = 0                       # what `shared` depends on beside the seed
+                ):
+        at = index.tolist() if isinstance(index, Tensor) else [int(i) for i in index]
+        if not at: raise UserError('random numbers for no image; give at least one number')
+        self.seed, self.index, self.device, self.step = whole(seed, 'seed') % 2**64, [i % 2**64 for i in at], torch.device(device), int(step)
+        self._at: Tensor|None = None
+    def __len__(self) -> int: return len(self.index)
+    def to(self, device: Any) -> 'Draws':
+        "The same draws, wanted elsewhere."
+        return self if torch.device(device) == self.device else Draws(self.seed, self.index, device, self.step)
+    @property
+    def shared(self) -> 'Draws':
+        "One image's worth of draws that all images of this step have in common, on the CPU, where decisions are made."
+        return Draws(self.seed, [self.step])
+    def _raw(self, use: str, n: int) -> Tensor:
+        "(b,n) int64 words in [0, 2**32), on the device."
+        if self._at is None:
+            halves = torch.tensor([_words(i) for i in self.index]).T[:, :, None]
+            self._at = halves.to(self.device) if self.device.type == 'cpu' else halves.to(self.device, non_blocking=True)
+        block = torch.arange(-(-n//4), device=self.device)[None]
+        words = philox((block, zlib.crc32(use.encode()), *self._at), _words(self.seed))
+        return torch.stack(torch.broadcast_tensors(*words), -1).flatten(1)[:, :n]
+    def uniform(self, use: str,
+                shape: Sequence[int] = (),           # of one image
+                dtype: torch.dtype = torch.float32   # or float64
+               ) -> Tensor:
+        "(b,*shape) in [0, 1), of 24 bits each, or of 53 in float64."
+        n = math.prod(shape)
+        if dtype == torch.float64:
+            w = self._raw(use, 2*n).unflatten(1, (n, 2))
+            u = ((w[..., 0] >> 5)*2**26 + (w[..., 1] >> 6)).to(dtype)/2**53
+        else: u = (self._raw(use, n) >> 8).to(dtype)/2**24
+        return u.reshape(len(self), *shape)
+    def integers(self, use: str, low: int, high: int, # low <= n < high
+                 shape: Sequence[int] = ()) -> Tensor:
+        "(b,*shape) int64, each value as likely as the others but for one part in 2**32 of their number."
+        return low + (self._raw(use, math.prod(shape))*(high-low) >> 32).reshape(len(self), *shape)
+    def normal(self, use: str, shape: Sequence[int]) -> Tensor:
+        "(b,*shape) of mean 0 and variance 1, float32."
+        n = math.prod(shape)
+        if self.device.type == 'cpu':
+            out, purpose = np.empty((len(self), n), np.float32), np.array([0, 0, zlib.crc32(use.encode()), 0], np.uint64)
+            for row, i in zip(out, self.index, strict=True):
+                stream = np.random.Philox(key=np.array([self.seed, i], np.uint64), counter=purpose)
+                row[:] = np.random.Generator(stream).standard_normal(n)
+            return torch.from_numpy(out).reshape(len(self), *shape)
+        return box_muller(self._raw(use, n + n % 2))[:, :n].reshape(len(self), *shape)
+
+def normal_like(x: Tensor,                                     # (b,...)
+                source: 'torch.Generator|Draws|None' = None,   # None: torch's own, on the device of x
+                use: str = 'noise'                             # of `Draws`
+               ) -> Tensor:
+    "Normal numbers of the shape and device of x, float32 at least, from whoever draws: `Draws`, or a generator, on its own device."
+    kind = torch.promote_types(x.dtype, torch.float32)
+    if isinstance(source, Draws): return source.to(x.device).normal(use, x.shape[1:]).to(kind)
+    return torch.randn(x.shape, generator=source, device=x.device if source is None else source.device).to(x.device, kind)
 
 # %% ../nbs/00_core.ipynb #fc58e7e9
 class _Lines:
