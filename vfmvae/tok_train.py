@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .adversarial import ProjectedDiscriminator, feature_matching, gan_loss_d, gan_loss_g
 from .core import Draws, UserError, check_fields, nearest, real, whole
 from .losses import Warp, adaptive_weight, align_loss, draw_warp, latent_transform, multiscale, pixel, ssim_loss, target_transform
-from .train import EMA, NotFinite, betas_of, defaults_of, modules_in, world
+from .train import EMA, NotFinite, betas_of, clip_gradients, defaults_of, modules_in, world
 from .vae import Codebook, Encoded, VFMVAEConfig
 
 # %% ../nbs/11_tok_train.ipynb #35b026ce
@@ -352,7 +352,7 @@ class TokenizerTask:
             per_batch.append(torch.stack([v.detach().float() for v in losses.values()])*(torch.nan if dark else 1))
         values = sync(torch.stack(per_batch).mean(0))
         if magnify != 1: torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1/magnify)
-        norm = nn.utils.clip_grad_norm_(params, self.clip if self.clip and name == 'model' else float('inf'))
+        norm = clip_gradients(params, self.clip if self.clip and name == 'model' else math.inf)
         *numbers, length = torch.cat([values, norm.to(values)[None]]).tolist()                            # the one wait for the device
         logs = dict(zip(losses, numbers, strict=True))
         bad = [k for k, v in logs.items() if not math.isfinite(v)]

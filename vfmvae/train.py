@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Task', 'NotFinite', 'EMA', 'provenance', 'task_state', 'load_task_state', 'defaults_of', 'modules_in', 'checkpoints',
            'Run', 'read_nets', 'load_nets', 'constant', 'warm_cosine', 'betas_of', 'loss_curves', 'training_curves',
-           'Live', 'processes', 'everywhere', 'leave', 'average_gradients', 'synchronise', 'to_device', 'memory_gb',
-           'fit']
+           'Live', 'processes', 'everywhere', 'leave', 'average_gradients', 'synchronise', 'clip_gradients',
+           'to_device', 'memory_gb', 'fit']
 
 # %% ../nbs/10_train.ipynb #f77639c8
 import copy, dataclasses, inspect, itertools, json, math, os, platform, resource, shutil, subprocess, sys, time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
@@ -435,6 +435,17 @@ def synchronise(task: Task, accelerator: Any, values: Any = True) -> Any:
     if everywhere(float(values), accelerator.device) < 1: return False
     average_gradients(task, accelerator)
     return True
+
+@torch.no_grad()
+def clip_gradients(params: Iterable[nn.Parameter],
+                   most: float = math.inf # the largest length that stays as it is
+                  ) -> Tensor:
+    "Length of all gradients together, a scalar on their device, before they are shortened to `most`; as `torch.nn.utils.clip_grad_norm_`."
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads: return torch.zeros(())
+    length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if most < math.inf: torch._foreach_mul_(grads, (most/(length+1e-6)).clamp(max=1.))
+    return length
 
 def _same_start(task: Task, accelerator: Any) -> None:
     if accelerator.num_processes == 1: return
