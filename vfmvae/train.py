@@ -6,7 +6,8 @@
 __all__ = ['Task', 'NotFinite', 'sharded', 'here', 'EMA', 'provenance', 'save_shard', 'load_shards', 'shared_out', 'task_state',
            'load_task_state', 'defaults_of', 'modules_in', 'checkpoints', 'Run', 'read_nets', 'load_nets', 'constant',
            'warm_cosine', 'betas_of', 'loss_curves', 'training_curves', 'Live', 'processes', 'everywhere', 'leave',
-           'average_gradients', 'synchronise', 'clip_gradients', 'to_device', 'memory_gb', 'shard', 'unshard', 'fit']
+           'average_gradients', 'synchronise', 'clip_gradients', 'to_device', 'memory_gb', 'shard', 'unshard',
+           'Trackers', 'fit']
 
 # %% ../nbs/10_train.ipynb #f77639c8
 import copy, dataclasses, inspect, itertools, json, math, os, platform, resource, shutil, subprocess, sys, time
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/10_train.ipynb #c113c6d2
-from .core import (Draws, UserError, gathered, as_path, check_out, check_weights, digest, home, inside, load_weights,
+from .core import (Draws, UserError, gathered, as_path, check_out, check_weights, digest, home, inside, load_weights, nearest,
                          progress, real, save_weights, sidecar, sweep, to_json, whole, rank, seed_all, world, write_atomic, write_json)
 from .data import fingerprint
 from .plots import curves, panels, to_png
@@ -669,6 +670,30 @@ def _micro(loader: Any, first: int, accumulate: int) -> Generator[list[dict]]:
         while micro := list(itertools.islice(batches, accumulate)): yield micro
     raise UserError('the loader ended before the training; give one whose steps go on')
 
+# %% ../nbs/10_train.ipynb #16d1a021
+class Trackers:
+    "Rows of a log for Accelerate's trackers ('tensorboard', 'wandb' ...). UserError: one that is not known or not installed."
+    def __init__(self, names: str | Sequence[str], run: Run | None, config: dict, acc: Any):
+        self.acc, names = None, [names] if isinstance(names, str) else list(names)
+        if not names: return
+        from accelerate import Accelerator
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        has = [str(k.value) for k in get_available_trackers()]
+        for k in names:
+            if k not in has:
+                there = f"installed: {', '.join(has) or 'none'}"
+                raise UserError(f'no tracker {k!r}{nearest(k, LOGGER_TYPE_TO_CLASS)} ({there}); install its package, or take another')
+        folder = run.dir if run else home()/'trackers'
+        self.acc = Accelerator(cpu=acc.device.type == 'cpu', log_with=names, project_dir=folder)
+        flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in _dotted(config).items()}
+        self.acc.init_trackers(run.dir.name if run else 'vfmvae', config=flat)
+    def __call__(self, row: Mapping[str, float]) -> None:
+        "One row of the log, at its number of images."
+        if self.acc: self.acc.log({k: v for k, v in row.items() if k != 'images'}, step=int(row['images']))
+    def close(self) -> None:
+        "Ends them, so that nothing is lost."
+        if self.acc: self.acc.end_training()
+
 # %% ../nbs/10_train.ipynb #16d1a012
 def _sharding(wanted: bool, acc: Any) -> bool:
     "Whether to shard: asked for here, or by `accelerate launch --use_fsdp`. UserError on a CPU, where Accelerate knows nothing of it."
@@ -691,6 +716,7 @@ def fit(task: Task,               # nets, optimizers, one step
         show: Callable[[list[dict]], Any] | None = None, # called with the history at each log; default: a live plot in notebooks
         look: Callable[[], Any] | None = None, # a figure to watch, such as held-out reconstructions: in the live plot, and `look.png` in the run
         patience: int = 10,       # steps in a row that may be skipped because a number is not finite
+        trackers: str | Sequence[str] = (), # of Accelerate, such as 'tensorboard' or 'wandb': they get the log's rows
         shard: bool = False,      # over the processes, see `shard`; at the end the nets of the task are whole again, as other objects
         accelerator: Any = None   # an accelerate.Accelerator; None: a default one
        ) -> list[dict]:
@@ -706,7 +732,7 @@ def fit(task: Task,               # nets, optimizers, one step
     loop, steps, first, history, spare = _begin(task, loader, images, run, seed, accumulate, acc, shard)
     kept, per_step, window, in_a_row = run if acc.is_main_process else None, loop['batch'], _Window(), 0
     bar, batches = progress(total=steps-first, desc='train'), _micro(loader, first, accumulate)
-    with closing(bar), closing(batches):
+    with closing(bar), closing(batches), closing(Trackers(trackers, run, task.config(), acc)) as tell:
         for step in range(first, steps):
             seed_all((seed*1_000_003 + step*acc.num_processes + acc.process_index) % 2**63)     # of modules that draw for themselves, as dropout does
             for o in task.optimizers.values() if rate else ():
@@ -723,6 +749,7 @@ def fit(task: Task,               # nets, optimizers, one step
                 row = dict(step=step+1, images=seen, **window.row(per_step, acc), **({'lr': rate(step)} if rate else {}))
                 history.append(row)
                 if kept: kept.log(row)
+                tell(row)
                 if acc.is_main_process: show(history)
                 speed = f"{row['images_per_s']:.0f} img/s {row['memory_gb']:.1f} GB"
                 bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f} {speed}", refresh=False)
