@@ -1,6 +1,6 @@
-"""What several processes must do as one does: run by `tests/test_processes.py` under torchrun. Arguments: the folder to write to, the
-steps, and names of jobs (all). Steps of every bundled recipe, at a learning rate at which Adam's first steps do not magnify rounding; the same in parts (sharded), stopped
-and gone on; a cache, rFID and samples."""
+"""What several processes must do as one does: run by `tests/test_processes.py` under torchrun. Arguments: the folder to write to, the steps,
+and names of jobs (all). Steps of every bundled recipe, at a learning rate at which Adam's first steps do not magnify rounding; the same in
+parts (sharded), stopped and gone on."""
 import json
 import sys
 from dataclasses import replace

@@ -15,8 +15,8 @@ from vfmvae.train import fit, load_shards, save_shard, shard
 from vfmvae.vfm import VFM
 
 SCRIPT, STEPS = Path(__file__).with_name('processes.py'), 3
-# an absolute difference (L1) has a kink where it is 0, a LeakyReLU and a hinge too: rounding that tips one pixel of 98,304 over it moves a gradient by 1e-4, and
-# with it the adaptive weight in the loss; the others are smooth
+# an absolute difference (L1) has a kink where it is 0, a LeakyReLU and a hinge too: rounding that tips one pixel of 98,304 over it moves a
+# gradient by 1e-4, and with it the adaptive weight in the loss; the others are smooth
 SMOOTH = ('dit-vfmvae-tiny-f8d16', 'dit-conv-tiny-f8d16', 'dit-conv-f8d16', 'conv-f8d16/first', 'rae-tiny-f8d128/first', 'tiny/first')
 
 
@@ -83,7 +83,8 @@ def test_one_process_has_nothing_to_shard_and_accelerates_fsdp_on_a_cpu_is_refus
 
 def test_draws_depend_on_seed_image_and_use_alone():
     a, b = Draws(5, range(40)), Draws(5, [39, 3])
-    for ask in (lambda d: d.normal('x', (7,)), lambda d: d.uniform('x', (7,)), lambda d: d.integers('x', 0, 10**6, (7,)), lambda d: d.named('p').normal('x', (3,))):
+    for ask in (lambda d: d.normal('x', (7,)), lambda d: d.uniform('x', (7,)), lambda d: d.integers('x', 0, 10**6, (7,)),
+                lambda d: d.named('p').normal('x', (3,))):
         assert torch.equal(ask(a)[[39, 3]], ask(b))
     assert not torch.equal(a.normal('x', (7,)), Draws(6, range(40)).normal('x', (7,)))
     assert not torch.equal(a.normal('x', (7,)), a.named('p').normal('x', (7,)))
