@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/15_dit.ipynb #605c7b2e
-from .core import UserError, build_config, check_weights, load_weights, save_weights, sidecar, whole
+from .core import UserError, build_config, check_weights, device_of, load_weights, save_weights, sidecar, weights_at, whole
 from .dit_layers import (MLPS, NORMS, QK_NORMS, Block, FinalLayer, LabelEmbed, PatchEmbed, TimeEmbed, modulations, projector, rope_table,
                                sincos_table, unpatchify)
 from .tokenizer import LatentStats, check_config, image_seed
@@ -121,6 +121,7 @@ def _places(c: DiTConfig, h: int, w: int, device: torch.device, dtype: torch.dty
 class DiT(nn.Module):
     """A velocity net over latents: `net(z, t, y, cls=None)` -> noise - data, for every family of `FAMILIES` (spec/diffusion.md section 3).
     t is the noise level: 0 data, 1 noise. `layers` names what `forward` can be asked for."""
+    device = property(weights_at)
     def __init__(self, config: DiTConfig | Mapping):
         super().__init__()
         self.config = c = config if isinstance(config, DiTConfig) else build_config(DiTConfig, config)
@@ -224,7 +225,7 @@ def _check(net: DiT, z: Tensor, t: Tensor, y: Tensor, cls: Tensor | None, drop: 
     if not isinstance(t, Tensor) or t.shape != (b,) or not t.is_floating_point():
         raise UserError(f't is one noise level per latent, ({b},) floats, not {_what(t)}')
     if not isinstance(y, Tensor) or y.shape != (b,) or y.dtype != torch.int64: raise UserError(f'y is one label per latent, ({b},) int64, not {_what(y)}')
-    if not torch.compiler.is_compiling() and y.device.type != 'meta' and ((y < 0) | (y > c.num_classes)).any():
+    if not torch.compiler.is_compiling() and y.device.type == 'cpu' and ((y < 0) | (y > c.num_classes)).any():    # elsewhere a look waits
         raise UserError(f'labels reach from {int(y.min())} to {int(y.max())}; this net knows 0 to {c.num_classes-1}, and {c.num_classes} for no class')
     if cls is None and c.cls_dim: raise UserError(f'this net has a class token; give cls=({b},{c.cls_dim}), at the same noise level')
     if cls is not None and not c.cls_dim: raise UserError('this net has no class token; leave cls away')
@@ -299,11 +300,15 @@ class NetFeatures:
         if not 0 <= t <= 1: raise UserError(f't = {t} is no noise level; choose between 0 (data) and 1 (noise)')
         self.net, self.tokenizer, self.t, self.seed, self.cls = net, tokenizer, float(t), seed, cls
         self.name, self.layers = name or f'dit-{tokenizer.name}@t{t:g}', net.layers
+    @property
+    def device(self) -> torch.device:
+        "Where it wants images: with the tokenizer."
+        return device_of(self.tokenizer)
 
     def noised(self, x: Tensor) -> tuple[Tensor, Tensor | None]: # (b,3,H,W) in [-1,1]
         "Latents (b,c,h,w) and class tokens (b,cls_dim) at noise level t, each with noise of its image's own seed."
         like = self.net.x_embedder.proj.weight
-        clean = self.tokenizer.encode(x.to(self.tokenizer.stats.mean.device)).mode().to(like.device)
+        clean = self.tokenizer.encode(x.to(self.device)).mode().to(like.device)
         draws = [torch.Generator().manual_seed(image_seed(i, self.seed)) for i in x]
         def mix(data: Tensor) -> Tensor:
             return (1-self.t)*data + self.t*torch.stack([torch.randn(data.shape[1:], generator=g) for g in draws]).to(data)
