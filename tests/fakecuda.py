@@ -4,7 +4,8 @@ Python sees tensors on cuda:0, whose numbers are those of a CPU tensor. What a c
 one operation, a generator of the CPU, numpy. Waits of the host for the device (`SYNC`), bytes that go to it (`COPIED`) and draws on the
 CPU (`DRAWN`) are counted by file:line of the library. C++ sees tensors of the CPU, so that autograd works without a driver; nothing is
 said of kernels, speed, compilation or several cards. `ARTEFACTS` lists what differs from a card and why."""
-import collections, contextlib, gc, sys
+import collections, contextlib, functools, gc, sys, types
+import accelerate
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -74,7 +75,7 @@ class CudaTensor(torch.Tensor):
                 x, p = args[:2]
                 return torch.cat([x[..., x.shape[-1]-p[0]:], x, x[..., :p[1]]], -1)
             if func is torch.Tensor.new_tensor:
-                return torch.tensor(args[1], dtype=kwargs.get('dtype') or args[0].dtype, device=kwargs.get('device', CUDA))
+                return torch.tensor(args[1], dtype=kwargs.get('dtype') or args[0].dtype).to(kwargs.get('device', CUDA))
             return func(*args, **kwargs)
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return dispatch(func, args, kwargs or {})
@@ -184,10 +185,18 @@ def mutated(func, args, kwargs):
     return True, out[0] if len(out) == 1 else tuple(out)
 
 
+def touches(args) -> bool:
+    "Is one of the arguments, or of those in a list, on the card?"
+    return any(type(a) is CudaTensor or type(a) in (list, tuple) and any(type(b) is CudaTensor for b in a) for a in args)
+
+
 def dispatch(func, args, kwargs):
-    name, every, device = func._schema.name, tensors((args, kwargs)), kwargs.get('device')
-    on = any(isinstance(t, CudaTensor) for t in every)
-    check(name, args, kwargs, every)
+    name, device = func._schema.name, kwargs.get('device')
+    on = touches(args) or bool(kwargs) and touches(kwargs.values())
+    if not on and (device is None or not is_cuda(device)):
+        if name in _DRAWS: DRAWN[at()] += 1
+        return func(*args, **kwargs)
+    check(name, args, kwargs, tensors((args, kwargs)))
     if name == 'aten::_local_scalar_dense' and on:
         SYNC[at()+' item/bool'] += 1
         return args[0]._d.item()
@@ -201,9 +210,7 @@ def dispatch(func, args, kwargs):
         return a
     if name == 'aten::_fused_sdp_choice': return 0
     to = is_cuda(device) if device is not None else on
-    if not to and name in _DRAWS: DRAWN[at()] += 1
-    if to and device is not None: kwargs = {k: v for k, v in kwargs.items() if k != 'pin_memory'} | dict(device=CPU)
-    if not on and not to: return func(*args, **kwargs)
+    if device is not None and to: kwargs = {k: v for k, v in kwargs.items() if k != 'pin_memory'} | dict(device=CPU)
     out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
     if func._schema.is_mutable:
         done, written = mutated(func, args, kwargs)
@@ -222,12 +229,15 @@ class _Autocast(torch.autocast):
     def __init__(self, device_type, *a, **k): super().__init__('cpu' if device_type == 'cuda' else device_type, *a, **k)
 
 
+def _made(make, data, *, device=None, **how):
+    "torch.tensor and torch.as_tensor, whose C++ asks for a driver before it asks a mode."
+    return make(data, **how).to(device) if is_cuda(device) else make(data, device=device, **how)
+
+
 class Accelerator:
     "One of the CPU that says it is on cuda:0."
     device = CUDA
-    def __init__(self):
-        import accelerate
-        self._own = accelerate.Accelerator(cpu=True)
+    def __init__(self, own): self._own = own
     def __getattr__(self, name): return getattr(self._own, name)
     def reduce(self, t, reduction='mean'): return t
     def backward(self, loss, **how):
@@ -251,11 +261,18 @@ def cuda():
     patch(torch, 'get_autocast_dtype', lambda device: dtype(own(device)))
     patch(torch.cuda, 'synchronize', lambda *_: None)
     patch(torch.accelerator, 'is_available', lambda: True)
-    patch(torch.accelerator, 'current_accelerator', lambda *_: CUDA)
+    patch(torch.accelerator, 'current_accelerator', lambda *_, **__: CUDA)
+    patch(torch.accelerator, 'current_stream', lambda *_: types.SimpleNamespace(is_capturing=lambda: False))
+    patch(torch.accelerator, 'set_device_index', lambda *_: None)
     patch(torch.nn.Module, 'cuda', lambda self, *_: self.to(CUDA))
     patch(torch.Tensor, 'cuda', lambda self, *_, **__: move(torch.Tensor.to, (self, CUDA), {}))
-    for module in [m for n, m in [*sys.modules.items()] if n.startswith('vfmvae.') and hasattr(m, 'processes')]:
-        patch(module, 'processes', lambda *_: Accelerator())
+    for make in (torch.tensor, torch.as_tensor): patch(torch, make.__name__, functools.partial(_made, make))
+    real, first = accelerate.Accelerator, []
+    def accelerator(cpu=False, **how):
+        first.append(cpu)                # Accelerate's state is the process's: the first call decides
+        own = real(cpu=True, **how)
+        return own if first[0] else Accelerator(own)
+    patch(accelerate, 'Accelerator', accelerator)
     try:
         with _Mode(): yield
     finally:
