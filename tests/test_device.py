@@ -28,7 +28,7 @@ from vfmvae.probes import knn_accuracy, linear_probe, probe, ridge_probe
 from vfmvae.recipes import decode_latents, default_perceptual, encode_images, evaluate_tokenizer, evaluate_warps, opened
 from vfmvae.robustness import layer_scores, robustness
 from vfmvae.tok_train import Stage, TokenizerTask
-from vfmvae.tokenizer import LatentFeatures, families, fit_stats, image_seed, net_digest, reconstruct, save_tokenizer, tokenizers, unfamiliar
+from vfmvae.tokenizer import LatentFeatures, families, fit_stats, image_seeds, net_digest, reconstruct, save_tokenizer, tokenizers, unfamiliar
 from vfmvae.train import fit
 from vfmvae.vfm import VFM, vfms
 from vfmvae.views import Fitted, as_source, extract_views, gather, say_unfamiliar, see
@@ -42,9 +42,9 @@ pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')      # sets are a
 def _plain(monkeypatch, tmp_path):
     """float32, and normal numbers by the card's formula, on both, so that answers are equal; nothing of one device is read from the disk by the
     other; a bootstrap is short."""
-    def normal(self, use, shape):
+    def normal(self, use, shape, dtype=torch.float32):
         n = math.prod(shape)
-        return box_muller(self._raw(use, n + n % 2))[:, :n].reshape(len(self), *shape)
+        return box_muller(self._raw(use, n + n % 2))[:, :n].reshape(len(self), *shape).to(dtype)
     monkeypatch.setattr(Draws, 'normal', normal)
     monkeypatch.setattr('vfmvae.vfm._AMP', ())
     monkeypatch.setattr('vfmvae.probes._bootstrap', partial(probes._bootstrap, times=20))
@@ -357,7 +357,7 @@ CALLS = {
     'flow_train.loss_by_level': lambda d: levels(d),
     'tokenizer.reconstruct': lambda d: reconstruct(tok(d), images()),
     'tokenizer.fit_stats': lambda d: fit_stats(tok(d), world(), 8).std,
-    'tokenizer.image_seed': lambda d: image_seed(images(1).to(d)[0]),
+    'tokenizer.image_seeds': lambda d: image_seeds(images(3).to(d)),
     'tokenizer.net_digest': lambda d: net_digest(tok(d)),
     'tokenizer.save_tokenizer': lambda d: load_weights(save_tokenizer(f'{d.type}.safetensors', tok(d)))[0],
     'tokenizer.unfamiliar': lambda d: unfamiliar(tok(d), images().to(d)),
@@ -506,6 +506,7 @@ def test_every_command_that_computes_takes_a_device():
 def test_a_command_computes_where_it_is_told(name, capsys, monkeypatch):
     monkeypatch.setattr(demo, 'evaluate_tokenizer', lambda net, data, n: evaluate_tokenizer(net, data, 2))      # of 128 images, and 25 steps
     monkeypatch.setattr(demo, 'generate', partial(generate, steps=1))
+    monkeypatch.setattr(demo, 'CLASSES', demo.CLASSES[:2])
     for words, on in ((['--device', 'cuda'], True), (['--device', 'cpu'], False), *([([], True)] if name == 'encode' else [])):
         clear()
         with cuda(): assert cli.main([name, *COMMANDS[name](), *words]) == 0
