@@ -28,7 +28,7 @@ from vfmvae.probes import knn_accuracy, linear_probe, probe, ridge_probe
 from vfmvae.recipes import decode_latents, default_perceptual, encode_images, evaluate_tokenizer, evaluate_warps, opened
 from vfmvae.robustness import layer_scores, robustness
 from vfmvae.tok_train import Stage, TokenizerTask
-from vfmvae.tokenizer import LatentFeatures, families, fit_stats, image_seeds, net_digest, reconstruct, save_tokenizer, tokenizers, unfamiliar
+from vfmvae.tokenizer import LatentFeatures, families, fit_stats, image_seeds, load_tokenizer, net_digest, reconstruct, save_tokenizer, tokenizers, unfamiliar
 from vfmvae.train import fit
 from vfmvae.vfm import VFM, vfms
 from vfmvae.views import Fitted, as_source, extract_views, gather, say_unfamiliar, see
@@ -235,6 +235,8 @@ def test_what_is_opened_by_its_name_goes_to_the_best_device_and_objects_stay():
         generate(net := nets[NET], 1, steps=1, tokenizer=mine)
         assert device_of(mine) == device_of(net) == device_of(tokenizers[TINY]) == device_of(nets[NET]) == CPU
         assert device_of(tokenizer_of(net)) == CPU and device_of(tokenizer_of(net.to(CUDA))) == CUDA
+        with_own = load_tokenizer(save_tokenizer('t.safetensors', mine), vfm=(vfm := VFM('tiny').to(CUDA)))
+        assert device_of(with_own.vfm) == CPU and device_of(vfm) == CUDA and reconstruct(with_own, images(1)).device == CPU
     with pytest.raises(UserError, match="no device 'abacus' here"): extract(VFM('tiny'), images(1), device='abacus')
     with pytest.raises(UserError, match="no device 'meta'"): best_device('meta')
 
@@ -300,6 +302,12 @@ def measure(name):
     return (lambda d: f(maps(d))) if name in MAPS else (lambda d: f(rows(d))) if name in UNARY else twice(f)
 
 
+def compared(d):
+    table = measures.compare(rows(d), rows(d, 1), k=5)
+    assert {r['metric'] for r in table} == {*measures.METRICS}
+    return [*table]
+
+
 CALLS = {
     'features.pool': lambda d: pool(normal(2, 3, 4).to(d)),
     'features.extract': lambda d: extract(source(d), images(), quiet=True),
@@ -344,7 +352,7 @@ CALLS = {
     'generate.generate': lambda d: drawn(d),
     'generate.evaluate_samples': lambda d: evaluate_samples(drawn(CPU), known(), eye(d), pr_n=0).metrics,
     'recipes.opened': lambda d: opened(TINY, device=d).name,
-    'recipes.evaluate_tokenizer': lambda d: evaluate_tokenizer(tok(d), world(), 6, 4, lambda a, b: (a-b).abs().mean()),
+    'recipes.evaluate_tokenizer': lambda d: [evaluate_tokenizer(tok(d), world(), 6, 4, loss) for loss in (losses._Mean(fixed(Difference)), losses.pixel)],
     'recipes.evaluate_warps': lambda d: evaluate_warps(tok(d), world(), 4),
     'recipes.default_perceptual': lambda d: graded(default_perceptual(tok(d), quiet), d),
     'recipes.encode_images': lambda d: load_weights(encode_images(tok(d), world(6), f'{d.type}.safetensors', 4))[0],
@@ -383,21 +391,21 @@ CALLS = {
     'widgets.keeps': lambda d: widgets.keeps(widgets.KeepsState(), device=d),
     'labs.edit_latent': lambda d: [labs.edit_latent(normal(1, 4, 4, 4).to(d), normal(1, 4, 4, 4, seed=1).to(d), e, .5) for e in labs.EDITS],
     'explorer.strip': lambda d: strip(rows(CPU), rows(d, 1)[:2], 5),
-    'measures.compare': listed(twice(measures.compare, k=5)),
+    'measures.compare': compared,
     **{f'measures.{n}': measure(n) for n in measures.__all__ if n not in ('METRICS', 'Measure', 'compare')}}
 STAYS = {'features.pool', 'views.see', 'neighbours.prepare', 'neighbours.knn_graph', 'metrics.psnr', 'metrics.ssim', 'metrics.ssim_signed', 'metrics.moments',
          'recipes.default_perceptual', 'flow_train.vfm_targets', 'tokenizer.reconstruct', 'tokenizer.fit_stats', 'labs.edit_latent',
          *(f'measures.{n}' for n in MAPS), *(k for k in CALLS if k.startswith(('losses.', 'adversarial.')))}
-_COMMAND, _WORDS, _FILES, _ROWS = 'see the commands below', 'names and numbers only', 'reads files, or makes what is moved later', 'rows of a table that is there'
-ASIDE = {**dict.fromkeys(('generate.train_flow', 'recipes.train_tokenizer', 'recipes.estimate', 'recipes.processes_on', 'recipes.build_training'), _COMMAND),
-         **dict.fromkeys(('views.label', 'views.views', 'views.image_set', 'views.images_seen', 'features.as_images', 'features.batches', 'generate.sample_labels',
-                          'recipes.open_data', 'recipes.training_data', 'recipes.plan', 'recipes.config_for', 'recipes.chosen', 'losses.draw_warp',
-                          'latents.described', 'tokenizer.check_config', 'tokenizer.register_bundled', 'widgets.steps', 'widgets.transform_controls',
-                          'widgets.middle', 'explorer.layer_name'), _WORDS),
-         **dict.fromkeys(('views.as_source', 'evaluate.bundled_extractor', 'evaluate.read_samples', 'generate.open_flow', 'recipes.open_tokenizer',
-                          'latents.latent_stats', 'latents.import_latents', 'latents.export_latents', 'tokenizer.load_tokenizer'), _FILES),
-         **dict.fromkeys(('robustness.robustness_figure', 'robustness.layer_figure', 'evaluate.compare_statistics'), _ROWS),
-         **dict.fromkeys(('widgets.keeps_figure', 'widgets.keeps_text'), 'of widgets.keeps')}
+REASONS = {
+    'runs as a command, below': 'generate.train_flow recipes.train_tokenizer recipes.estimate recipes.processes_on recipes.build_training',
+    'names and numbers only': """views.label views.views views.image_set views.images_seen features.as_images features.batches generate.sample_labels
+        recipes.open_data recipes.training_data recipes.plan recipes.config_for recipes.chosen losses.draw_warp latents.described
+        tokenizer.check_config tokenizer.register_bundled widgets.steps widgets.transform_controls widgets.middle explorer.layer_name""",
+    'reads files, or makes what is moved later': """views.as_source evaluate.bundled_extractor evaluate.read_samples generate.open_flow
+        recipes.open_tokenizer latents.latent_stats latents.import_latents latents.export_latents tokenizer.load_tokenizer""",
+    'of rows that are there': 'robustness.robustness_figure robustness.layer_figure evaluate.compare_statistics',
+    'of widgets.keeps': 'widgets.keeps_figure widgets.keeps_text'}
+ASIDE = {name: why for why, names in REASONS.items() for name in names.split()}
 LOOKED = ('features', 'views', 'align', 'measures', 'probes', 'robustness', 'metrics', 'neighbours', 'evaluate', 'generate', 'recipes', 'latents', 'flow_train',
           'tokenizer', 'losses', 'adversarial', 'widgets', 'labs', 'explorer')
 
@@ -529,7 +537,7 @@ def test_a_device_that_is_not_there_is_one_line_before_any_work(name, capsys, mo
 # labs ------------------------------------------------------------------------------------------------------------------------------------------------------
 
 LABS = {'KeepsLab': lambda d: (widgets.KeepsLab(device=d), [dict(tokenizer='conv-tiny-f8d16'), dict(strength=45.)]),
-        'Explorer': lambda d: (Explorer(n=12, k=3, device=d, transform='hflip'), 
+        'Explorer': lambda d: (Explorer(n=12, k=3, device=d, transform='hflip'),
                               [dict(tokenizers=(TINY, 'conv-tiny-f8d16'), image=2), dict(layer=0, metric='cka')]),
         'ReconstructionLab': lambda d: (labs.ReconstructionLab(device=d),
                                         [dict(edit='noise'), dict(tokenizer='rae-tiny-f8d128', edit='swap')]),

@@ -137,7 +137,7 @@ def evaluate_tokenizer(tokenizer: Any,       # or its name
         _check_finite(y, tok, 'a reconstruction')
         y = y.clamp(-1, 1)
         for k, v in _on_cpu(dict(psnr=psnr(y, x), ssim=ssim(y, x), l1=(x-y).abs().mean((1, 2, 3)))).items(): rows[k].append(v.double())
-        if perceptual: rows['perceptual'].append(perceptual(y, x).cpu().double().expand(len(x)))
+        if perceptual: rows['perceptual'].append(perceptual(*(t.to(device_of(perceptual, x.device)) for t in (y, x))).cpu().double().expand(len(x)))
     means = {k: torch.cat(v).mean().item() for k, v in rows.items()}
     if bad := [k for k, v in means.items() if not math.isfinite(v)]:
         notice(f"{', '.join(bad)} is not finite: {means[bad[0]]}", 4)

@@ -458,8 +458,10 @@ class CarriesVFM(nn.Module):
     vfm: Any
     device = property(weights_at)
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name == 'vfm' and isinstance(value, VFM)
-        super().__setattr__(name, value.twin().train(self.training) if own else value)
+        if name == 'vfm' and isinstance(value, VFM):
+            at, value = weights_at(self), value.twin().train(self.training)
+            if at is not None and at.type != 'meta': value = value.to(at)      # the twin; the given one stays where it is
+        super().__setattr__(name, value)
     def train(self, mode: bool = True) -> Any:
         "Training mode for everything but the VFM."
         super().train(mode)
