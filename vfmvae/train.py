@@ -151,10 +151,11 @@ def load_shards(paths: Sequence[Path] # of `save_shard`, one for each process th
     "The whole tensors. UserError: a part is missing or damaged."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    try: parts = [load_file(p) for p in paths]
-    except (OSError, SafetensorError) as e:
-        name = getattr(e, 'filename', None) or 'a part of it'
-        raise UserError(f'{name} is missing or damaged ({_line(e)[:80]}); all {len(paths)} parts belong together') from None
+    def read(path: Path) -> dict[str, Tensor]:
+        try: return load_file(path)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f'{path} is missing or damaged ({_line(e)[:80]}); all {len(paths)} parts belong together') from None
+    parts = [read(p) for p in paths]
     if len({frozenset(p) for p in parts}) > 1: raise UserError('its parts are not of one save; all belong together')
     return {k: torch.cat([p[k] for p in parts]) for k in (parts[0] if parts else ())}
 
