@@ -1,5 +1,5 @@
 """How fast do sets of ImageNet's size open, and what do they hold in memory? 200,000 files in class folders beside torchvision's ImageFolder, and
-1.28 million images in 128 shards, for the first time and again; each in a process of its own, in turns.
+1.28 million images in 128 shards, for the first time and again; each in a process of its own, in turns. A number is the median of the turns.
 
     python benchmarks/sets.py                            # about ten minutes and 4 GB in the temporary folder; writes data/results/sets.json
     python benchmarks/sets.py --before ../before         # another tree of the library in the same turns
@@ -76,6 +76,9 @@ def opened(tree, home, what, root, kind='time'):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+MEMORY = (('folder, memory', 'folder', 'memory'), ('shards, memory', 'shards', 'memory'))    # from the index, where there is one
+
+
 def measure(trees, root, turns):
     "tree -> name -> the rows of all turns; shards are opened in a new home, then in the same again."
     rows = {}
@@ -83,7 +86,7 @@ def measure(trees, root, turns):
         for label, tree in trees.items() if turn % 2 else reversed(trees.items()):
             with tempfile.TemporaryDirectory() as home:
                 for name, *call in (('ImageFolder', 'ImageFolder'), ('folder', 'folder'), ('shards, first', 'shards'), ('shards, again', 'shards'),
-                                    *([('folder, memory', 'folder', 'memory'), ('shards, memory', 'shards', 'memory')] if not turn else ())):
+                                    *(MEMORY if not turn and tree == '.' else ())):
                     row = opened(tree, home, call[0], root, *call[1:])
                     rows.setdefault(label, {}).setdefault(name, []).append(row)
                     print(label, name, {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
@@ -95,7 +98,7 @@ def middle(rows, key): return sorted(r[key] for r in rows)[len(rows)//2]
 
 def summary(rows):
     out = {name: {k: round(middle(got, k), 3) for k in ('cpu', 'wall', 'batch', 'fingerprint') if k in got[0]} for name, got in rows.items() if 'memory' not in name}
-    for name in ('folder', 'shards'):
+    for name in ('folder', 'shards') if 'folder, memory' in rows else ():
         held = rows[f'{name}, memory'][0]
         out[f'{name}, memory'] = {f'{k}_per_image': round(held[k]/held['n'], 1) for k in ('bytes', 'peak')}
     ratios = sorted(a['cpu']/b['cpu'] for a, b in zip(rows['folder'], rows['ImageFolder'], strict=True))

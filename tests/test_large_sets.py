@@ -148,7 +148,7 @@ def patched(data, at, new, mend=True):
 
 CHANGES = [('size in 256s', 124, b'\x80'+bytes(10)+b'\1', False), ('negative size', 124, b'\xff'*11+b'\0', False),     # name, place in a head, bytes, plain?
            ('minus', 124, b'-0000000512\0', False), ('huge size', 124, b'77777777777\0', False), ('spaces before size', 124, b'          1\0', False),
-           ('octal 9', 124, b'00000000009\0', False), ('underline', 124, b'0000000_001\0', False), ('twelve digits', 124, b'000000000001', False),
+           ('octal 9', 124, b'00000000009\0', False), ('underline', 124, b'0000000_001\0', False), ('twelve digits', 124, b'000000000010', False),
            ('bad owner', 108, b'abc', False), ('digits after blanks', 108, b'00 0000\0', False), ('a space for a zero', 107, b' ', True),
            ('sparse', 156, b'S', False), ('old file', 156, b'\0', True), ('old folder', 156, b'\0', False), ('volume', 156, b'V', False),
            ('bytes after a name', 90, b'x', False), ('no name', 0, bytes(100), True), ('major', 329, b'x', False), ('no major', 329, bytes(16), True),
@@ -173,7 +173,7 @@ def odd_tars(root):
     add('languages', True, [('ä/日'+n, b) for n, b in PAIRS])
     add('no utf-8', True, [('\udc80'+n, b) for n, b in PAIRS])
     add('other members', True, [*PAIRS, ('x.txt', b'a'), ('y', b''), ('d/.jpg', b'a'), ('z.TAR.GZ', b'z'), ('empty.png', b''), ('empty.cls', b'1')])
-    add('long labels', False, [*PAIRS, ('l.jpg', b'a'), ('l.cls', b' '*600+b'4')])
+    add('long labels', False, [*PAIRS, ('l.jpg', b'a'), ('l.cls', b'1'+b' '*511+b'2')])
     add('label of a word', True, [*PAIRS[::2], *[(n, 'größe'.encode()) for n, _ in PAIRS[1::2]]])
     add('bad label', False, [*PAIRS[:2], ('x.jpg', b'a'), ('x.cls', b'-1')])
     add('twice', False, [*PAIRS, PAIRS[0]])
@@ -199,10 +199,21 @@ def odd_tars(root):
         data = patched(good, at_, new)
         if name == 'old folder': data = patched(data, 0, b'd/k0.cls/\0')
         raw(name, plain, data)
+    times = out['times in pax'][0].read_bytes()
+    raw('times of nothing', False, times[:1024]+bytes(1024))
     raw('wrong checksum', False, patched(good, 148, b'000001', False))
     raw('checksum in seven digits', False, patched(good, 148, b'%07o\0' % sum(good[1024:1172]+b' '*8+good[1180:1536]), False))
     raw('a byte of a name', False, patched(good, 3, b'K', False))
     return out
+
+
+@pytest.mark.parametrize('records,plain', [(b'20 mtime=1500000000\n', True), (b'14 mtime=-1.5\n9 uid=70\n', True), (b'21 mtime=1500000000\n', False),
+                                           (b'19 mtime=1500000000\n', False), (b'11 path=a.b\n', False), (b'20 mtime=1500000000', False), (b'', False)])
+def test_what_may_be_said_of_the_next_member(records, plain):
+    row = bytes(512) + records.ljust(512, b'\0')
+    if plain: assert d._aside(ord('x'), 'a', len(records), row)
+    else:
+        with pytest.raises(ValueError): d._aside(ord('x'), 'a', len(records), row)
 
 
 def told(path, by):
@@ -324,6 +335,9 @@ def test_every_byte_of_an_index_that_matters_is_checked(two, home):
     good, told = file.read_bytes(), about(two)
     want = d._load_index(file, told)
     rng = random.Random(0)
+    file.write_bytes(good.replace(b"'shape': (1200, 2", b"'shape': (1000, 2"))
+    assert d._load_index(file, told) is None
+    file.write_bytes(good)
     assert want is not None and d._load_index(file, told+b' ') is None
     for at in [rng.randrange(len(good)) for _ in range(300)]:
         file.write_bytes(flip(at)(good))

@@ -657,16 +657,15 @@ _PAX = re.compile(rb'(?:[1-9]\d? (?:mtime|atime|ctime|uid|gid)=[-+.\d]*\n)+\0*')
 _BETWEEN = np.array([7, 15, 23, 35, 47, 55, 63])                                    # the last bytes of the numbers that `_plain` puts together
 
 def _plain(heads: np.ndarray) -> bool:
-    "Whether bytes (n,512 or more) begin with heads of tar as most writers make them: octal digits, then blanks; the right checksum; zeros after names."
+    "Whether bytes (n,512 or more) begin with heads of tar as most writers make them: in every number octal digits, then blanks; the right checksum."
     numbers = np.concatenate((heads[:, 100:156], heads[:, 329:345]), 1)     # mode uid gid size time checksum, major minor
     digits = numbers-np.uint8(48)
-    digit, blank, named = digits < 8, (numbers == 0) | (numbers == 32), heads[:, :100] != 0
+    digit, blank = digits < 8, (numbers == 0) | (numbers == 32)
     again = digit[:, 1:] & blank[:, :-1]
     again[:, _BETWEEN] = False
     total = heads[:, :512].sum(1, dtype=np.int64) - numbers[:, 48:56].sum(1, dtype=np.int64) + 8*32
     told = digits[:, 48:54].astype(np.int64) @ 8**np.arange(5, -1, -1)
-    return bool((digit | blank).all() and digit[:, 24:35].all() and digit[:, 48:54].all() and not digit[:, [35, 54, 55]].any() and not again.any()
-                and (total == told).all() and not (named[:, 1:] & ~named[:, :-1]).any())
+    return bool((digit | blank).all() and digit[:, 48:54].all() and not digit[:, [35, 54, 55]].any() and not again.any() and (total == told).all())
 
 def _aside(kind: int, name: str, size: int, row: bytes) -> bool:
     "Whether a member that is no plain file ('0') may be passed over: a folder, times and owners of the next member. ValueError: neither."
