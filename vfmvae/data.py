@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% ../nbs/02_data.ipynb #af157be0
-from .core import Draws, UserError, first_line, as_path, at_least_float32, digest, home, nearest, normal_like, notice, real, whole, write_atomic
+from .core import Draws, UserError, first_line, as_path, at_least_float32, digest, home, nearest, normal_like, notice, real, to_json, whole, write_atomic
 
 # %% ../nbs/02_data.ipynb #103b7297
 SHAPES = ('ring', 'triangle', 'cross', 'square')
@@ -735,7 +735,7 @@ def _read_shards(paths: Sequence[str]) -> dict[str, np.ndarray]:
     raw, ends = _pack(keys())
     n = starts[-1]
     twice = len(np.unique(np.concatenate(hashes))) < n and len({*_texts(raw, ends)}) < n
-    rest = json.dumps(dict(classes=[*number], skipped=skipped, twice=twice)).encode()
+    rest = to_json(dict(classes=[*number], skipped=skipped, twice=twice), None).encode()
     return dict(raw=raw, ends=ends, starts=np.array(starts), places=np.concatenate(places), classes=np.concatenate(classes), rest=np.frombuffer(rest, np.uint8))
 
 def _load_index(file: Path, about: bytes) -> dict[str, np.ndarray] | None:
@@ -763,8 +763,8 @@ def _shard_table(paths: Sequence[str]) -> dict[str, np.ndarray]:
     try: rows, folder = _known_by(paths), home()/'shards'
     except (OSError, ValueError): return _read_shards(paths)
     if sum(size for _, size, _ in rows) < 2**20: return _read_shards(paths)
-    about = json.dumps([1, sorted(SUFFIXES), rows]).encode()      # 1: of this form of the index
-    file = folder/f'{hashlib.blake2b(json.dumps([p for p, _, _ in rows]).encode(), digest_size=12).hexdigest()}.npz'
+    about = to_json([1, sorted(SUFFIXES), rows], None).encode()      # 1: of this form of the index
+    file = folder/f'{hashlib.blake2b(to_json([p for p, _, _ in rows], None).encode(), digest_size=12).hexdigest()}.npz'
     if (got := _load_index(file, about)) is not None: return got
     try:
         folder.mkdir(exist_ok=True)
