@@ -165,7 +165,7 @@ def extract_views(sources: Mapping[str, tuple[Any, Sequence[int | str]]], # name
     An image's place for the draws is the rank of its name where the set knows all names (`ImageSet.keys`), else its position. UserError: no images."""
     todo: list[tuple[str, float] | None] = [*([None] if clean else []), *(views(transforms) if transforms else ())]
     images, seed, batch_size = image_set(images), whole(seed, 'seed'), whole(batch_size, 'batch_size', 1)
-    known = sorted(images.keys) if isinstance(getattr(images, 'keys', None), list) else []
+    known = sorted(images.keys) if isinstance(getattr(images, 'keys', None), Sequence) else []
     rank = {k: i for i, k in enumerate(known)}
     kept: dict[tuple[str, str, int | str], list[tuple[list[int], Tensor]]] = {}
     found: list[str] = []
