@@ -421,7 +421,7 @@ def _rae_scale(sd: Mapping[str, Tensor], c: Mapping) -> tuple[Tensor, Tensor, bo
         except RuntimeError: raise UserError(f"{k} {tuple(sd[k].shape)} does not fit {dim} channels of {n}x{n}; choose another file") from None
         out.append(t if c['reshape_to_2d'] else t.T.reshape(dim, n, n))
     mean, std = out[0], (out[1]+1e-5)/c['scaling_factor']          # as diffusers divides
-    if not (std > 0).all(): raise UserError('_latents_std is not above 0 everywhere; choose another file')
+    if not (out[1] > 0).all(): raise UserError('_latents_std is not above 0 everywhere; choose another file')
     return mean, std, any((t != t[:, :1, :1]).any().item() for t in (mean, std))
 
 def load_rae(source: Mapping | str | Path,                 # a folder of diffusers, its file of weights, or a state dict
@@ -441,10 +441,10 @@ def load_rae(source: Mapping | str | Path,                 # a folder of diffuse
     mean, std, placed = _rae_scale(sd, c)
     n, p = c['image_size']//c['patch_size'], c['patch_size']
     tower = _tower(sd, c, *colour) if vfm is None else vfm or None
-    model = _on_meta(RAE, build_config(RAEConfig, dict(
-        vfm=tower.name if tower else _timm_name(c), patch=c['encoder_patch_size'], channels=c['encoder_hidden_size'],
-        layer=-2, stride=p, img_size=c['image_size'], width=c['decoder_hidden_size'], depth=c['decoder_num_hidden_layers'],
-        heads=c['decoder_num_attention_heads'], tau=float(c['noise_tau']), mlp=c['decoder_intermediate_size'], eps=1e-12 if c['encoder_type'] == 'mae' else 1e-6, published=True, places=n*placed)))
+    shape = dict(vfm=tower.name if tower else _timm_name(c), patch=c['encoder_patch_size'], channels=c['encoder_hidden_size'], layer=-2, stride=p,
+                 img_size=c['image_size'], width=c['decoder_hidden_size'], depth=c['decoder_num_hidden_layers'], heads=c['decoder_num_attention_heads'],
+                 mlp=c['decoder_intermediate_size'], tau=float(c['noise_tau']), eps=1e-12 if c['encoder_type'] == 'mae' else 1e-6, published=True)
+    model = _on_meta(RAE, build_config(RAEConfig, shape | dict(places=n*placed)))
     model.stats = LatentStats(model.channels)
     own = _half(sd, 'decoder.')
     own.pop('decoder_pos_embed', None)              # diffusers passes it by, too
@@ -459,7 +459,8 @@ def load_rae(source: Mapping | str | Path,                 # a folder of diffuse
     return model.eval()
 
 # %% ../nbs/17_published.ipynb #401ab537
-_OTHERS = {'x_embedder.proj.weight': 'a diffusion net; it opens with load_net(path, family)',
+_OTHERS = {'decoder.decoder_embed.weight': "diffusers' AutoencoderRAE; it opens with its config.json, so give the folder",
+           'x_embedder.proj.weight': 'a diffusion net; it opens with load_net(path, family)',
            'embeddings.patch_embedding.weight': "a vision tower of Hugging Face; it opens with vfm_from_hf_siglip(read_checkpoint(path))",
            'patch_embed.proj.weight': 'a vision transformer; it opens with VFM(name, pretrained=path)',
            'quantize.embedding.weight': 'a convolutional autoencoder with a codebook, which is not supported; take one of the KL kind',
@@ -496,7 +497,6 @@ def open_published(source: Mapping | str | Path,              # a file, a folder
         if any(n == k or n.endswith(f'.{k}') and not n.startswith(_BESIDE) for n in names): raise UserError(f'this is {what}')
     if 'encoder.conv_in.weight' in names:
         return load_convvae(content, vfm=vfm, config=beside and beside[1])
-    if 'decoder.decoder_embed.weight' in names: raise UserError("this is diffusers' AutoencoderRAE, which opens with its config.json; give the folder")
     raise UserError(f"this holds no tokenizer: {len(names)} tensors{' such as '+', '.join(names[:3]) if names else ''}; choose another file")
 
 if 'published' not in openers: openers.register('published', lambda: open_published)    # so `load_tokenizer` finds it

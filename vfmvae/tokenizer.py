@@ -303,7 +303,8 @@ class Pretrained(ModelHubMixin, library_name='vfmvae', tags=['vfmvae', 'image-to
             with _hub_in_reach(): return super().push_to_hub(repo_id, **kwargs)
         except UserError: raise
         except Exception as e:
-            raise UserError(f'cannot push to {repo_id} ({type(e).__name__}: {first_line(e, 160)}); check the name (user/name), the network and the token '
+            why = 'no network' if type(e).__name__ == 'OfflineModeIsEnabled' else f'{type(e).__name__}: {first_line(e, 160)}'
+            raise UserError(f'cannot push to {repo_id} ({why}); check the name (user/name), the network and the token '
                             '(hf auth login), or save_pretrained(folder) and upload that') from None
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         "A card: how to open it, whose VFM it looks through, and the licences of both."
