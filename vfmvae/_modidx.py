@@ -1311,7 +1311,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'vfmvae.tokenizer.LatentStats.set': ('tokenizer.html#latentstats.set', 'vfmvae/tokenizer.py'),
                                   'vfmvae.tokenizer.LatentStats.unscale': ('tokenizer.html#latentstats.unscale', 'vfmvae/tokenizer.py'),
                                   'vfmvae.tokenizer.Pretrained': ('tokenizer.html#pretrained', 'vfmvae/tokenizer.py'),
-                                  'vfmvae.tokenizer.Pretrained.__new__': ('tokenizer.html#pretrained.__new__', 'vfmvae/tokenizer.py'),
                                   'vfmvae.tokenizer.Pretrained._from_pretrained': ( 'tokenizer.html#pretrained._from_pretrained',
                                                                                     'vfmvae/tokenizer.py'),
                                   'vfmvae.tokenizer.Pretrained._open': ('tokenizer.html#pretrained._open', 'vfmvae/tokenizer.py'),

@@ -441,10 +441,10 @@ def load_rae(source: Mapping | str | Path,                 # a folder of diffuse
     mean, std, placed = _rae_scale(sd, c)
     n, p = c['image_size']//c['patch_size'], c['patch_size']
     tower = _tower(sd, c, *colour) if vfm is None else vfm or None
-    shape = dict(vfm=tower.name if tower else _timm_name(c), patch=c['encoder_patch_size'], channels=c['encoder_hidden_size'], layer=-2, stride=p,
-                 img_size=c['image_size'], width=c['decoder_hidden_size'], depth=c['decoder_num_hidden_layers'], heads=c['decoder_num_attention_heads'],
-                 mlp=c['decoder_intermediate_size'], tau=float(c['noise_tau']), eps=1e-12 if c['encoder_type'] == 'mae' else 1e-6, published=True)
-    model = _on_meta(RAE, build_config(RAEConfig, shape | dict(places=n*placed)))
+    told = dict(vfm=tower.name if tower else _timm_name(c), patch=c['encoder_patch_size'], channels=c['encoder_hidden_size'], layer=-2, stride=p,
+                img_size=c['image_size'], width=c['decoder_hidden_size'], depth=c['decoder_num_hidden_layers'], heads=c['decoder_num_attention_heads'],
+                mlp=c['decoder_intermediate_size'], tau=float(c['noise_tau']), eps=1e-12 if c['encoder_type'] == 'mae' else 1e-6, published=True)
+    model = _on_meta(RAE, build_config(RAEConfig, told | dict(places=n*placed)))
     model.stats = LatentStats(model.channels)
     own = _half(sd, 'decoder.')
     own.pop('decoder_pos_embed', None)              # diffusers passes it by, too

@@ -273,7 +273,6 @@ class Pretrained(ModelHubMixin, library_name='vfmvae', tags=['vfmvae', 'image-to
     pickled; reading is as strict as `load_tokenizer` and `open_net`. The frozen VFM is not in the files."""
     name: str
     meta: dict
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any: return object.__new__(cls)  # the mixin's keeps a configuration of its own, leniently
     @classmethod
     def _open(cls, path: Path, **kwargs: Any) -> Any: return load_tokenizer(path, of=cls, **kwargs)
     def _save_pretrained(self, save_directory: Path) -> None: save_tokenizer(save_directory, self, **self.meta)
