@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['DrawsLike', 'UserError', 'first_line', 'Notice', 'notice', 'whole', 'real', 'home', 'data_dir', 'nearest', 'Registry',
-           'device_of', 'best_device', 'world', 'rank', 'gathered', 'average', 'philox', 'box_muller', 'Draws',
-           'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'to_tokens', 'to_grid', 'seed_all',
+           'weights_at', 'device_of', 'best_device', 'world', 'rank', 'gathered', 'average', 'philox', 'box_muller',
+           'Draws', 'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'to_tokens', 'to_grid', 'seed_all',
            'progress', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json', 'parse_json',
-           'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'weights_at', 'save_weights',
-           'load_weights', 'check_fields', 'build_config', 'Table']
+           'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'save_weights', 'load_weights',
+           'check_fields', 'build_config', 'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
-import dataclasses, difflib, hashlib, importlib, json, math, operator, os, platform, random, shutil, sys
+import dataclasses, difflib, hashlib, importlib, itertools, json, math, operator, os, platform, random, shutil, sys
 import tempfile, threading, time, types, typing, uuid, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,6 +133,10 @@ class Registry(Mapping):
 # %% ../nbs/00_core.ipynb #16d0a002
 _INSIDE = ('stats', 'tokenizer', 'vfm', 'net', 'model')   # what an adapter holds, by the names that this library gives it
 
+def weights_at(net: nn.Module) -> torch.device | None:
+    "Where the weights of a module lie; None: it has none. As a property `device`, what a module says of itself."
+    return next((t.device for t in itertools.chain(net.parameters(), net.buffers())), None)
+
 def device_of(source: Any,        # a module, an adapter of one (VFM, tokenizer, net, extractor), or what says `.device`
               default: Any = 'cpu' # for what has no weights
              ) -> torch.device:
@@ -140,8 +144,7 @@ def device_of(source: Any,        # a module, an adapter of one (VFM, tokenizer,
     for x in (source, *(getattr(source, k, None) for k in _INSIDE)):
         if x is None: continue
         if isinstance(said := getattr(x, 'device', None), torch.device): return said
-        tensors = (*x.parameters(), *x.buffers()) if isinstance(x, nn.Module) else ()
-        if tensors: return tensors[0].device
+        if isinstance(x, nn.Module) and (at := weights_at(x)) is not None: return at
         if x is not source and (inner := device_of(x, None)) is not None: return inner
     return None if default is None else torch.device(default)  # type: ignore[return-value]
 
@@ -149,7 +152,9 @@ def best_device(name: Any = None # 'cpu', 'cuda', 'cuda:1', 'mps' ...; None: the
                ) -> torch.device:
     "A device that can be computed on. UserError: there is no such device."
     if name is None: return torch.accelerator.current_accelerator() or torch.device('cpu') if torch.accelerator.is_available() else torch.device('cpu')
-    try: return torch.empty(0, device=name).device
+    try:
+        if (there := torch.empty(0, device=name).device).type == 'meta': raise TypeError('it holds no numbers')
+        return there
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
         has = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         raise UserError(f"no device {str(name)[:40]!r} here ({first_line(e, 80)}); this machine computes on {f'{has} and ' if has else ''}cpu") from None

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/15_dit.ipynb #605c7b2e
-from .core import Draws, UserError, build_config, check_weights, load_weights, normal_like, save_weights, sidecar, whole
+from .core import Draws, UserError, build_config, check_weights, device_of, load_weights, normal_like, save_weights, sidecar, weights_at, whole
 from .dit_layers import (MLPS, NORMS, QK_NORMS, Block, FinalLayer, LabelEmbed, PatchEmbed, TimeEmbed, modulations, projector, rope_table,
                                sincos_table, unpatchify)
 from .tokenizer import LatentStats, Pretrained, check_config, families, image_seeds
@@ -121,6 +121,7 @@ def _places(c: DiTConfig, h: int, w: int, device: torch.device, dtype: torch.dty
 class DiT(Pretrained, nn.Module):
     """A velocity net over latents: `net(z, t, y, cls=None)` -> noise - data, for every family of `FAMILIES` (spec/diffusion.md section 3).
     t is the noise level: 0 data, 1 noise. `layers` names what `forward` can be asked for."""
+    device = property(weights_at)
     def __init__(self, config: DiTConfig | Mapping):
         super().__init__()
         self.config = c = config if isinstance(config, DiTConfig) else build_config(DiTConfig, config)
@@ -304,11 +305,15 @@ class NetFeatures:
         if not 0 <= t <= 1: raise UserError(f't = {t} is no noise level; choose between 0 (data) and 1 (noise)')
         self.net, self.tokenizer, self.t, self.seed, self.cls = net, tokenizer, float(t), seed, cls
         self.name, self.layers = name or f'dit-{tokenizer.name}@t{t:g}', net.layers
+    @property
+    def device(self) -> torch.device:
+        "Where it wants images: with the tokenizer."
+        return device_of(self.tokenizer)
 
     def noised(self, x: Tensor) -> tuple[Tensor, Tensor | None]: # (b,3,H,W) in [-1,1]
         "Latents (b,c,h,w) and class tokens (b,cls_dim) at noise level t, each with noise of its image's own seed."
         like = self.net.x_embedder.proj.weight
-        clean = self.tokenizer.encode(x.to(self.tokenizer.stats.mean.device)).mode().to(like.device)
+        clean = self.tokenizer.encode(x.to(self.device)).mode().to(like.device)
         draws = Draws(self.seed, image_seeds(x))
         def mix(data: Tensor, use: str) -> Tensor: return (1-self.t)*data + self.t*normal_like(data, draws, use).to(data)
         z, width = mix(clean, 'noise'), self.net.config.cls_dim

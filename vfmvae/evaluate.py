@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/16b_evaluate.ipynb #6772c87c
-from .core import Draws, Table, UserError, first_line, data_dir, load_weights, nearest, to_json, whole, write_atomic
+from .core import Draws, Table, UserError, first_line, data_dir, load_weights, nearest, to_json, weights_at, whole, write_atomic
 from .data import ImageSet, World, check_images, spread, take, taken, to_uint8, transform
-from .features import _place, _samples, as_images, batches
+from .features import _on_cpu, _place, _samples, as_images, batches
 from .metrics import frechet, inception_score, precision_recall
 from .tokenizer import image_seeds
 from .train import provenance, world
@@ -73,6 +73,7 @@ class WorldNet(nn.Module):
 class WorldExtractor(nn.Module):
     """A `WorldNet` as an extractor: features (b,64), probs (b,16), and as `spatial` (b,112) the first 7 maps of the last stage on a 4x4 grid
     (7 maps as in ADM's sFID). Pictures of another size are resized to 64 px."""
+    device = property(weights_at)
     def __init__(self, net: WorldNet, name: str = 'world'):
         super().__init__()
         self.net, self.name = net.eval().requires_grad_(False), name
@@ -113,6 +114,7 @@ class Inception(nn.Module):
     """Inception v3 of 2015 through torch-fidelity (`inception-v3-compat`): `features` (b,2048) are the pool; `spatial` (b,2023) the first 7 channels of ADM's
     `mixed_6/conv`, the 1x1 branch of torch's Mixed_6d after ReLU, 17x17 in (h,w,c) order; `probs` (b,1008) the softmax of the logits without bias, as in ADM.
     UserError without the `[eval]` extra or the weights."""
+    device = property(weights_at)
     def __init__(self, weights: str | Path | None = None): # a local file; None: torch's hub folder, downloaded there on first use
         super().__init__()
         try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -131,6 +133,7 @@ class Inception(nn.Module):
 # %% ../nbs/16b_evaluate.ipynb #b63ed1a6
 class VFMExtractor(nn.Module):
     "A VFM as an extractor: `features` (b,c) are its class token after the final norm where there is one (FD-DINOv2), else the mean of its patch tokens."
+    device = property(weights_at)
     def __init__(self, vfm: VFM, size: int | None = None): # resized to so many px with the VFM's filter; None: pictures as they are
         super().__init__()
         self.vfm, self.size = vfm, size
@@ -343,7 +346,7 @@ def _resized(seen: set[tuple[int, int]], size: tuple[int, ...]) -> str | None:
 
 # %% ../nbs/16b_evaluate.ipynb #825777e3
 def reference(images: Any,            # tensor (n,3,H,W) in [-1,1], dataset, `read_samples(path)`, or iterable of images or batches
-              extractor: Extractor,   # a module is moved to `device` if one is given
+              extractor: Extractor,   # moves to `device` if one is given
               batch_size: int = 64,
               keep: bool = True,      # keep features (precision, recall) and probabilities (Inception score)
               device: Any = None,
@@ -366,10 +369,10 @@ def _statistics(mine: Any, extractor: Extractor, batch_size: int, keep: bool, de
             x = batch['image']
             sizes.add(tuple(x.shape[2:]))
             if len(sizes) > 1: break              # said below, when every process has come that far
-            for k, v in extractor(x.to(place)).items():
+            for k, v in _on_cpu(extractor(x.to(place))).items():
                 if len(v) != len(x): raise UserError(f'{extractor.name} gives {len(v)} rows of {k} for {len(x)} images')
                 if k != 'probs': sums.setdefault(k, Moments()).add(v)
-                if keep and k != 'spatial': kept.setdefault(k, []).append(v.float().cpu())
+                if keep and k != 'spatial': kept.setdefault(k, []).append(v.float())
     except UserError as error: trouble = error    # the others must not wait for this one
     every = _everyone((sums, {k: torch.cat(v) for k, v in kept.items()}, sizes, seen, trouble))
     if bad := [e[-1] for e in every if e[-1]]: raise bad[0]

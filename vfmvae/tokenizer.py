@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/06_tokenizer.ipynb #b53f4562
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from .core import (Draws, Gaussian, Registry, UserError, as_path, build_config, check_fields, check_out, data_dir, digest,
+from .core import (Draws, Gaussian, Registry, UserError, as_path, build_config, check_fields, check_out, data_dir, device_of, digest,
                          first_line, is_file, load_weights, read_json, save_weights, sidecar, to_tokens, weights_at)
 from .data import World, as_dataset, check_images, take, to_uint8
 from .features import batches
@@ -82,8 +82,8 @@ class Tokenizer(Protocol):
 
 # %% ../nbs/06_tokenizer.ipynb #c89ea644
 def reconstruct(tokenizer: Tokenizer, x: Tensor) -> Tensor: # x (b,3,H,W) in [-1,1]
-    "decode(encode(x).mode()), (b,3,H,W), not clamped."
-    return tokenizer.decode(tokenizer.encode(x).mode())
+    "decode(encode(x).mode()), (b,3,H,W), not clamped, where the tokenizer is."
+    return tokenizer.decode(tokenizer.encode(x.to(device_of(tokenizer))).mode())
 
 # %% ../nbs/06_tokenizer.ipynb #cd85e1b9
 @torch.no_grad()
@@ -92,7 +92,7 @@ def fit_stats(tokenizer: Any,                # a Tokenizer; its `stats` are repl
               batch_size: int = 64           # images encoded at once
              ) -> LatentStats:
     "Per-channel mean and unbiased std of posterior samples, in float64; `encode` is on unit scale afterwards. UserError without images."
-    stats, device = tokenizer.stats, tokenizer.stats.mean.device
+    stats, device = tokenizer.stats, device_of(tokenizer)
     stats.set(torch.zeros_like(stats.mean), torch.ones_like(stats.std))
     n, mean, m2 = 0, *torch.zeros(2, tokenizer.channels, dtype=torch.float64, device=device)
     for batch in batches(images, batch_size):
@@ -119,6 +119,10 @@ class LatentFeatures:
     def __init__(self, tokenizer: Any,              # a Tokenizer
                  sample_seed: int | None = None):   # None: the mode; a number: a sample, seeded by it and the pixels of each image (published: unseeded)
         self.tokenizer, self.name, self.sample_seed = tokenizer, tokenizer.name, sample_seed
+    @property
+    def device(self) -> torch.device:
+        "Where it wants images: with the tokenizer."
+        return device_of(self.tokenizer)
     def features(self, x: Tensor,                            # (b,3,H,W) in [-1,1]
                  layers: Sequence[int | str] | None = None   # only 'latent' exists
                 ) -> dict[int | str, Tensor]:
