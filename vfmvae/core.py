@@ -549,12 +549,20 @@ def check_weights(tensors: Mapping[str, Tensor],
 
 # %% ../nbs/00_core.ipynb #04607f0e
 def sidecar(path: str | Path) -> Path: # of tensors
-    "The JSON beside them: `x.json` for `x.safetensors`; any other name is kept whole, so that `feat.layer3` and `feat.layer4` have one each."
+    """The JSON beside them: `x.json` for `x.safetensors`; any other name is kept whole, so that `feat.layer3` and `feat.layer4` have one each.
+    A folder is one of the hub: `model.safetensors` and `config.json`."""
     p = as_path(path)
-    if not p.name: raise UserError(f'{p} is a folder; give the name of a file')
+    if os.path.isdir(p): return p/'config.json'
+    if not p.name: raise UserError(f'{p} is no name of a file; give one')
     return p.with_suffix('.json') if p.suffix == '.safetensors' else p.with_name(f'{p.name}.json')
 
-def save_weights(path: str | Path,          # `*.safetensors`; the JSON lies beside it, see `sidecar`
+_FORMAT = 1     # of these two files; another one is not read
+
+def weights_at(path: str | Path) -> Path:
+    "The file of tensors: in a folder of the hub `model.safetensors`, else the path itself."
+    return p/'model.safetensors' if os.path.isdir(p := as_path(path, 'weights')) else p
+
+def save_weights(path: str | Path,          # `*.safetensors`, or a folder; the JSON lies beside it, see `sidecar`
                  tensors: dict[str, Tensor],
                  meta: dict                 # anything JSON can hold: config, commit, seed, measured numbers
                 ) -> Path:
@@ -562,14 +570,14 @@ def save_weights(path: str | Path,          # `*.safetensors`; the JSON lies bes
     writer that dies between the two leaves nothing torn. UserError: not writable, a JSON of somebody else's at its place."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    path, side = as_path(path), sidecar(path)
+    path, side = weights_at(path), sidecar(path)
     if is_file(side) and not is_file(path):
         try: ours = 'pair' in read_json(side)
         except UserError: ours = False
         if not ours: raise UserError(f'{side} is there already and belongs to no weights of ours; move it, or choose another name')
     own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     pair = digest(own)
-    text = to_json(dict(meta, pair=pair))
+    text = to_json(dict(meta, pair=pair, vfmvae_format=_FORMAT))
     head = dict(pair=pair, **({'json': text} if len(text) < 2**25 else {}))    # the head of a safetensors file may not pass 100 MB
     try: write_atomic(path, lambda p: save_file(own, p, metadata=head))
     except SafetensorError as e: raise _cannot(path, e) from None
@@ -580,7 +588,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, meta) of `save_weights`; meta is {} if there is no JSON. UserError on a missing or damaged file.
     Where the two files are of two saves, the JSON in the head of the tensors' file counts; without one, a UserError."""
     from safetensors import SafetensorError, safe_open
-    path, side = as_path(path, 'weights'), sidecar(path)
+    path, side = weights_at(path), sidecar(path)
     if not is_file(path): raise UserError(f'no weights at {path}; check the path')
     try:
         with safe_open(path, 'pt') as f: head, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}   # noqa: SIM118
@@ -594,7 +602,9 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             if inner is None: raise UserError(f'{path} and {side.name} are of two saves; copy both again')
             notice(f'{side} is of another save than {path.name}; the JSON in the head of that file counts')
             meta = inner
-    return tensors, {k: v for k, v in meta.items() if k != 'pair'}
+    if (told := meta.get('vfmvae_format', _FORMAT)) != _FORMAT:
+        raise UserError(f'{path} is of format {str(told)[:20]}, this version reads {_FORMAT}; upgrade vfmvae, or save it again with the version that wrote it')
+    return tensors, {k: v for k, v in meta.items() if k not in ('pair', 'vfmvae_format')}
 
 # %% ../nbs/00_core.ipynb #4d54d4e4
 def _fits(value: Any, hint: Any) -> bool:

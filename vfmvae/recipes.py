@@ -33,7 +33,6 @@ from .latents import described, latent_digest
 from .losses import latent_transform, lpips, perceptual, target_transform, vfm_taps
 from .metrics import psnr, ssim
 from .plots import show_images
-from .published import open_published
 from .tok_train import SCALES, STAGES, TINY, Stage, TokenizerTask, check_stage
 from .tokenizer import families, fit_stats, load_tokenizer, reconstruct, save_tokenizer, tokenizers, unfamiliar
 from .train import NotFinite, Run, checkpoints, fit, load_nets, memory_gb, processes, provenance, read_nets, task_state, warm_cosine
@@ -73,15 +72,6 @@ def training_data(spec: Any,          # see `open_data`
     return open_data(spec, size, n=50_000 if n is None else whole(n, 'n', 1), seed=100)
 
 # %% ../nbs/18_recipes.ipynb #07cf7f79
-def _ours(path: Path) -> bool:
-    "Was this written by `save_weights`? What it holds is said by who opens it."
-    from safetensors import SafetensorError, safe_open
-    if path.suffix != '.safetensors' or not path.is_file(): return False
-    if (side := sidecar(path)).is_file(): return bool({'family', 'pair'} & {*read_json(side)})
-    try:
-        with safe_open(path, 'pt') as f: return 'pair' in (f.metadata() or {})
-    except (SafetensorError, OSError): return False
-
 def open_tokenizer(name: Any,                        # a registered name, a file of `save_tokenizer`, or a published checkpoint (.pth, .pt, .ckpt, a folder)
                    g_kwargs: Any = None,             # published checkpoints of VFM-VAE: the YAML they were trained with, or its settings
                    vfm: Any = None                   # a VFM to use instead of the one the file names
@@ -93,8 +83,7 @@ def open_tokenizer(name: Any,                        # a registered name, a file
     if str(name) in tokenizers: return tokenizers[str(name)]
     path = Path(name)
     if path.suffix in ('.pth', '.pt', '.ckpt', '.safetensors') or path.is_dir():
-        if not path.exists(): raise UserError(f'no weights at {path}; check the path')
-        return load_tokenizer(path, vfm=vfm) if not g_kwargs and _ours(path) else open_published(path, g_kwargs, vfm)
+        return load_tokenizer(path, vfm, g_kwargs=g_kwargs or None)
     raise UserError(f"no tokenizer named {str(name)!r}{nearest(str(name), tokenizers)} (known: {', '.join(tokenizers)}; or a .safetensors or .pth file)")
 
 # %% ../nbs/18_recipes.ipynb #77732023
