@@ -135,8 +135,8 @@ def cpu32(x: Tensor) -> bool:
     return x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
 
 def lean(x: Tensor) -> bool:
-    "Whether a layer may run in its form without gradients: none are wanted, and x is `cpu32`."
-    return not torch.is_grad_enabled() and cpu32(x)
+    "Whether a layer may run in its form without gradients: none are wanted, x is `cpu32`, and no compiler looks on, which makes better of the plain form."
+    return not torch.is_grad_enabled() and cpu32(x) and not torch.compiler.is_compiling()
 
 # %% ../nbs/04_layers.ipynb #3c85ee61
 def modulated(x: Tensor,                # (b,i,h,w)
