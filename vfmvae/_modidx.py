@@ -979,6 +979,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'vfmvae.layers._Attn.forward': ('layers.html#_attn.forward', 'vfmvae/layers.py'),
                                'vfmvae.layers._Wide': ('layers.html#_wide', 'vfmvae/layers.py'),
                                'vfmvae.layers._Wide.__init__': ('layers.html#_wide.__init__', 'vfmvae/layers.py'),
+                               'vfmvae.layers._edges': ('layers.html#_edges', 'vfmvae/layers.py'),
                                'vfmvae.layers._modulated_each': ('layers.html#_modulated_each', 'vfmvae/layers.py'),
                                'vfmvae.layers.binomial': ('layers.html#binomial', 'vfmvae/layers.py'),
                                'vfmvae.layers.channels_last': ('layers.html#channels_last', 'vfmvae/layers.py'),
