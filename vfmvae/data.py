@@ -852,8 +852,10 @@ class Loader:
             self._orders = {**{k: v for k, v in self._orders.items() if k in (epoch-1, epoch+1)}, epoch: order}
         return order
     def places(self, step: int) -> list[tuple[int, np.ndarray]]:
-        "(epoch, the images of it that this rank gets at `step`), in the order of the stream; two where an epoch ends within the step."
-        at = np.arange(step*self.batch_size, (step+1)*self.batch_size)[self.rank::self.world]
+        """(epoch, the images of it that this rank gets at `step`), in the order of the stream; two where an epoch ends within the step. Rank r of w
+        gets the r-th of w equal parts."""
+        b = self.batch_size//self.world
+        at = np.arange(step*self.batch_size + self.rank*b, step*self.batch_size + (self.rank+1)*b)
         return [(int(e), self.order(int(e))[at[at//len(self.ds) == e] % len(self.ds)]) for e in np.unique(at//len(self.ds))]
     def indices(self, step: int) -> np.ndarray:
         "(batch_size/world,) which images this rank gets at `step`."

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/15_dit.ipynb #605c7b2e
-from .core import UserError, build_config, check_weights, load_weights, save_weights, sidecar, whole
+from .core import Draws, UserError, build_config, check_weights, load_weights, normal_like, save_weights, sidecar, whole
 from .dit_layers import (MLPS, NORMS, QK_NORMS, Block, FinalLayer, LabelEmbed, PatchEmbed, TimeEmbed, modulations, projector, rope_table,
                                sincos_table, unpatchify)
-from .tokenizer import LatentStats, check_config, image_seed
+from .tokenizer import LatentStats, check_config, image_seeds
 from .vae import complain
 
 # %% ../nbs/15_dit.ipynb #b80d9ee5
@@ -304,12 +304,11 @@ class NetFeatures:
         "Latents (b,c,h,w) and class tokens (b,cls_dim) at noise level t, each with noise of its image's own seed."
         like = self.net.x_embedder.proj.weight
         clean = self.tokenizer.encode(x.to(self.tokenizer.stats.mean.device)).mode().to(like.device)
-        draws = [torch.Generator().manual_seed(image_seed(i, self.seed)) for i in x]
-        def mix(data: Tensor) -> Tensor:
-            return (1-self.t)*data + self.t*torch.stack([torch.randn(data.shape[1:], generator=g) for g in draws]).to(data)
-        z, width = mix(clean), self.net.config.cls_dim
+        draws = Draws(self.seed, image_seeds(x))
+        def mix(data: Tensor, use: str) -> Tensor: return (1-self.t)*data + self.t*normal_like(data, draws, use).to(data)
+        z, width = mix(clean, 'noise'), self.net.config.cls_dim
         if not width: return z, None
-        return z, mix(torch.zeros(len(x), width, device=like.device) if self.cls is None else self.cls(x).to(z))
+        return z, mix(torch.zeros(len(x), width, device=like.device) if self.cls is None else self.cls(x).to(z), 'class noise')
 
     def features(self, x: Tensor,                          # (b,3,H,W) in [-1,1]
                  layers: Sequence[int | str] | None = None # None: all
