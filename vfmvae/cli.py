@@ -591,3 +591,5 @@ def main(argv: Sequence[str] | None = None # without the program's name; None: s
         return status if status == 2 else _say(str(_told(e)))
     if ended: raise ended
     return status
+
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # a notebook has no file
