@@ -8,6 +8,7 @@ __all__ = ['ResBlock', 'AttnBlock', 'ConvVAEConfig', 'ConvVAE', 'RAEConfig', 'RA
 # %% ../nbs/08_baselines.ipynb #7387cc86
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 # %% ../nbs/08_baselines.ipynb #54ad3f83
@@ -288,6 +289,11 @@ class RAEConfig:
         return replace(self, vfm=vfm.name, patch=vfm.patch, channels=vfm.dim)
 
 # %% ../nbs/08_baselines.ipynb #d0a3123f
+@lru_cache(16)
+def _places(h: int, w: int, dim: int, device: Any) -> Tensor:
+    "`sincos_table`, kept where it is used: it is copied there once."
+    return sincos_table(h, w, dim).to(device)
+
 class RAE(CarriesVFM):
     "Frozen VFM features, layer-normed per token, as a deterministic latent, and a ViT decoder trained on noisy ones (Zheng et al. 2025, arXiv 2510.11690)."
     def __init__(self, config: RAEConfig, # its shape
@@ -335,7 +341,7 @@ class RAE(CarriesVFM):
         z = check_latents(z, self)
         h, w = z.shape[2:]
         t = self.inp(to_tokens(self.stats.unscale(z)))
-        t = t + sincos_table(h, w, t.shape[-1]).to(t)
+        t = t + _places(h, w, t.shape[-1], t.device).to(t.dtype)
         for block in self.blocks: t = block(t)
         return [F.pixel_shuffle(to_grid(self.out(self.norm(t)), h), self.stride)]
     def decode(self, z: Tensor) -> Tensor:

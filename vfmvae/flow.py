@@ -49,7 +49,8 @@ def _pick(name: str, known: Iterable[str], noun: str) -> str:
 
 def _noise_level(t: Tensor | float) -> Tensor:
     t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
-    if not ((t >= 0) & (t <= 1)).all(): raise UserError('t is a noise level between 0 (data) and 1 (noise); a time scaled by 1000 has to be divided first')
+    if t.device.type == 'cpu' and not ((t >= 0) & (t <= 1)).all():       # elsewhere, looking waits for the device
+        raise UserError('t is a noise level between 0 (data) and 1 (noise); a time scaled by 1000 has to be divided first')
     return t
 
 def coefficients(t: Tensor | float,   # noise level in [0,1], any shape

@@ -24,7 +24,7 @@ from .flow import (FLOW_WEIGHTS, KINDS, LAWS, PATHS, TERMS, ImageNoise, classifi
 from .latents import LatentCache, cache_latents
 from .plots import show_images, to_png
 from .robustness import layer_scores
-from .train import EMA, NotFinite, betas_of, defaults_of, world
+from .train import EMA, NotFinite, betas_of, clip_gradients, defaults_of, world
 _all_ = ['LatentCache', 'cache_latents']   # one door for caching and training
 
 # %% ../nbs/16_flow_train.ipynb #c90e2898
@@ -179,7 +179,7 @@ class FlowTask:
                 rows.append(torch.stack([v.detach() for v in terms.values()]))
                 backward(terms['loss']/len(micro))
             values = sync(torch.stack(rows).mean(0))
-            norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.flow.clip or math.inf)
+            norm = clip_gradients(self.net.parameters(), self.flow.clip or math.inf)
             *numbers, length = torch.cat([values, norm.to(values)[None]]).tolist()      # the one wait for the device
             logs = dict(zip(terms, numbers, strict=True))
             if bad := [k for k, v in logs.items() if not math.isfinite(v)]: raise NotFinite(*([k for k in bad if k != 'loss'] or bad))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .adversarial import ProjectedDiscriminator, feature_matching, gan_loss_d, gan_loss_g
 from .core import Draws, UserError, check_fields, nearest, real, whole
 from .losses import Warp, adaptive_weight, align_loss, draw_warp, latent_transform, multiscale, pixel, ssim_loss, target_transform
-from .train import EMA, NotFinite, betas_of, defaults_of, modules_in, world
+from .train import EMA, NotFinite, betas_of, clip_gradients, defaults_of, modules_in, world
 from .vae import Codebook, Encoded, VFMVAEConfig
 
 # %% ../nbs/11_tok_train.ipynb #35b026ce
@@ -270,12 +270,12 @@ class TokenizerTask:
         self._half(model, 3 if precision == 'fp16' else 0)
         moved = select(model, stage.train)
         for k, p in model.trainable().items(): p.requires_grad_(k in moved)
-        self.params, self.critic_params = list(moved.values()), [p for c in self.critics.values() for p in c.parameters() if p.requires_grad]
+        critics_learn = [p for c in self.critics.values() for p in c.parameters() if p.requires_grad]
         adam = partial(torch.optim.Adam, betas=betas, eps=1e-8)
-        self.nets, self.optimizers = dict(model=model, **self.critics), dict(model=adam(self.params, lr=stage.lr))
+        self.nets, self.optimizers = dict(model=model, **self.critics), dict(model=adam(list(moved.values()), lr=stage.lr))
         if self.critics:
             lr = stage.lr_critics or stage.lr
-            self.optimizers['critics'] = adam([dict(params=self.critic_params, lr=lr, lr_scale=lr/stage.lr)])
+            self.optimizers['critics'] = adam([dict(params=critics_learn, lr=lr, lr_scale=lr/stage.lr)])
         self.ema, self.looks = EMA(model, half_life), {}
         self._half(self.ema.net, 0)                                     # evaluation is in full precision
         self.magnify, self.good = (2.**16 if precision == 'fp16' else 1.), 0
@@ -287,6 +287,14 @@ class TokenizerTask:
         if hasattr(model, 'synthesis'): model.synthesis.half_blocks = blocks
         elif blocks: raise UserError(f'float16 is for the last decoder blocks of a VFM-VAE; train {model.name} with bf16')
 
+    @property
+    def params(self) -> list[nn.Parameter]:
+        "What the stage trains of the tokenizer."
+        return [p for g in self.optimizers['model'].param_groups for p in g['params']]
+    @property
+    def critic_params(self) -> list[nn.Parameter]:
+        "What learns of the discriminators."
+        return [p for g in self.optimizers['critics'].param_groups for p in g['params']] if self.critics else []
     def config(self) -> dict:
         "Architecture, stage and optimisers, as JSON; without the stage's length, so that a run can be made longer."
         stage = {k: v for k, v in self.stage.config().items() if k != 'images'}
@@ -352,7 +360,7 @@ class TokenizerTask:
             per_batch.append(torch.stack([v.detach().float() for v in losses.values()])*(torch.nan if dark else 1))
         values = sync(torch.stack(per_batch).mean(0))
         if magnify != 1: torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1/magnify)
-        norm = nn.utils.clip_grad_norm_(params, self.clip if self.clip and name == 'model' else float('inf'))
+        norm = clip_gradients(params, self.clip if self.clip and name == 'model' else math.inf)
         *numbers, length = torch.cat([values, norm.to(values)[None]]).tolist()                            # the one wait for the device
         logs = dict(zip(losses, numbers, strict=True))
         bad = [k for k, v in logs.items() if not math.isfinite(v)]
