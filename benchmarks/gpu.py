@@ -86,8 +86,8 @@ def peak_gb() -> float:
 def clear() -> None:
     import torch
     torch._dynamo.reset()
-    gc.collect()
     if torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

@@ -215,6 +215,20 @@ def alive(group: int) -> bool:
     return True
 
 
+def test_the_module_is_the_command_too():
+    # accelerate launch -m vfmvae.cli ...: it did nothing, and said nothing
+    out = subprocess.run([sys.executable, '-m', 'vfmvae.cli', 'encode', '--tokenizer', 'no-such'], capture_output=True, text=True)
+    assert out.returncode == 2 and 'no-such' in out.stderr
+
+
+def test_benches_take_a_device():
+    from vfmvae.bench import bench
+    from vfmvae.bench_flow import bench_flow
+    for run in (bench, bench_flow):
+        with pytest.raises(UserError, match="no device 'cuda:9'"): run(device='cuda:9')
+    assert bench_flow(batch=2, rounds=1, device='cpu')['ours']['images_per_s'] > 0
+
+
 def test_where_gloo_is_missing_a_line_says_so(monkeypatch, capsys):
     import vfmvae.cli as cli
     monkeypatch.setattr(cli, '_asked', lambda: 2)
