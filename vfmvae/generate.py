@@ -29,6 +29,7 @@ from .flow_presets import FLOW_PRESETS, FlowPreset
 from .flow_train import FlowTask, sample_latents
 from .latents import LatentCache, cache_latents, cache_name, latent_digest
 from .recipes import chosen, open_tokenizer, training_data
+from .tokenizer import tokenizers
 from .train import Run, fit, processes, provenance, warm_cosine
 from .vfm import VFM
 
@@ -63,8 +64,10 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     if batch % (acc.num_processes*accumulate):
         raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes and {accumulate} micro-batches; give a multiple')
     out = None if out is None else check_out(out, '.safetensors')
+    if tokenizer is None and p.tokenizer not in tokenizers:
+        raise UserError(f'these latents are of {p.tokenizer}, which is not bundled; give its file as tokenizer (--tokenizer FILE, with --g-kwargs YAML if it is published)')
     tok = open_tokenizer(p.tokenizer if tokenizer is None else tokenizer)
-    ds = training_data(data, p.latent[1]*tok.stride, n)
+    ds = training_data(data, p.latent[1]*tok.stride, n, p.crop)
     if not isinstance(cache, LatentCache):
         tok, some = tok.to(acc.device) if hasattr(tok, 'to') else tok, take(ds, n)
         made = cache_latents(tok, ds, cache_name(tok, some, data, p.flips) if cache is None else cache, n, p.flips)
