@@ -1,11 +1,11 @@
 """A small world in which full-size cells and README's lines run on a CPU. Their code stays as it is; other are only the files that the environment names
 (tiny random nets in the published layouts, a few pictures), the sizes of PRESETS, and what would be downloaded (the same architecture, shallow and narrow)."""
-import io, json, os, tarfile
+import io, json, os, tarfile, zipfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import yaml
 
@@ -13,7 +13,7 @@ from vfmvae import evaluate, flow_presets, recipes, vfm
 from vfmvae.baselines import ConvVAE, ConvVAEConfig
 from vfmvae.data import World, to_pil
 from vfmvae.dit import FAMILIES, DiT, DiTConfig
-from vfmvae.evaluate import Statistics, bundled_extractor, reference
+from vfmvae.evaluate import bundled_extractor, reference
 from vfmvae.flow_presets import FlowPreset
 from vfmvae.published import SHAPING, SIGLIP_PREFIX, _tables
 from vfmvae.vae import VFMVAE, VFMVAEConfig
@@ -80,8 +80,6 @@ def adm_reference(file, eye):
     x = World(200, seed=9).batch(range(200))['image']
     s = reference(x, eye, keep=False)
     evaluate.write_samples(file, x[:16])
-    import zipfile
-    import numpy as np
     with zipfile.ZipFile(file, 'a') as z:
         for k in ('mu', 'sigma', 'mu_s', 'sigma_s'):
             with z.open(f'{k}.npy', 'w') as f: np.lib.format.write_array(f, getattr(s, k).numpy())
@@ -99,8 +97,9 @@ def files(folder):
     for family in ('lightningdit', 'reg'): published_net(folder/f'{family}.pt', family)
     torch.save(dict(mean=torch.zeros(1, 32, 1, 1)+.1, std=torch.ones(1, 32, 1, 1)*2), folder/'latents_stats.pt')
     adm_reference(folder/'adm.npz', Inception())
-    here = dict(IMAGENET_VAL='folder/of/pictures', SD_VAE='sd.ckpt', VA_VAE='va.ckpt', NET='lightningdit.pt', LATENTS_STATS='latents_stats.pt', ADM_REFERENCE='adm.npz')
-    return {**{k: str(folder/v) for k, v in here.items()}, 'IMAGENET': str(folder/'imagenet-train-{0000..0001}.tar'), 'VFM_VAE': vfm_vae, 'VFM_VAE_YAML': config}
+    here = dict(IMAGENET='imagenet-train-{0000..0001}.tar', IMAGENET_VAL='folder/of/pictures', SD_VAE='sd.ckpt', VA_VAE='va.ckpt',
+                NET='lightningdit.pt', LATENTS_STATS='latents_stats.pt', ADM_REFERENCE='adm.npz')
+    return {**{k: str(folder/v) for k, v in here.items()}, 'VFM_VAE': vfm_vae, 'VFM_VAE_YAML': config}
 
 def Inception(weights=None):
     "Another eye under its name, in 64 dimensions instead of 2,048."

@@ -241,8 +241,8 @@ def _train_flow(a) -> int:
         return 0
     _outputs(a)
     if a.g_kwargs and not a.tokenizer: raise UserError('--g-kwargs without the published file that it describes; give --tokenizer')
-    train_flow(a.preset, a.data, a.cache, a.tokenizer and _tokenizer(a), a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.precision, a.compile,
-               workers=a.workers, save_every=a.save_every)
+    train_flow(a.preset, a.data, a.cache, a.tokenizer and _tokenizer(a), a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed,
+               a.precision, a.compile, workers=a.workers, save_every=a.save_every)
     if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 

@@ -65,7 +65,8 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
         raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes and {accumulate} micro-batches; give a multiple')
     out = None if out is None else check_out(out, '.safetensors')
     if tokenizer is None and p.tokenizer not in tokenizers:
-        raise UserError(f'these latents are of {p.tokenizer}, which is not bundled; give its file as tokenizer (--tokenizer FILE, with --g-kwargs YAML if it is published)')
+        raise UserError(f'these latents are of {p.tokenizer}, which is not bundled; give its file as tokenizer '
+                        '(--tokenizer FILE; of a published one --g-kwargs YAML, too)')
     tok = open_tokenizer(p.tokenizer if tokenizer is None else tokenizer)
     ds = training_data(data, p.latent[1]*tok.stride, n, p.crop)
     if not isinstance(cache, LatentCache):
