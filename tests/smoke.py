@@ -18,7 +18,7 @@ from vfmvae.flow_presets import FlowPreset
 from vfmvae.published import SHAPING, SIGLIP_PREFIX, _tables
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 
-DIM, SIDE, STEP = 64, 64, 16      # width of a stand-in VFM, pixels of a picture, images of a step
+DIM, SIDE, STEP = 64, 64, 8      # width of a stand-in VFM, pixels of a picture, images of a step
 F16D32 = VFMVAEConfig(layers=(0, 2, -1), in_dims=(DIM,)*3, out_dims=(16,)*3, img_size=SIDE, widen=2, blocks=4, channel_base=2048, channel_max=16, res_blocks=1,
                       fusion=(16, 8, 8), attention=(1,), w_dim=16)
 NET = dict(hidden_size=32, depth=2, num_heads=2, projector_dim=32, encoder_depth=1)
@@ -33,9 +33,9 @@ def small(p):
     c = p.config
     if isinstance(c, VFMVAEConfig) and c.vfm != 'tiny': c = replace(F16D32, scale=c.scale, img_size=round(2*SIDE/c.scale), out_dims=(round(64/c.scale**2),)*3)
     if isinstance(c, ConvVAEConfig): c = replace(c, width=8, mults=(1,)*len(c.mults), blocks=1, decoder_blocks=1, img_size=SIDE, dim=DIM if c.vfm else c.dim)
-    return replace(p, config=c, batch=STEP, patch_width=8, stages=tuple(replace(s, images=STEP) for s in p.stages))
+    return replace(p, config=c, batch=STEP, patch_width=8, critic_size=SIDE, stages=tuple(replace(s, images=STEP) for s in p.stages))
 
-def pictures(folder, n=24):
+def pictures(folder, n=16):
     "n pictures of the world, 80 px, in two class folders."
     x = World(n, seed=8, size=80).batch(range(n))['image']
     for i, im in enumerate(x):
@@ -43,7 +43,7 @@ def pictures(folder, n=24):
         file.parent.mkdir(parents=True, exist_ok=True)
         to_pil(im).save(file)
 
-def shards(folder, n=24):
+def shards(folder, n=16):
     "The same in two shards, with numbers of ImageNet's thousand classes."
     x = World(n, seed=8, size=80).batch(range(n))['image']
     for s in range(2):
@@ -115,7 +115,7 @@ def world(environment=None):
         if pretrained is not True or name == 'tiny': return load(name, pretrained, **kwargs)
         vfm._known(name)
         torch.manual_seed(0)
-        return vfm._create(name, False, **dict(depth=4, embed_dim=DIM, num_heads=2) | kwargs), dict(source='random', licence=None)
+        return vfm._create(name, False, **dict(depth=4, embed_dim=DIM, num_heads=2, mlp_ratio=2.) | kwargs), dict(source='random', licence=None)
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {'VFMVAE_SMOKE': '1', **(environment or {})}))
         for table in (recipes.PRESETS, flow_presets.FLOW_PRESETS):
