@@ -16,7 +16,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/09b_adversarial.ipynb #5837f9c4
-from .core import UserError, at_least_float32, nearest
+from .core import Draws, DrawsLike, UserError, at_least_float32, gathered, nearest, rank, uniforms_for, world
 from .losses import resize
 from .vfm import VFM, CarriesVFM, _misfit, layer_index
 
@@ -58,31 +58,31 @@ def feature_matching(fake: Sequence[Sequence[Tensor]], # D's layer outputs for d
     return torch.stack([k*(at_least_float32(a)-at_least_float32(b.detach())).abs().mean() for a, b, k in pairs]).sum()/len(fake)
 
 # %% ../nbs/09b_adversarial.ipynb #e10c52e6
-def _device(g: torch.Generator | None) -> Any: return 'cpu' if g is None else g.device
-def _uniform(x: Tensor, g: torch.Generator | None) -> Tensor: return torch.rand(len(x), 1, 1, 1, generator=g, device=_device(g)).to(x)
-def _integers(x: Tensor, low: int, high: int, g: torch.Generator | None) -> Tensor:
-    return torch.randint(low, high, (len(x), 1), generator=g, device=_device(g)).to(x.device)
+def _uniform(x: Tensor, g: DrawsLike, use: str) -> Tensor: return uniforms_for(x, g, use)[:, None, None, None].to(x.dtype)
+def _integers(x: Tensor, low: int, high: int, g: DrawsLike, use: str) -> Tensor:
+    if isinstance(g, Draws): return g.to(x.device).integers(use, low, high)[:, None]
+    return torch.randint(low, high, (len(x), 1), generator=g, device=x.device if g is None else g.device).to(x.device)
 def _along(i: Tensor, dim: int) -> Tensor: return i[:, None, :, None] if dim == 2 else i[:, None, None]
 
-def _color(x: Tensor, g: torch.Generator | None) -> Tensor:
-    x = x + (_uniform(x, g)-.5)
+def _color(x: Tensor, g: DrawsLike) -> Tensor:
+    x = x + (_uniform(x, g, 'brightness')-.5)
     grey = x.mean(1, keepdim=True)
-    x = (x-grey)*(2*_uniform(x, g)) + grey
+    x = (x-grey)*(2*_uniform(x, g, 'saturation')) + grey
     mean = x.mean((1, 2, 3), keepdim=True)
-    return (x-mean)*(_uniform(x, g)+.5) + mean
+    return (x-mean)*(_uniform(x, g, 'contrast')+.5) + mean
 
-def _translation(x: Tensor, g: torch.Generator | None) -> Tensor:
+def _translation(x: Tensor, g: DrawsLike) -> Tensor:
     for dim in (2, 3):
         n, most = x.shape[dim], int(.125*x.shape[dim]+.5)
-        i = torch.arange(n, device=x.device) + _integers(x, -most, most+1, g)
+        i = torch.arange(n, device=x.device) + _integers(x, -most, most+1, g, f'shift {dim}')
         x = x.take_along_dim(_along(i.clamp(0, n-1), dim), dim)*_along((i >= 0) & (i < n), dim)
     return x
 
-def _cutout(x: Tensor, g: torch.Generator | None) -> Tensor:
+def _cutout(x: Tensor, g: DrawsLike) -> Tensor:
     hole: Any = True
     for dim in (2, 3):
         n, c = x.shape[dim], int(.2*x.shape[dim]+.5)
-        i = torch.arange(n, device=x.device) - _integers(x, 0, n+1-c % 2, g) + c//2
+        i = torch.arange(n, device=x.device) - _integers(x, 0, n+1-c % 2, g, f'hole {dim}') + c//2
         hole = _along((i >= 0) & (i < c), dim) & hole
     return x*~hole
 
@@ -97,7 +97,7 @@ def _words(policy: str) -> list[str]:
 
 def diff_augment(x: Tensor,                                 # images (b,3,H,W) in [-1,1]; the result is not clamped
                  policy: str = 'color,translation,cutout',  # applied in this order; '': none
-                 generator: torch.Generator | None = None   # None: torch's global one, on the CPU whatever the device of x
+                 generator: DrawsLike = None                   # `Draws`, or a generator of torch; None: torch's own, on the device of x
                 ) -> Tensor:
     """Brightness, saturation and contrast; shift up to 1/8 of the side; a square hole of 1/5: drawn for each image, (b,3,H,W), differentiable
     (Zhao et al. 2020; spec section 11). UserError on an unknown word."""
@@ -121,19 +121,30 @@ def blur(x: Tensor,     # (b,c,H,W)
 
 # %% ../nbs/09b_adversarial.ipynb #34e88770
 class BatchNormLocal(nn.Module):
-    "Batch norm over contiguous groups of at most `group` images, (b,c,...) to the same; eps 1e-5, affine, no running statistics (spec section 11)."
+    """Batch norm over contiguous groups of at most `group` images, (b,c,...) to the same; eps 1e-5, affine, no running statistics (spec section 11).
+    In training, groups are those of the batch of all processes, whichever of them holds the images."""
     def __init__(self, c: int, group: int = 8):
         super().__init__()
         self.weight, self.bias, self.group = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c)), group
     def forward(self, x: Tensor) -> Tensor:
         b, c = x.shape[:2]
-        n = max(1, -(-b//self.group))
-        if not b or b % n:
-            raise UserError(f'BatchNormLocal: a batch of {b} does not split into {n} equal groups of at most {self.group}; use a multiple of {self.group}')
-        h = at_least_float32(x).reshape(n, b//n, c, -1)
-        var, mean = torch.var_mean(h, (1, 3), correction=0, keepdim=True)
-        h = (h-mean)*torch.rsqrt(var+1e-5)*self.weight[:, None] + self.bias[:, None]
+        every = b*world() if self.training else b
+        n = max(1, -(-every//self.group))
+        if not b or every % n:
+            raise UserError(f'BatchNormLocal: a batch of {every} does not split into {n} equal groups of at most {self.group}; use a multiple of {self.group}')
+        if b % (every//n): mean, var = self._spread(at_least_float32(x).reshape(b, c, -1), every//n)
+        else:
+            h = at_least_float32(x).reshape(b*n//every, every//n, c, -1)
+            var, mean = torch.var_mean(h, (1, 3), correction=0, keepdim=True)
+        h = (at_least_float32(x).reshape(*mean.shape[:1], -1, c, x[0, 0].numel())-mean)*torch.rsqrt(var+1e-5)*self.weight[:, None] + self.bias[:, None]
         return h.reshape(x.shape).to(x.dtype)
+    def _spread(self, h: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        "Mean and variance (b,1,c,1) of each image's group of `size`, some of whose images (b,c,n) lie in other processes."
+        def of_groups(v: Tensor) -> Tensor:
+            means = gathered(v).unflatten(0, (-1, size)).mean(1).repeat_interleave(size, 0, output_size=len(v)*world())
+            return means[rank()*len(v):(rank()+1)*len(v)][:, None, :, None]
+        mean = of_groups(h.mean(-1))
+        return mean, of_groups((h-mean[:, 0]).square().mean(-1))
     def extra_repr(self) -> str: return f'{len(self.weight)}, group={self.group}'
 
 # %% ../nbs/09b_adversarial.ipynb #a7e82093
@@ -192,14 +203,16 @@ class TokenHead(nn.Module):
 # %% ../nbs/09b_adversarial.ipynb #6571a868
 def _default_taps(depth: int) -> list[int]: return [*sorted({max(1, round(depth*i/4)) for i in (1, 2, 3, 4)}), 0]
 
-def _random_crop(x: Tensor, size: int) -> Tensor:
-    top, left = (int(torch.randint(s-size+1, ())) for s in x.shape[2:])
-    return x[..., top:top+size, left:left+size]
+def _random_crop(x: Tensor, size: int, draws: Draws | None) -> Tensor:
+    "Half of the time a crop, the same of all images of a step, else x itself."
+    half, *place = (torch.rand(3) if draws is None else draws.shared.uniform('crop', (3,))[0]).tolist()
+    top, left = (int(u*(s-size+1)) for u, s in zip(place, x.shape[2:], strict=True))
+    return x[..., top:top+size, left:left+size] if half < .5 else x
 
 # %% ../nbs/09b_adversarial.ipynb #4ab2c078
 class ProjectedDiscriminator(_Judge):
     """Images (b,3,H,W) in [-1,1] to logits (b, taps*tokens): a frozen VFM looks, `heads.<tap>` judge (spec section 11; published: DINO ViT-S/16,
-    `VFM('vit_small_patch16_224.dino')`). In training mode it augments, crops, and takes one power iteration; draws come from torch's global CPU generator."""
+    `VFM('vit_small_patch16_224.dino')`). In training mode it augments, crops, and takes one power iteration."""
     def __init__(self, vfm: VFM,                            # any; frozen, in eval mode, never saved
                  layers: Sequence[int] | None = None,       # what the heads read; None: after 1/4, 1/2, 3/4, all of the blocks, and the embedding (last)
                  size: int | None = None,                   # side the VFM sees, a multiple of its patch; None: the one it was made for
@@ -233,16 +246,16 @@ class ProjectedDiscriminator(_Judge):
         self.vfm.eval()
         return self
 
-    def look(self, x: Tensor) -> Tensor:
-        "What the VFM is shown, (b,3,size,size) in [-1,1] before augmentation: augmented and cropped in training mode, then resized."
+    def look(self, x: Tensor, draws: Draws | None = None) -> Tensor:
+        "What the VFM is shown, (b,3,size,size) in [-1,1] before augmentation: augmented and cropped in training mode, then resized. draws; None: torch's own."
         if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'a discriminator takes images (b,3,H,W), not {tuple(x.shape)}')
         x = at_least_float32(x)
-        if self.training: x = diff_augment(x, self.policy)
-        if self.training and self.crop and min(x.shape[2:]) > self.size and torch.rand(()) < 0.5: x = _random_crop(x, self.size)
+        if self.training: x = diff_augment(x, self.policy, draws)
+        if self.training and self.crop and min(x.shape[2:]) > self.size: x = _random_crop(x, self.size, draws)
         return resize(x, self.size, mode=self.mode)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.vfm.features(self.look(x), self.layers, grad=True, cls=True)
+    def forward(self, x: Tensor, draws: Draws | None = None) -> Tensor:
+        h = self.vfm.features(self.look(x, draws), self.layers, grad=True, cls=True)
         return torch.cat([head(h[i]) for head, i in zip(self.heads.values(), self.layers, strict=True)], 1)
 
 # %% ../nbs/09b_adversarial.ipynb #084681a1
@@ -277,7 +290,7 @@ class PatchGAN(_Judge):
         for j in range(self.layers+2): out.append(self.get_submodule(f'scale{i}_layer{j}')(out[-1]))
         return out[1:]
 
-    def forward(self, x: Tensor) -> list[list[Tensor]]:
+    def forward(self, x: Tensor, draws: Draws | None = None) -> list[list[Tensor]]:
         if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'a discriminator takes images (b,3,H,W), not {tuple(x.shape)}')
         sizes = [at_least_float32(x)]
         for _ in range(self.scales-1): sizes.append(F.avg_pool2d(sizes[-1], 3, 2, 1, count_include_pad=False))

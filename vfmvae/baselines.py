@@ -8,15 +8,15 @@ __all__ = ['ResBlock', 'AttnBlock', 'ConvVAEConfig', 'ConvVAE', 'RAEConfig', 'RA
 # %% ../nbs/08_baselines.ipynb #7387cc86
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar
 
 # %% ../nbs/08_baselines.ipynb #54ad3f83
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/08_baselines.ipynb #6696ffe8
-from .core import Gaussian, UserError, at_least_float32, check_fields, real, to_grid, to_tokens, whole
+from .core import Draws, Gaussian, UserError, at_least_float32, check_fields, real, to_grid, to_tokens, uniforms_for, whole
 from .dit_layers import sincos_table
 from .layers import norm_groups
 from .tokenizer import LatentStats, families, register_bundled
@@ -220,7 +220,7 @@ class ConvVAE(CarriesVFM):
         "Frozen features {-1: (b,n,c)} of images (b,3,H,W); nothing if it has no VFM."
         if self.vfm is None: return {}
         return scaled_features(self.vfm, check_images(x, self.stride, self), self.config.scale, (-1,))
-    def encode_parts(self, x: Tensor, look: Mapping[int, Tensor] | None = None) -> Encoded:
+    def encode_parts(self, x: Tensor, look: Mapping[int, Tensor] | None = None, draws: Draws | None = None) -> Encoded:
         "Everything one encoding yields; x (b,3,H,W) in [-1,1]. `look`: see there, passed on for the alignment loss."
         x = check_images(x, self.stride, self)
         moments = self.quant_conv(self.encoder(x))
@@ -289,6 +289,11 @@ class RAEConfig:
         return replace(self, vfm=vfm.name, patch=vfm.patch, channels=vfm.dim)
 
 # %% ../nbs/08_baselines.ipynb #d0a3123f
+@lru_cache(16)
+def _places(h: int, w: int, dim: int, device: Any) -> Tensor:
+    "`sincos_table`, kept where it is used: it is copied there once."
+    return sincos_table(h, w, dim).to(device)
+
 class RAE(CarriesVFM):
     "Frozen VFM features, layer-normed per token, as a deterministic latent, and a ViT decoder trained on noisy ones (Zheng et al. 2025, arXiv 2510.11690)."
     def __init__(self, config: RAEConfig, # its shape
@@ -319,12 +324,13 @@ class RAE(CarriesVFM):
         c = self.config
         if self.vfm is None: raise UserError(f'{self.name} was built without its VFM and cannot encode; give vfm=VFM(...)')
         return scaled_features(self.vfm, check_images(x, c.stride, self), c.scale, (c.layer,))
-    def encode_parts(self, x: Tensor, look: Mapping[int, Tensor] | None = None) -> Encoded:
+    def encode_parts(self, x: Tensor, look: Mapping[int, Tensor] | None = None, draws: Draws | None = None) -> Encoded:
         "Everything one encoding yields. In training mode the posterior has a std of sigma ~ U(0, tau), drawn per image: its sample is the noisy latent."
         features = dict(self.look(x) if look is None else look)
         h = features[self.config.layer]
         z = to_grid(F.layer_norm(h, h.shape[-1:]), x.shape[2]//self.stride)
-        sigma = self.config.tau*torch.rand(len(z), 1, 1, 1).to(z) if self.training and self.config.tau else None
+        noisy = self.training and self.config.tau
+        sigma = self.config.tau*uniforms_for(z, draws, 'sigma')[:, None, None, None].to(z.dtype) if noisy else None
         raw = Gaussian(z, None if sigma is None else (2*sigma.clamp(min=1e-6).log()).expand_as(z))
         return Encoded(self.stats.scale(raw), raw, z, features)
     def encode(self, x: Tensor) -> Gaussian:
@@ -335,7 +341,7 @@ class RAE(CarriesVFM):
         z = check_latents(z, self)
         h, w = z.shape[2:]
         t = self.inp(to_tokens(self.stats.unscale(z)))
-        t = t + sincos_table(h, w, t.shape[-1]).to(t)
+        t = t + _places(h, w, t.shape[-1], t.device).to(t.dtype)
         for block in self.blocks: t = block(t)
         return [F.pixel_shuffle(to_grid(self.out(self.norm(t)), h), self.stride)]
     def decode(self, z: Tensor) -> Tensor:

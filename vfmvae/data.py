@@ -10,7 +10,7 @@ __all__ = ['SHAPES', 'TEXTURES', 'BACKGROUNDS', 'CLASSES', 'SUFFIXES', 'FORMATS'
            'taken', 'TensorSet', 'as_dataset', 'Loader', 'loader']
 
 # %% ../nbs/02_data.ipynb #d68a724b
-import glob, hashlib, io, itertools, math, os, random, re, tarfile
+import glob, hashlib, inspect, io, itertools, math, os, random, re, tarfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% ../nbs/02_data.ipynb #af157be0
-from .core import UserError, first_line, as_path, at_least_float32, digest, nearest, notice, real, whole
+from .core import Draws, UserError, first_line, as_path, at_least_float32, digest, nearest, normal_like, notice, real, whole
 
 # %% ../nbs/02_data.ipynb #103b7297
 SHAPES = ('ring', 'triangle', 'cross', 'square')
@@ -310,23 +310,19 @@ def transform(x: Tensor,         # (b,3,H,W) in [-1,1]
     return x if strength == t.identity else t.apply(at_least_float32(x), strength, seed).to(x.dtype)
 
 # %% ../nbs/02_data.ipynb #3b2abe0d
-def _each(x: Tensor, seed: int, f: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
-    "f(image (3,H,W), its own generator) for every image: what an image draws does not depend on its batch."
-    return torch.stack([f(i, torch.Generator().manual_seed(seed+k)) for k, i in enumerate(x)])
-
-def _rand(g: torch.Generator, low: float = 0., high: float = 1.) -> float: return low + (high-low)*float(torch.rand((), generator=g))
-
-def _randint(g: torch.Generator, n: int) -> int: return int(torch.randint(n, (), generator=g))
+def _each(x: Tensor, seed: int, use: str, f: Callable[..., Tensor]) -> Tensor:
+    "f(image (3,H,W), four numbers in [0, 1) of its own) for every image: what an image draws does not depend on its batch."
+    return torch.stack([f(i, *u) for i, u in zip(x, Draws(0, range(seed, seed+len(x))).uniform(use, (4,)).tolist(), strict=True)])
 
 # %% ../nbs/02_data.ipynb #94674cf0
-def _noise(x, s, seed): return _each(x, seed, lambda i, g: (i + 2*s*torch.randn(i.shape, generator=g).to(i)).clamp(-1, 1))
+def _noise(x, s, seed): return (x + 2*s*normal_like(x, Draws(0, range(seed, seed+len(x))))).clamp(-1, 1)
 
 def _colour(x, s, seed):
     from torchvision.transforms.v2 import functional as TF
-    def one(i, g):
-        b, c, a, h = _rand(g, 1-s, 1+s), _rand(g, 1-s, 1+s), _rand(g, 1-s, 1+s), _rand(g, -s/5, s/5)
-        return TF.adjust_hue(TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(i/2+.5, b), c), a), h)*2-1
-    return _each(x, seed, one)
+    def one(i, *u):
+        b, c, a, h = (1 + s*(2*v-1) for v in u)
+        return TF.adjust_hue(TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(i/2+.5, b), c), a), (h-1)/5)*2-1
+    return _each(x, seed, 'colour', one)
 
 def _blur(x, s, seed):
     from torchvision.transforms.v2 import functional as TF
@@ -335,19 +331,19 @@ def _blur(x, s, seed):
     return TF.gaussian_blur(x, [2*k+1, 2*k+1], [s, s])
 
 def _jpeg(x, s, seed):
-    def one(i, g):
+    def one(i):
         to_pil(i).save(f := io.BytesIO(), format='JPEG', quality=round(100-s))
         return to_tensor(Image.open(f)).to(i)
-    return _each(x, seed, one)
+    return torch.stack([one(i) for i in x])
 
 def _occlusion(x, s, seed):
     (h, w), r = x.shape[-2:], s**.5
-    def one(i, g):
-        a, b = round(h*r), round(w*r)
-        top, left, i = _randint(g, h-a+1), _randint(g, w-b+1), i.clone()
+    a, b = round(h*r), round(w*r)
+    def one(i, u, v, *_):
+        top, left, i = int(u*(h-a+1)), int(v*(w-b+1)), i.clone()
         i[:, top:top+a, left:left+b] = 0
         return i
-    return _each(x, seed, one)
+    return _each(x, seed, 'place', one)
 
 # %% ../nbs/02_data.ipynb #0274e84b
 def _rotation(x, s, seed):
@@ -367,12 +363,12 @@ def _scale(x, s, seed):
 def _translation(x, s, seed):
     h, w = x.shape[-2:]
     padded = F.pad(x, (int(s*w), int(s*w), int(s*h), int(s*h)), mode='reflect')
-    def one(i, g):
-        a = _rand(g, 0, 2*math.pi)
+    def one(i, u, *_):
+        a = 2*math.pi*u
         top, left = int(s*h) + round(s*h*math.sin(a)*.999), int(s*w) + round(s*w*math.cos(a)*.999)
         top, left = min(max(top, 0), 2*int(s*h)), min(max(left, 0), 2*int(s*w))
         return i[:, top:top+h, left:left+w]
-    return _each(padded, seed, one)
+    return _each(padded, seed, 'direction', one)
 
 def _hflip(x, s, seed):
     if s != 1: raise UserError(f'hflip is 0 or 1, not {s}; there is no half a mirror')
@@ -381,10 +377,10 @@ def _hflip(x, s, seed):
 def _crop(x, s, seed):
     h, w = x.shape[-2:]
     a, b = max(1, round(h*(1-s))), max(1, round(w*(1-s)))
-    def one(i, g):
-        top, left = _randint(g, h-a+1), _randint(g, w-b+1)
+    def one(i, u, v, *_):
+        top, left = int(u*(h-a+1)), int(v*(w-b+1))
         return F.interpolate(i[None, :, top:top+a, left:left+b], (h, w), mode='bilinear', antialias=True)[0]
-    return _each(x, seed, one)
+    return _each(x, seed, 'place', one)
 
 # %% ../nbs/02_data.ipynb #626f326f
 TRANSFORMS |= dict(
@@ -839,11 +835,17 @@ def as_dataset(x: Any,                     # see below; what has `len` and `batc
     return ImageSet(read, keys, numbers, classes, size or min(read(0).size), augment, crop, name, pieces=pieces, stamp=stamp)
 
 # %% ../nbs/02_data.ipynb #a78b8266
+def _gives_bytes(ds: Any) -> bool:
+    "Whether `ds.batch` knows `as_bytes`."
+    while isinstance(ds, Subset): ds = ds.ds
+    return 'as_bytes' in inspect.signature(ds.batch).parameters
+
 class Loader:
     """Batches as a pure function of (seed, step, rank): an endless stream of epochs, each a permutation of all images, cut into steps. So every image is
     seen equally often, and a step of 8 is the images of two steps of 4. `len`: steps after which every image has been seen."""
-    def __init__(self, ds: Any, batch_size: int, seed: int, rank: int, world: int, workers: int):
+    def __init__(self, ds: Any, batch_size: int, seed: int, rank: int, world: int, workers: int, device: Any = 'cpu'):
         self.ds, self.batch_size, self.seed, self.rank, self.world, self.workers = ds, batch_size, seed, rank, world, workers
+        self.far = torch.device(device).type != 'cpu'        # batches travel: images as bytes, from memory that the device can read by itself
         self._orders: dict[int, np.ndarray] = {}
     def __len__(self) -> int: return math.ceil(len(self.ds)/self.batch_size)
     def order(self, epoch: int) -> np.ndarray:
@@ -853,8 +855,10 @@ class Loader:
             self._orders = {**{k: v for k, v in self._orders.items() if k in (epoch-1, epoch+1)}, epoch: order}
         return order
     def places(self, step: int) -> list[tuple[int, np.ndarray]]:
-        "(epoch, the images of it that this rank gets at `step`), in the order of the stream; two where an epoch ends within the step."
-        at = np.arange(step*self.batch_size, (step+1)*self.batch_size)[self.rank::self.world]
+        """(epoch, the images of it that this rank gets at `step`), in the order of the stream; two where an epoch ends within the step. Rank r of w
+        gets the r-th of w equal parts."""
+        b = self.batch_size//self.world
+        at = np.arange(step*self.batch_size + self.rank*b, step*self.batch_size + (self.rank+1)*b)
         return [(int(e), self.order(int(e))[at[at//len(self.ds) == e] % len(self.ds)]) for e in np.unique(at//len(self.ds))]
     def indices(self, step: int) -> np.ndarray:
         "(batch_size/world,) which images this rank gets at `step`."
@@ -862,23 +866,29 @@ class Loader:
     def batch_at(self, step: int # counts from 0 over all epochs
                 ) -> dict:
         "The batch of `step`: image (b,3,H,W), label (b,), key, with b = batch_size/world."
-        if not getattr(self.ds, 'augment', False): return self.ds.batch(self.indices(step).tolist())
-        parts = [self.ds.batch(i.tolist(), epoch=e, seed=self.seed) for e, i in self.places(step)]
+        how: dict[str, Any] = dict(as_bytes=True) if self.far and _gives_bytes(self.ds) else {}
+        if not getattr(self.ds, 'augment', False): return self.ds.batch(self.indices(step).tolist(), **how)
+        parts = [self.ds.batch(i.tolist(), epoch=e, seed=self.seed, **how) for e, i in self.places(step)]
         if len(parts) == 1: return parts[0]
         return {k: torch.cat([p[k] for p in parts]) if isinstance(v, Tensor) else sum((p[k] for p in parts), []) for k, v in parts[0].items()}
+    def _ready(self, step: int) -> dict:
+        "The batch of `step`, in pinned memory where that is of use."
+        b = self.batch_at(step)
+        if not self.far or not torch.cuda.is_available(): return b
+        return {k: v.pin_memory() if isinstance(v, Tensor) and v.device.type == 'cpu' else v for k, v in b.items()}
     def steps(self, start: int = 0, stop: int | None = None # None: without end
              ) -> Iterator[dict]:
         "The batches from `start` on, read ahead by `workers` threads (decoding releases Python's lock)."
         todo = iter(itertools.count(start) if stop is None else range(start, stop))
         if not self.workers:
-            yield from map(self.batch_at, todo)
+            yield from map(self._ready, todo)
             return
         with ThreadPoolExecutor(self.workers) as pool:
-            ahead = deque(pool.submit(self.batch_at, s) for s in itertools.islice(todo, 2*self.workers))
+            ahead = deque(pool.submit(self._ready, s) for s in itertools.islice(todo, 2*self.workers))
             try:
                 while ahead:
                     yield ahead.popleft().result()
-                    ahead.extend(pool.submit(self.batch_at, s) for s in itertools.islice(todo, 1))
+                    ahead.extend(pool.submit(self._ready, s) for s in itertools.islice(todo, 1))
             finally:
                 for f in ahead: f.cancel()
 
@@ -887,11 +897,12 @@ def loader(ds: Any,          # anything with `len(ds)` and `ds.batch(indices)`
            batch_size: int,  # images of one step, over all ranks together
            seed: int = 0,    # of the order and of the augmentation
            rank: int = 0, world: int = 1, # this process, and how many there are
-           workers: int = 0  # threads that read ahead in `steps` and in iteration
+           workers: int = 0, # threads that read ahead in `steps`
+           device: Any = 'cpu' # where the batches go: to an accelerator images travel as bytes, which `fit` makes numbers there
           ) -> Loader:
     "A stateless loader. UserError: a batch larger than the set, or one that the ranks cannot share evenly."
     batch_size, workers, seed = whole(batch_size, 'batch', 1), whole(workers, 'workers', 0, 1024), whole(seed, 'seed', -2**63, 2**64)
     if not 0 <= rank < world: raise UserError(f'rank {rank} of {world}: ranks count from 0 to world-1')
     if batch_size % world: raise UserError(f'{world} ranks cannot share a batch of {batch_size}; give a multiple of {world}')
     if batch_size > len(ds): raise UserError(f'a batch of {batch_size} is larger than the set ({len(ds)} images); give at most {len(ds)}')
-    return Loader(ds, batch_size, seed, rank, world, workers)
+    return Loader(ds, batch_size, seed, rank, world, workers, device)

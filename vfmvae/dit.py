@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/15_dit.ipynb #605c7b2e
-from .core import UserError, build_config, check_weights, load_weights, save_weights, sidecar, whole
+from .core import Draws, UserError, build_config, check_weights, load_weights, normal_like, save_weights, sidecar, whole
 from .dit_layers import (MLPS, NORMS, QK_NORMS, Block, FinalLayer, LabelEmbed, PatchEmbed, TimeEmbed, modulations, projector, rope_table,
                                sincos_table, unpatchify)
-from .tokenizer import LatentStats, check_config, image_seed
+from .tokenizer import LatentStats, check_config, image_seeds
 from .vae import complain
 
 # %% ../nbs/15_dit.ipynb #b80d9ee5
@@ -168,7 +168,7 @@ class DiT(nn.Module):
                 layers: Sequence[int | str] | None = None # of `self.layers`, () for none: return `Parts` with their tokens
                ) -> Any:
         """Velocity (b,in_channels,h,w) = noise - data, in the type of z; with a class token (velocity, class-token velocity); with `layers`, `Parts`.
-        Labels are dropped in train mode only. UserError, one line, for what does not fit (the range of labels is not looked at under torch.compile)."""
+        Labels are dropped in train mode only. UserError, one line, for what does not fit (values are looked at on a CPU alone)."""
         c, dtype, inside = self.config, self.x_embedder.proj.weight.dtype, layers is not None
         _check(self, z, t, y, cls, drop, layers or ())
         if self.training and drop is None and c.label_dropout: drop = torch.rand(len(y), device=y.device) < c.label_dropout
@@ -224,7 +224,7 @@ def _check(net: DiT, z: Tensor, t: Tensor, y: Tensor, cls: Tensor | None, drop: 
     if not isinstance(t, Tensor) or t.shape != (b,) or not t.is_floating_point():
         raise UserError(f't is one noise level per latent, ({b},) floats, not {_what(t)}')
     if not isinstance(y, Tensor) or y.shape != (b,) or y.dtype != torch.int64: raise UserError(f'y is one label per latent, ({b},) int64, not {_what(y)}')
-    if not torch.compiler.is_compiling() and y.device.type != 'meta' and ((y < 0) | (y > c.num_classes)).any():
+    if not torch.compiler.is_compiling() and y.device.type == 'cpu' and ((y < 0) | (y > c.num_classes)).any():
         raise UserError(f'labels reach from {int(y.min())} to {int(y.max())}; this net knows 0 to {c.num_classes-1}, and {c.num_classes} for no class')
     if cls is None and c.cls_dim: raise UserError(f'this net has a class token; give cls=({b},{c.cls_dim}), at the same noise level')
     if cls is not None and not c.cls_dim: raise UserError('this net has no class token; leave cls away')
@@ -304,12 +304,11 @@ class NetFeatures:
         "Latents (b,c,h,w) and class tokens (b,cls_dim) at noise level t, each with noise of its image's own seed."
         like = self.net.x_embedder.proj.weight
         clean = self.tokenizer.encode(x.to(self.tokenizer.stats.mean.device)).mode().to(like.device)
-        draws = [torch.Generator().manual_seed(image_seed(i, self.seed)) for i in x]
-        def mix(data: Tensor) -> Tensor:
-            return (1-self.t)*data + self.t*torch.stack([torch.randn(data.shape[1:], generator=g) for g in draws]).to(data)
-        z, width = mix(clean), self.net.config.cls_dim
+        draws = Draws(self.seed, image_seeds(x))
+        def mix(data: Tensor, use: str) -> Tensor: return (1-self.t)*data + self.t*normal_like(data, draws, use).to(data)
+        z, width = mix(clean, 'noise'), self.net.config.cls_dim
         if not width: return z, None
-        return z, mix(torch.zeros(len(x), width, device=like.device) if self.cls is None else self.cls(x).to(z))
+        return z, mix(torch.zeros(len(x), width, device=like.device) if self.cls is None else self.cls(x).to(z), 'class noise')
 
     def features(self, x: Tensor,                          # (b,3,H,W) in [-1,1]
                  layers: Sequence[int | str] | None = None # None: all

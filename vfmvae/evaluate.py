@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/16b_evaluate.ipynb #6772c87c
-from .core import Table, UserError, first_line, data_dir, load_weights, nearest, to_json, whole, write_atomic
+from .core import Draws, Table, UserError, first_line, data_dir, load_weights, nearest, to_json, whole, write_atomic
 from .data import ImageSet, World, check_images, spread, take, taken, to_uint8, transform
 from .features import _place, _samples, as_images, batches
 from .metrics import frechet, inception_score, precision_recall
-from .tokenizer import image_seed
+from .tokenizer import image_seeds
 from .train import provenance, world
 from .vfm import VFM, read_torch
 
@@ -568,10 +568,7 @@ def rfid(tokenizer: Any,                 # encode and decode
     def rebuilt() -> Iterator[Tensor]:
         for x in originals():
             posterior = tokenizer.encode(x.to(place))
-            z = posterior.mode()
-            if sample and posterior.logvar is not None:
-                z = z + posterior.std*torch.stack([torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(image_seed(i, seed))) for i in x]).to(z)
-            y = tokenizer.decode(z)
+            y = tokenizer.decode(posterior.sample(Draws(seed, image_seeds(x))) if sample else posterior.mode())
             if not y.isfinite().all(): raise UserError(f'{tokenizer.name} decodes to NaN or infinity; look at its weights and precision')
             yield to8(y).cpu().float()/127.5 - 1
     real, fake = (_statistics(f(), extractor, batch_size, pr_n > 0 or f is rebuilt, device, name, seen) for f in (originals, rebuilt))

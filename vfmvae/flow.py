@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # %% ../nbs/14_flow.ipynb #d8d0ffd9
-import numpy as np
 import torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/14_flow.ipynb #4d6b167d
-from .core import UserError, at_least_float32, nearest, real, whole
+from .core import Draws, DrawsLike, UserError, at_least_float32, nearest, normal_like, real, uniforms_for, whole
 
 # %% ../nbs/14_flow.ipynb #c497606d
 class Coefficients(NamedTuple):
@@ -50,7 +49,8 @@ def _pick(name: str, known: Iterable[str], noun: str) -> str:
 
 def _noise_level(t: Tensor | float) -> Tensor:
     t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
-    if not ((t >= 0) & (t <= 1)).all(): raise UserError('t is a noise level between 0 (data) and 1 (noise); a time scaled by 1000 has to be divided first')
+    if t.device.type == 'cpu' and not ((t >= 0) & (t <= 1)).all():       # elsewhere, looking waits for the device
+        raise UserError('t is a noise level between 0 (data) and 1 (noise); a time scaled by 1000 has to be divided first')
     return t
 
 def coefficients(t: Tensor | float,   # noise level in [0,1], any shape
@@ -129,10 +129,11 @@ LAWS = tuple(_LAWS)
 
 def sample_t(n: int,                             # how many
              law: str = 'uniform',               # of LAWS; truncated: RAE's, at most .999; cosine_lognormal: REPA's for the gvp path
-             generator: torch.Generator | None = None, # its device is the result's; None: global, on the CPU
+             generator: DrawsLike = None,         # `Draws` of n images, or a generator of torch; None: torch's own
              mean: float = 0., std: float = 1.,  # of the normal variable behind the law; a larger mean is more noise
              shift: float = 1.,                  # see `shift_t`, applied last
-             interval: tuple[float, float] | None = None # the law is restricted to it; None: (0, 1), truncated: (0, .999)
+             interval: tuple[float, float] | None = None, # the law is restricted to it; None: (0, 1), truncated: (0, .999)
+             device: Any = None                  # of the result; None: whoever draws is on it
             ) -> Tensor:
     "Noise levels (n,) in float32 by the inverse distribution function: no rejection, no clamping (spec/diffusion.md section 1)."
     maps = _LAWS[_pick(law, LAWS, 'time law')]
@@ -142,7 +143,9 @@ def sample_t(n: int,                             # how many
     if not 0 <= low < high <= 1: raise UserError(f'noise levels in [{low}, {high}]; give 0 <= low < high <= 1')
     ends = torch.tensor([low, high], dtype=torch.float64)
     if maps: ends = torch.special.ndtr((maps[0](ends)-mean)/std)
-    u = torch.rand(n, generator=generator, device=generator.device if generator is not None else 'cpu', dtype=torch.float64)
+    where = device or getattr(generator, 'device', 'cpu')
+    double = torch.float32 if torch.device(where).type == 'mps' else torch.float64      # which has none
+    u = uniforms_for(torch.empty(n, device=where), generator, 't', double)
     t = ends[0].item() + (ends[1]-ends[0]).item()*u
     if maps: t = maps[1](mean + std*torch.special.ndtri(t))
     return shift_t(t, shift).float()
@@ -196,20 +199,18 @@ FLOW_WEIGHTS: dict[str, dict[str, float]] = dict(sit=dict(flow=1.), lightningdit
                                                  repa=dict(flow=1., repa=.5), reg=dict(flow=1., repa=.5, cls=.03))
 TERMS = ('flow', 'cosine', 'repa', 'cls', 'base')
 
-def _randn(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(like.shape, generator=generator, device=generator.device if generator is not None else 'cpu').to(at_least_float32(like))
-
-def _draw_t(n: int, law: str | Mapping[str, Any], generator: torch.Generator | None, path: str, predict: str) -> Tensor:
+def _draw_t(z: Tensor, law: str | Mapping[str, Any], generator: DrawsLike, path: str, predict: str) -> Tensor:
     "Noise levels by the law, within what the path and prediction allow; 'truncated' keeps its own interval where everything is allowed."
     allowed = t_interval(path, predict)
-    return sample_t(n, generator=generator, **dict(interval=None if allowed == (0., 1.) else allowed) | (dict(law=law) if isinstance(law, str) else dict(law)))
+    how = dict(interval=None if allowed == (0., 1.) else allowed) | (dict(law=law) if isinstance(law, str) else dict(law))
+    return sample_t(len(z), generator=generator, device=z.device, **how)
 
 def flow_loss(net: Callable,              # net(z_t, t, y) -> (b,c,h,w); with a class token net(z_t, t, y, cls_t) -> (that, (b,d))
               z: Tensor,                  # latents (b,c,h,w), unit scale
               y: Tensor,                  # labels (b,); dropping some is the net's business
               weights: Mapping[str, float] = FLOW_WEIGHTS['sit'], # of the terms, see FLOW_WEIGHTS
               t: Tensor | None = None, noise: Tensor | None = None, # (b,) and like z; None: drawn, in this order
-              generator: torch.Generator | None = None, # draws on its device; None: global, on the CPU, so that a seed means the same everywhere
+              generator: DrawsLike = None, # `Draws` of these images, or a generator of torch; None: torch's own
               law: str | Mapping[str, Any] = 'uniform', # of t; or arguments of `sample_t`
               path: str = 'linear', predict: str = 'velocity', weighting: str | None = None, # see `prediction_error`
               cls: Tensor | None = None, cls_noise: Tensor | None = None, # REG: class tokens (b,d), as they are; its noise is drawn last
@@ -224,13 +225,13 @@ def flow_loss(net: Callable,              # net(z_t, t, y) -> (b,c,h,w); with a 
     if 'repa' in weights and (projections is None or not targets): raise UserError("the weight 'repa' needs targets and projections; give both or drop it")
     if ('base' in weights) != (base is not None): raise UserError("the weight 'base' and base=, the second final layer's word, go together; give both or none")
     if len(y) != len(z): raise UserError(f'{len(y)} labels for {len(z)} latents; give one each')
-    if t is None: t = _draw_t(len(z), law, generator, path, predict)
-    if noise is None: noise = _randn(z, generator)
+    if t is None: t = _draw_t(z, law, generator, path, predict)
+    if noise is None: noise = normal_like(z, generator)
     z_t, target = interpolate(z, noise, t, path)
     t, found = t.to(z_t), {}
     if cls is None: out = net(z_t, t, y)
     else:
-        if cls_noise is None: cls_noise = _randn(cls, generator)
+        if cls_noise is None: cls_noise = normal_like(cls, generator, 'class noise')
         said = net(z_t, t, y, interpolate(cls, cls_noise, t, path)[0])
         if not isinstance(said, tuple): raise UserError('class tokens were given, but the net returns one tensor; use a net that has them, or leave cls out')
         out = said[0]
@@ -330,13 +331,11 @@ class ImageNoise:
                  index: Iterable[int],       # which images of the set, each its number
                  shape: Sequence[int],       # of one state: (c,h,w), or (c*h*w + d,) with a class token
                  dtype: torch.dtype = torch.float32, device: Any = 'cpu'):
-        self.shape, self.dtype, self.device = tuple(shape), dtype, device
-        mask, seed = 2**64-1, whole(seed, 'seed')  # a counter-based generator keyed by both: no two images share a stream
-        keys = [np.array([seed & mask, whole(i, 'number of an image') & mask], dtype=np.uint64) for i in index]
-        self.streams = [np.random.Generator(np.random.Philox(key=k)) for k in keys]
-        if not self.streams: raise UserError('noise for no image; give at least one index')
+        self.shape, self.dtype, self.calls = tuple(shape), dtype, 0
+        self.draws = Draws(seed, [whole(i, 'number of an image') for i in index], device)
     def __call__(self) -> Tensor:
-        return torch.from_numpy(np.stack([s.standard_normal(self.shape) for s in self.streams])).to(self.device, self.dtype)
+        self.calls += 1
+        return self.draws.normal(f'{self.calls-1}' if self.calls > 1 else '', self.shape, self.dtype)
 
 # %% ../nbs/14_flow.ipynb #86cee9de
 def _cast(f: Field, low: torch.dtype, high: torch.dtype) -> Field:

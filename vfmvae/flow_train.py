@@ -17,14 +17,14 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/16_flow_train.ipynb #8ec03dc1
-from .core import Gaussian, UserError, nearest, real, whole, write_atomic
+from .core import Gaussian, UserError, nearest, real, uniforms_for, whole, write_atomic
 from .dit import DiT, DiTConfig, NetFeatures, Parts
 from .flow import (FLOW_WEIGHTS, KINDS, LAWS, PATHS, TERMS, ImageNoise, classifier_free, field as velocity_of, flow_loss, guide,
                          internal_guidance, part, sample, sample_t)
 from .latents import LatentCache, cache_latents
 from .plots import show_images, to_png
 from .robustness import layer_scores
-from .train import EMA, NotFinite, betas_of, defaults_of, world
+from .train import EMA, NotFinite, betas_of, clip_gradients, defaults_of, world
 _all_ = ['LatentCache', 'cache_latents']   # one door for caching and training
 
 # %% ../nbs/16_flow_train.ipynb #c90e2898
@@ -137,7 +137,8 @@ class FlowTask:
         "The loss terms of a batch, as `flow_loss` gives them. UserError on latents or labels that do not fit the net."
         net = net or self.net
         c, y = net.config, batch['label']
-        z = Gaussian(batch['mean'], batch.get('logvar')).sample(given.get('generator'))
+        draws = given.setdefault('generator', batch.get('draws'))
+        z = Gaussian(batch['mean'], batch.get('logvar')).sample(draws)
         if z.ndim != 4 or z.shape[1] != c.in_channels:
             raise UserError(f'latents {tuple(z.shape)} for a net of {c.in_channels} channels; the cache is of another tokenizer')
         if len(y) and (y.device.type == 'cpu' or not self._labelled):
@@ -146,7 +147,7 @@ class FlowTask:
                 raise UserError(f'labels from {low} to {high} for a net of {c.num_classes} classes; '
                                 'build the net with num_classes for this data')
             self._labelled = True
-        drop = (torch.rand(len(y)) < c.label_dropout).to(y.device) if net.training and c.label_dropout else None
+        drop = uniforms_for(y, draws, 'label') < c.label_dropout if net.training and c.label_dropout else None
         cls, targets = self._targets(batch, (z.shape[2]//c.patch_size, z.shape[3]//c.patch_size))
         run = self._run(net, z)
         kept: dict[str, Any] = {}
@@ -168,28 +169,26 @@ class FlowTask:
 
     def step(self, micro: list[dict], backward: Callable, sync: Callable, seen: int) -> dict[str, float]:
         "One step of AdamW and of the average. Raises `NotFinite` with every tensor as it was."
-        opt, seen_t, errors = self.optimizers['net'], [], []
-        logs: dict[str, float] = {}
-        bad: list[str] = []
+        opt, seen_t, errors, rows = self.optimizers['net'], list[Tensor](), list[Tensor](), list[Tensor]()
         opt.zero_grad(set_to_none=True)
         try:
-            for b in micro:
+            for b in micro:             # to the end, whatever comes: other processes wait for the gradients of this one
                 terms = self.terms(b, seen-1)
                 seen_t.append(terms.pop('t'))
                 errors.append(terms.pop('per_sample'))
-                values = dict(zip(terms, torch.stack([v.detach() for v in terms.values()]).tolist(), strict=True))
-                bad = [k for k, v in values.items() if not math.isfinite(v)]
-                if bad: break
+                rows.append(torch.stack([v.detach() for v in terms.values()]))
                 backward(terms['loss']/len(micro))
-                for k, v in values.items(): logs[k] = logs.get(k, 0.) + v/len(micro)
-            if not sync(not bad): raise NotFinite(*([k for k in bad if k != 'loss'] or bad or ['a loss of another process']))
-            norm = float(nn.utils.clip_grad_norm_(self.net.parameters(), self.flow.clip or math.inf))
-            if not math.isfinite(norm): raise NotFinite('the norm of the gradient')
+            values = sync(torch.stack(rows).mean(0))
+            norm = clip_gradients(self.net.parameters(), self.flow.clip or math.inf)
+            *numbers, length = torch.cat([values, norm.to(values)[None]]).tolist()      # the one wait for the device
+            logs = dict(zip(terms, numbers, strict=True))
+            if bad := [k for k, v in logs.items() if not math.isfinite(v)]: raise NotFinite(*([k for k in bad if k != 'loss'] or bad))
+            if not math.isfinite(length): raise NotFinite('the norm of the gradient')
             opt.step()
         finally: opt.zero_grad(set_to_none=True)
         self.per_sample = torch.cat(seen_t), torch.cat(errors)
         self.ema.update(self.net, world()*sum(len(b['label']) for b in micro), seen)
-        return {**logs, 'grad_norm': norm}
+        return {**logs, 'grad_norm': length}
 
 # %% ../nbs/16_flow_train.ipynb #76ace5a0
 def _both(net: DiT, y: Tensor) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:

@@ -7,17 +7,16 @@ __all__ = ['resize', 'target_transform', 'latent_transform', 'Warp', 'draw_warp'
            'perceptual', 'vfm_taps', 'lpips', 'marginal_cosine', 'distance_matrix', 'align_loss', 'adaptive_weight']
 
 # %% ../nbs/09_losses.ipynb #7d8feeb9
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # %% ../nbs/09_losses.ipynb #7a90f5aa
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/09_losses.ipynb #8b2eeec2
-from .core import UserError, at_least_float32, check_weights
+from .core import Draws, UserError, at_least_float32, average, check_weights
 from .vae import complain
 from .vfm import _read
 
@@ -60,11 +59,12 @@ class Warp(NamedTuple):
     prior: bool = True
 
 def draw_warp(scales: Sequence[float] = (.25, .5, .75, 1.), # the last is 1
-              rng: Any = random                             # anything with `random()` and `choice()`; the module: seeded by `seed_all`
+              draws: Draws | None = None                    # all images of a step share the warp; None: torch's own numbers
              ) -> Warp:
     "Half the time the latent is shrunk and turned; else, one time in four, the image is shrunk first (spec/vfm_vae.md section 9)."
-    if rng.random() < .5: return Warp(rng.choice(scales), rng.choice((0, 1, 2, 3)), False)
-    return Warp(rng.choice(scales[:-1]) if rng.random() < .25 else 1.)
+    which, scale, turn = (torch.rand(3) if draws is None else draws.shared.uniform('warp', (3,))[0]).tolist()
+    if which < .5: return Warp(scales[int(scale*len(scales))], int(turn*4), False)
+    return Warp(scales[int(scale*(len(scales)-1))] if turn < .25 else 1.)
 
 # %% ../nbs/09_losses.ipynb #4979e960
 def _same(x: Tensor, y: Tensor) -> None:
@@ -214,5 +214,5 @@ def adaptive_weight(rec_loss: Tensor,    # the reconstruction terms, summed, a s
     def size(loss, name):
         g = torch.autograd.grad(loss, last_weight, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
         if g is None: raise UserError(f'adaptive_weight: the {name} loss does not depend on last_weight; choose a weight before the latent')
-        return g.norm()
+        return average(g).norm()      # of all processes together
     return (w*(size(rec_loss, 'reconstruction')/(size(vf_loss, 'alignment')+1e-4)).clamp(0, top)).detach()

@@ -7,7 +7,7 @@ __all__ = ['RECONSTRUCTION', 'LATENT', 'ADVERSARIAL', 'LOSSES', 'SCALES', 'STAGE
            'tokenizer_losses', 'critic_losses', 'select', 'fitting_scales', 'check_stage', 'Settled', 'TokenizerTask']
 
 # %% ../nbs/11_tok_train.ipynb #575992c7
-import random
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/11_tok_train.ipynb #1d766106
-from .adversarial import feature_matching, gan_loss_d, gan_loss_g
-from .core import UserError, check_fields, nearest, real, whole
+from .adversarial import ProjectedDiscriminator, feature_matching, gan_loss_d, gan_loss_g
+from .core import Draws, UserError, check_fields, nearest, real, whole
 from .losses import Warp, adaptive_weight, align_loss, draw_warp, latent_transform, multiscale, pixel, ssim_loss, target_transform
-from .train import EMA, NotFinite, betas_of, defaults_of, everywhere, modules_in, world
+from .train import EMA, NotFinite, betas_of, clip_gradients, defaults_of, modules_in, world
 from .vae import Codebook, Encoded, VFMVAEConfig
 
 # %% ../nbs/11_tok_train.ipynb #35b026ce
@@ -97,13 +97,14 @@ STAGES = (
 def paint(model: Any,                     # a tokenizer that can be trained: `VFMVAE`, or one of `vfmvae.baselines`
           x: Tensor,                      # images (b,3,H,W) in [-1,1]
           warp: Warp = _STILL,             # see `draw_warp`
-          look: Mapping[int, Tensor] | None = None # frozen features of the (shrunk) images, by layer
+          look: Mapping[int, Tensor] | None = None, # frozen features of the (shrunk) images, by layer
+          draws: Draws | None = None       # of the latent's sample; None: torch's own
          ) -> tuple[Encoded, Tensor, list[Tensor], Tensor]:
     "(encoding, the sampled latent before the warp, images of every scale, the target of the largest) (spec section 9)."
     target = target_transform(x, warp.scale, warp.k, model.interpolation)
     seen = model.shrink(x, warp.scale) if warp.prior and warp.scale < 1 else x
-    code = model.encode_parts(seen, model.look(seen) if look is None else look)
-    z = code.posterior.sample()
+    code = model.encode_parts(seen, model.look(seen) if look is None else look, draws)
+    z = code.posterior.sample(draws)
     return code, z, model.decode_scales(z if warp.prior else latent_transform(z, warp.scale, warp.k)), target
 
 # %% ../nbs/11_tok_train.ipynb #eedb254e
@@ -116,14 +117,15 @@ def tokenizer_losses(model: Any,          # a tokenizer in train mode
                      warp: Warp = _STILL,
                      look: Mapping[int, Tensor] | None = None, # frozen features, see `paint`
                      without: Collection[str] = (),            # losses that do not count now
-                     magnify: float = 1.                       # factor under which small gradients survive float16
+                     magnify: float = 1.,                      # factor under which small gradients survive float16
+                     draws: Draws | None = None                # of sample and discriminators; None: torch's own
                     ) -> dict[str, Tensor]:
     "Unweighted terms by name, `vf_scale` (the adaptive factor times nothing else) and the weighted sum `loss`; scalars (spec section 10)."
     w = {k: v for k, v in stage.active(seen).items() if k not in without and (k != 'multiscale' or model.config.progressive)}
     if 'perceptual' in w and perceptual is None:
         raise UserError(f"stage {stage.name!r} weighs a perceptual loss, but none was given; pass perceptual=... or drop it from the stage's weights")
     if not w: raise UserError(f'stage {stage.name!r} has no loss left after {seen} images; weigh one that lasts')
-    code, z, images, target = paint(model, x, warp, look)
+    code, z, images, target = paint(model, x, warp, look, draws)
     fake, mode = images[0], model.interpolation
     terms: dict[str, Callable] = dict(
         l1=lambda: pixel(fake, target), l2=lambda: pixel(fake, target, p=2), ssim=lambda: ssim_loss(fake, target),
@@ -131,7 +133,7 @@ def tokenizer_losses(model: Any,          # a tokenizer in train mode
         kl=lambda: code.raw.kl().mean(), vq=lambda: code.codes.vq, entropy=lambda: code.codes.entropy,
         vf=lambda: align_loss(model.align_features(z), model.align_target(code), stage.dist_margin, stage.cos_margin))
     out = {k: terms[k]() for k in w if k in terms}
-    out |= _judged(critics or {}, fake, target, w)
+    out |= _judged(critics or {}, fake, target, w, draws)
     def weighed(keys: Collection[str]) -> Tensor: return torch.stack([fake.new_zeros(()), *(w[k]*v for k, v in out.items() if k in keys)]).sum()
     total = weighed({*out} - {'vf'})
     if 'vf' in w:
@@ -140,10 +142,14 @@ def tokenizer_losses(model: Any,          # a tokenizer in train mode
         total, out['vf_scale'] = total + w['vf']*scale*out['vf'], scale
     return dict(out, loss=total)
 
-def _judged(critics: Mapping[str, Any], fake: Tensor, real: Tensor, w: Mapping[str, float]) -> dict[str, Tensor]:
+def _ask(critic: Any, x: Tensor, draws: Draws | None, whose: str) -> Any:
+    "What a discriminator says of images; one of ours is told what to draw by, a plain callable is not."
+    return critic(x) if draws is None or not isinstance(critic, ProjectedDiscriminator) else critic(x, draws.named(whose))
+
+def _judged(critics: Mapping[str, Any], fake: Tensor, real: Tensor, w: Mapping[str, float], draws: Draws | None) -> dict[str, Tensor]:
     "What the discriminators tell the tokenizer, by name."
     out = {}
-    if 'gan' in w: out['gan'] = gan_loss_g(critics['gan'](fake))
+    if 'gan' in w: out['gan'] = gan_loss_g(_ask(critics['gan'], fake, draws, 'fake'))
     if 'patchgan' in w or 'feature_matching' in w:
         layers = critics['patchgan'](fake)
         if 'patchgan' in w: out['patchgan'] = gan_loss_g(layers, 'mse')
@@ -154,11 +160,13 @@ def _judged(critics: Mapping[str, Any], fake: Tensor, real: Tensor, w: Mapping[s
 
 def critic_losses(critics: Mapping[str, Any], # those that are to learn
                   real: Tensor,               # (b,3,H,W) in [-1,1]
-                  fake: Tensor                # same shape, without graph
+                  fake: Tensor,               # same shape, without graph
+                  draws: Draws | None = None  # of their augmentation; None: torch's own
                  ) -> dict[str, Tensor]:
     "`gan_real`, `gan_fake` (hinge), `patchgan_real`, `patchgan_fake` (squares) as far as there are such, and their sum `loss_d` (spec section 10)."
     out: dict[str, Tensor] = {}
-    if 'gan' in critics: out['gan_real'], out['gan_fake'] = gan_loss_d(critics['gan'](real), critics['gan'](fake))
+    if 'gan' in critics:
+        out['gan_real'], out['gan_fake'] = gan_loss_d(*(_ask(critics['gan'], i, draws, k) for i, k in ((real, 'real'), (fake, 'fake'))))
     if 'patchgan' in critics:
         out['patchgan_real'], out['patchgan_fake'] = gan_loss_d(critics['patchgan'](real), critics['patchgan'](fake), 'mse')
     return dict(out, loss_d=torch.stack(list(out.values())).sum())
@@ -233,11 +241,6 @@ def _frozen(params: Sequence[nn.Parameter]) -> Iterator[None]:
     try: yield
     finally:
         for p in params: p.requires_grad_(True)
-
-def _rng() -> tuple: return random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-def _set_rng(state: tuple) -> None:
-    random.setstate(state[0]); torch.set_rng_state(state[1])
-    if state[2]: torch.cuda.set_rng_state_all(state[2])
 
 PRECISIONS = ('fp32', 'bf16', 'fp16')   # bf16: autocast of everything but the losses; fp16: the last three decoder blocks, as published (spec section 8)
 
@@ -317,49 +320,48 @@ class TokenizerTask:
         if 'patchgan' in off: off.add('feature_matching')
         return off | {*RECONSTRUCTION, *LATENT} if 'patchgan' in self.waits and 'patchgan' not in off else off
 
-    def _paint(self, i: int, x: Tensor) -> dict[str, Any]:
+    def _paint(self, i: int, x: Tensor, draws: Draws | None) -> dict[str, Any]:
         "A warp for this call and the frozen features it needs, which both halves of the step share."
-        warp = draw_warp(self.scales) if self.scales else _STILL
+        warp = draw_warp(self.scales, draws) if self.scales else _STILL
         key = i, warp.scale if warp.prior else 1.
         if key not in self.looks:
             self.looks[key] = self.model.look(x if key[1] == 1 else self.model.shrink(x, key[1]))
-        return dict(warp=warp, look=self.looks[key])
-    def _critic_terms(self, i: int, x: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad(): _, _, images, target = paint(self.model, x, **self._paint(i, x))
-        return critic_losses({k: c for k, c in self.critics.items() if k not in self.without}, target, images[0])
-    def _model_terms(self, i: int, x: Tensor, seen: int) -> dict[str, Tensor]:
+        return dict(warp=warp, look=self.looks[key], draws=draws)
+    def _critic_terms(self, i: int, x: Tensor, draws: Draws | None) -> dict[str, Tensor]:
+        with torch.no_grad(): _, _, images, target = paint(self.model, x, **self._paint(i, x, draws))
+        return critic_losses({k: c for k, c in self.critics.items() if k not in self.without}, target, images[0], draws)
+    def _model_terms(self, i: int, x: Tensor, draws: Draws | None, seen: int) -> dict[str, Tensor]:
         return tokenizer_losses(self.model, x, self.stage, self.perceptual, seen, self.critics, without=self.without, magnify=self.magnify,
-                                **self._paint(i, x))
-    def _at_precision(self, terms: Callable, i: int, x: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bf16'): return terms(i, x)
+                                **self._paint(i, x, draws))
+    def _terms(self, name: str, terms: Callable, i: int, batch: dict) -> dict[str, Tensor]:
+        "Those of one half of the step for a micro-batch, each half with numbers of its own."
+        x, draws = batch['image'], batch.get('draws')
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
+            return terms(i, x, None if draws is None else draws.named(name))
 
     def _descend(self, name: str, params: list[nn.Parameter], terms: Callable, micro: list[dict], backward: Callable, sync: Callable) -> dict[str, float]:
         "Forward, backward and step of one optimizer. Raises `NotFinite` on every process if a number of any is bad."
-        goal, rng, terms = 'loss_d' if name == 'critics' else 'loss', _rng(), partial(self._at_precision, terms)
+        goal, terms, per_batch = 'loss_d' if name == 'critics' else 'loss', partial(self._terms, name, terms), list[Tensor]()
         magnify = self.magnify if name == 'model' else 1.
-        logs: dict[str, float] = {}
-        bad: list[str] = []
         self.optimizers[name].zero_grad(set_to_none=True)
-        for i, b in enumerate(micro):
-            # where looking is free, pictures are named themselves; elsewhere the losses name them
-            if b['image'].device.type == 'cpu' and not b['image'].isfinite().all():
-                bad = ['the pictures']
-                break
-            losses = terms(i, b['image'])
-            values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-            bad = [k for k, v in values.items() if not abs(v) < float('inf')]
-            if bad: break
+        dark = any(b['image'].device.type == 'cpu' and not b['image'].isfinite().all() for b in micro)   # elsewhere, the losses name themselves
+        for i, b in enumerate(micro):   # to the end, whatever comes: other processes wait for the gradients of this one
+            losses = terms(i, b)
             if not losses[goal].requires_grad: raise UserError(f'the losses of stage {self.stage.name!r} depend on nothing that it trains; see Stage.train')
             backward(losses[goal]*(magnify/len(micro)))
-            for k, v in values.items(): logs[k] = logs.get(k, 0.) + v/len(micro)
-        own = [k for k in bad if k not in ('vf_scale', goal)]       # these two follow from others
-        if not sync(not bad): raise NotFinite(*(own or (_blame(params, terms, micro, rng) if bad else ['a loss of another process'])))
+            per_batch.append(torch.stack([v.detach().float() for v in losses.values()])*(torch.nan if dark else 1))
+        values = sync(torch.stack(per_batch).mean(0))
         if magnify != 1: torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1/magnify)
-        norm = float(nn.utils.clip_grad_norm_(params, self.clip if self.clip and name == 'model' else float('inf')))
-        if not abs(norm) < float('inf'): raise NotFinite(*_blame(params, terms, micro, rng))
+        norm = clip_gradients(params, self.clip if self.clip and name == 'model' else math.inf)
+        *numbers, length = torch.cat([values, norm.to(values)[None]]).tolist()                            # the one wait for the device
+        logs = dict(zip(losses, numbers, strict=True))
+        bad = [k for k, v in logs.items() if not math.isfinite(v)]
+        own = [k for k in bad if k not in ('vf_scale', goal)]       # these two follow from others
+        if bad or not math.isfinite(length):
+            raise NotFinite(*(['the pictures'] if dark else own or _blame(params, terms, micro)))
         self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
-        return {**logs, 'grad_norm_d' if name == 'critics' else 'grad_norm': norm}
+        return {**logs, 'grad_norm_d' if name == 'critics' else 'grad_norm': length}
 
     def _remember(self) -> Callable[[], None]:
         "Copies what changes before a step is certain (buffers, discriminators, their optimizer); what is returned puts it back."
@@ -389,18 +391,17 @@ class TokenizerTask:
             self.looks.clear()
             for o in self.optimizers.values(): o.zero_grad(set_to_none=True)
         for k, w in self.waits.items():
-            if _LEANS[k] in logs: w.add(everywhere(logs[_LEANS[k]], micro[0]['image'].device))
+            if _LEANS[k] in logs: w.add(logs[_LEANS[k]])
         self.good += 1
         if self.precision == 'fp16' and self.good % 2000 == 0: self.magnify = min(2.**24, 2*self.magnify)
         self.ema.update(self.model, world()*sum(len(b['image']) for b in micro), seen+self.start)
         return logs
 
-def _blame(params: list[nn.Parameter], terms: Callable, micro: list[dict], rng: tuple) -> list[str]:
-    "Names the terms whose gradient is not finite, from the same random state."
-    _set_rng(rng)
+def _blame(params: list[nn.Parameter], terms: Callable, micro: list[dict]) -> list[str]:
+    "Names the terms whose gradient is not finite. Every process looks, since a term may be of all of them."
     found: dict[str, None] = {}
     for i, b in enumerate(micro):
-        for k, v in terms(i, b['image']).items():
+        for k, v in terms(i, b).items():
             grads = torch.autograd.grad(v, params, retain_graph=True, allow_unused=True) if v.requires_grad and k not in ('loss', 'loss_d') else ()
             if any(g is not None and not g.isfinite().all() for g in grads): found[f'the gradient of {k}'] = None
     return list(found) or ['a gradient of another process' if world() > 1 else 'the norm of the gradient']

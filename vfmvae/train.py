@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Task', 'NotFinite', 'EMA', 'provenance', 'task_state', 'load_task_state', 'defaults_of', 'modules_in', 'checkpoints',
            'Run', 'read_nets', 'load_nets', 'constant', 'warm_cosine', 'betas_of', 'loss_curves', 'training_curves',
-           'Live', 'processes', 'world', 'everywhere', 'leave', 'average_gradients', 'synchronise', 'memory_gb', 'fit']
+           'Live', 'processes', 'everywhere', 'leave', 'average_gradients', 'synchronise', 'clip_gradients',
+           'to_device', 'memory_gb', 'fit']
 
 # %% ../nbs/10_train.ipynb #f77639c8
 import copy, dataclasses, inspect, itertools, json, math, os, platform, resource, shutil, subprocess, sys, time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/10_train.ipynb #c113c6d2
-from .core import (UserError, as_path, check_out, check_weights, digest, home, inside, load_weights,
-                         progress, real, save_weights, sidecar, sweep, to_json, whole, seed_all, write_atomic, write_json)
+from .core import (Draws, UserError, as_path, check_out, check_weights, digest, home, inside, load_weights,
+                         progress, real, save_weights, sidecar, sweep, to_json, whole, seed_all, world, write_atomic, write_json)
 from .data import fingerprint
 from .plots import curves, panels, to_png
 
@@ -41,9 +42,11 @@ class Task(Protocol):
     def ema(self) -> 'EMA | None':
         "The average to save and evaluate, if any."
         ...
-    def step(self, micro: list[dict], backward: Callable, sync: Callable[..., bool], seen: int) -> dict[str, float]:
-        """One step on a list of micro-batches: `backward(loss)` for each, `sync(ok)` before an optimizer steps; `seen` images after it.
-        Returns what to log. Raises `NotFinite`, with every tensor as it was, if `sync` says False or a number is not finite."""
+    def step(self, micro: list[dict], backward: Callable, sync: Callable, seen: int) -> dict[str, float]:
+        """One step on a list of micro-batches: `backward(loss)` for each, `sync` before an optimizer steps; `seen` images after it. A batch holds
+        `draws`, the random numbers of its images. `sync(values)`: the mean over the processes of a tensor of numbers, whose gradients are averaged
+        too (all processes must have come that far); `sync(ok)`, of a bool: whether every process is well, then gradients are averaged.
+        Returns what to log. Raises `NotFinite`, with every tensor as it was, if a number of any process is not finite."""
         ...
     def config(self) -> dict:
         "What shapes the task, as JSON: a resumed run must agree with it."
@@ -197,21 +200,20 @@ def _identity(task: Task, loader: Any, acc: Any, **settings: Any) -> dict[str, A
     "What decides a run's numbers beside its configuration: batch, seed, data, the weights that it begins with or looks through."
     ds = getattr(loader, 'ds', None)
     frozen = {k: digest(m.state_dict()) for k, m in getattr(task, 'frozen', dict)().items()}
-    return dict(settings, processes=acc.num_processes, data=None if ds is None else fingerprint(ds), frozen=frozen,
+    return dict(settings, data=None if ds is None else fingerprint(ds), frozen=frozen,
                 start_weights=getattr(task, 'start_weights', None))
 
 def _differences(meta: dict, task: Task, loop: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """How a checkpoint's configuration and loop differ from those of now: what forbids to go on, and what is only said. A
-    setting that the checkpoint lacks stands at its default; what an older one did not keep cannot be compared; processes and
-    micro-batches draw otherwise, but learn the same."""
+    setting that the checkpoint lacks stands at its default; what an older one did not keep cannot be compared; other micro-batches
+    draw otherwise, but learn the same."""
     here, known = (json.loads(to_json(x)) for x in (dict(task.config()), getattr(task, 'defaults', dict)()))
     a, b = (_dotted(known) | _dotted(c) for c in (meta['config'], here))
     bad, said = [f'{k}: {a.get(k)} there, {b.get(k)} here' for k in sorted({*a, *b}) if a.get(k) != b.get(k)], []
     then, now = _dotted(meta.get('loop') or {}), _dotted(json.loads(to_json(loop)))
     for k in [k for k in now if then.get(k) != now[k]]:
-        drawn = k in ('processes', 'accumulate')
-        if k not in then: said += [] if drawn else [f'{k} was not kept']
-        else: (said if drawn or k == 'data' and None in (then[k], now[k]) else bad).append(f'{k}: {then[k]} there, {now[k]} here')
+        if k not in then: said += [] if k == 'accumulate' else [f'{k} was not kept']
+        else: (said if k == 'accumulate' or k == 'data' and None in (then[k], now[k]) else bad).append(f'{k}: {then[k]} there, {now[k]} here')
     return bad, said
 
 # %% ../nbs/10_train.ipynb #71fe55fa
@@ -398,12 +400,6 @@ def processes() -> Any:
     from accelerate import Accelerator
     return Accelerator(cpu=not torch.accelerator.is_available())
 
-def _grouped() -> bool: return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-def world() -> int:
-    "Number of processes that train together."
-    return torch.distributed.get_world_size() if _grouped() else 1
-
 def everywhere(value: float,               # of this process
                device: Any = 'cpu'         # where the processes talk: that of the nets
               ) -> float:
@@ -415,28 +411,41 @@ def everywhere(value: float,               # of this process
 
 def leave() -> None:
     "The last call of a program: the processes end together, because one that ends while another still talks may abort it. Nothing to do alone."
-    if not _grouped(): return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 # %% ../nbs/10_train.ipynb #47b1f958
-def average_gradients(task: Task, accelerator: Any) -> None:
-    "All-reduce mean of every gradient over the processes, one flat tensor per dtype; nothing to do in one process."
-    if accelerator.num_processes == 1: return
-    grads: dict[torch.dtype, list[Tensor]] = {}
-    for o in task.optimizers.values():
-        for g in o.param_groups:
-            for p in g['params']:
-                if p.grad is not None: grads.setdefault(p.grad.dtype, []).append(p.grad)
-    for same in grads.values():
-        flat = accelerator.reduce(torch.cat([g.flatten() for g in same]), reduction='mean')
-        for grad, new in zip(same, flat.split([g.numel() for g in same]), strict=True): grad.copy_(new.view_as(grad))
+def average_gradients(task: Task, accelerator: Any, values: Tensor | None = None # numbers to average with them
+                     ) -> Tensor | None:
+    "All-reduce mean of every gradient over the processes, one flat tensor per dtype, and of `values`, which are returned; nothing to do in one process."
+    if accelerator.num_processes == 1: return values
+    same: dict[torch.dtype, list[Tensor]] = {} if values is None else {values.dtype: [(values := values.clone())]}
+    for p in [p for o in task.optimizers.values() for g in o.param_groups for p in g['params']]:
+        if p.grad is not None: same.setdefault(p.grad.dtype, []).append(p.grad)
+    for tensors in same.values():
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in tensors]), reduction='mean')
+        for old, new in zip(tensors, flat.split([g.numel() for g in tensors]), strict=True): old.copy_(new.view_as(old))
+    return values
 
-def synchronise(task: Task, accelerator: Any, ok: bool = True) -> bool:
-    "Whether every process is well; if so, their gradients are averaged. One that is not keeps all from stepping."
-    if everywhere(float(ok), accelerator.device) < 1: return False
+def synchronise(task: Task, accelerator: Any, values: Any = True) -> Any:
+    """Of numbers (a tensor) their mean over the processes, of a bool whether every process says True; gradients are averaged. A number of one
+    process that is not finite is not finite in the mean, so all processes know of it without asking again."""
+    if isinstance(values, Tensor): return average_gradients(task, accelerator, values)
+    if everywhere(float(values), accelerator.device) < 1: return False
     average_gradients(task, accelerator)
     return True
+
+@torch.no_grad()
+def clip_gradients(params: Iterable[nn.Parameter],
+                   most: float = math.inf # the largest length that stays as it is
+                  ) -> Tensor:
+    "Length of all gradients together, a scalar on their device, before they are shortened to `most`; as `torch.nn.utils.clip_grad_norm_`."
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads: return torch.zeros(())
+    length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if most < math.inf: torch._foreach_mul_(grads, (most/(length+1e-6)).clamp(max=1.))
+    return length
 
 def _same_start(task: Task, accelerator: Any) -> None:
     if accelerator.num_processes == 1: return
@@ -445,8 +454,21 @@ def _same_start(task: Task, accelerator: Any) -> None:
         for t in [*n.parameters(), *n.buffers()]: t.data.copy_(torch.as_tensor(broadcast(t.data)))
 
 # %% ../nbs/10_train.ipynb #144400df
-def _to(batch: dict, device: Any) -> dict:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def to_device(batch: dict, device: Any) -> dict:
+    "A batch on a device; images that travelled as bytes become numbers in [-1,1] there."
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if (x := moved.get('image')) is not None and x.dtype == torch.uint8: moved['image'] = x.float().div_(127.5).sub_(1)
+    return moved
+
+def _numbered(micro: list[dict], loader: Any, step: int, seed: int, acc: Any) -> list[dict]:
+    "The micro-batches of a step on the device, with `draws`: an image is known by the place at which the run sees it."
+    found = []
+    for at, b in enumerate(micro, step*len(micro)):
+        b = to_device(b, acc.device)
+        n = len(next((v for v in b.values() if isinstance(v, Tensor) and v.ndim), range(loader.batch_size//acc.num_processes)))
+        first = at*loader.batch_size + acc.process_index*n
+        found.append(dict(b, draws=Draws(seed, range(first, first+n), acc.device, at)))
+    return found
 
 def memory_gb() -> float:
     "Peak memory so far in GB: of the GPU if there is one, else of the process."
@@ -537,7 +559,8 @@ def _micro(loader: Any, first: int, accumulate: int) -> Generator[list[dict]]:
 
 # %% ../nbs/10_train.ipynb #fc72788e
 def fit(task: Task,               # nets, optimizers, one step
-        loader: Any,              # `.batch_at(i)`, or `.steps(i)` that reads ahead; `.batch_size` of a micro-batch, of all processes
+        loader: Any,              # `.batch_at(i)`, or `.steps(i)` that reads ahead; `.batch_size` of a micro-batch, of all processes: process r
+                                  # of n gets the r-th of n equal parts
         images: int,              # how far to train, counted in images from the start of the run
         run: Run | None = None,   # where to log and save; None: nothing is kept on disk
         lr: Callable[[int], float] | float | None = None, # schedule by step, or a number; None: what the optimizers were built with
@@ -563,10 +586,10 @@ def fit(task: Task,               # nets, optimizers, one step
     bar, batches = progress(total=steps-first, desc='train'), _micro(loader, first, accumulate)
     with closing(bar), closing(batches):
         for step in range(first, steps):
-            seed_all((seed*1_000_003 + step*acc.num_processes + acc.process_index) % 2**63)
+            seed_all((seed*1_000_003 + step*acc.num_processes + acc.process_index) % 2**63)     # of modules that draw for themselves, as dropout does
             for o in task.optimizers.values() if rate else ():
                 for g in o.param_groups: g['lr'] = rate(step)*g.get('lr_scale', 1.)  # type: ignore[misc]
-            micro, seen = [_to(b, acc.device) for b in next(batches)], (step+1)*per_step
+            micro, seen = _numbered(next(batches), loader, step, seed, acc), (step+1)*per_step
             try:
                 window.add(task.step(micro, acc.backward, partial(synchronise, task, acc), seen))
                 in_a_row = 0

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/07_vae.ipynb #6c7b9145
-from .core import Gaussian, UserError, at_least_float32, to_grid, to_tokens
+from .core import Draws, Gaussian, UserError, at_least_float32, average, to_grid, to_tokens
 from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, EqualLinear, GridAttention, ToRGB, Upsample, dwsep,
                            norm_groups, pointwise, unit_moment)
 from .data import check_images as check_meaning
@@ -168,13 +168,14 @@ class Codebook(nn.Module):
         q = F.embedding(index, e)
         vq = 0.25*F.mse_loss(q.detach(), f) + F.mse_loss(q, f.detach())
         hit = torch.bincount(index.flatten(), minlength=len(e)).to(f)/index.numel()
-        if self.training: self._track(hit)
+        if self.training: self._track(hit := average(hit))       # how often a code is used, and how evenly, the processes know together
         return Codes(q + (f-f.detach()), index, vq, self._entropy(f, e), (hit > 0.01/len(e)).to(f).mean()*100)
 
     def _entropy(self, f: Tensor, e: Tensor) -> Tensor:
         d2 = f.square().sum(-1, keepdim=True) + e.square().sum(-1) - 2*f @ e.mT
         p = torch.softmax(-d2/0.01, -1)
         mean = p.flatten(0, -2).mean(0)
+        if self.training: mean = average(mean)
         return -(p*(p+1e-7).log()).sum(-1).mean() + (mean*(mean+1e-7).log()).sum()
 
     def _track(self, hit: Tensor) -> None:
@@ -372,7 +373,8 @@ class VFMVAE(CarriesVFM):
         return scaled_features(self.vfm, check_images(x, c.stride, self), c.scale, c.layers)
 
     def encode_parts(self, x: Tensor,                        # (b,3,H,W) in [-1,1]
-                     look: dict[int, Tensor] | None = None # its frozen features, if `look` was asked before
+                     look: dict[int, Tensor] | None = None, # its frozen features, if `look` was asked before
+                     draws: Draws | None = None             # of families whose posterior is drawn; here nothing is
                     ) -> Encoded:
         "Everything one encoding yields."
         return self._parts(dict(self.look(x) if look is None else look), x.shape[2]//self.stride*self.config.shuffle)

@@ -327,7 +327,7 @@ _AMP = ('cuda', 'xpu')  # devices on which the frozen forward runs in bfloat16
 
 def form(x: Any) -> Any:
     "A tensor without its values, for `check_images` where any may come: in training, the losses name a NaN and skip the step."
-    return x.to('meta') if isinstance(x, Tensor) else x
+    return torch.empty_like(x, device='meta') if isinstance(x, Tensor) else x
 
 def _part(net: nn.Module, *_: Any) -> None:
     "Before new weights come in: memory of its own, so that they reach no other net."
