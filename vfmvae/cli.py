@@ -142,7 +142,7 @@ def _outputs(a) -> None:
         print('note: neither --run nor --out is given, so nothing of this training is kept', file=sys.stderr)
 
 def _train(a) -> int:
-    from vfmvae.recipes import chosen, estimate, evaluate_tokenizer, open_data, train_tokenizer
+    from vfmvae.recipes import chosen, estimate, evaluate_tokenizer, open_data, start_size, train_tokenizer
     from vfmvae.train import processes
     from vfmvae.vfm import VFM
     names, p = a.stages.split(',') if a.stages else None, chosen(a.preset)
@@ -151,7 +151,7 @@ def _train(a) -> int:
         estimate(a.preset, vfm, a.images, a.batch, a.size, names, a.critic, a.precision)
         return 0
     _outputs(a)
-    size = a.size or p.config.img_size
+    size = a.size or start_size(a.start) or p.config.img_size
     kind, held_out = 'held-out' if a.held_out or a.data == 'world' else 'training', open_data(a.held_out or a.data, size=size, seed=8)
     def said(stage, net) -> None:
         r = evaluate_tokenizer(net, held_out, 256)
@@ -417,9 +417,9 @@ _TRAINING: Mapping[str, tuple] = {
         ('--preset', _named, 'tiny', 'see vfmvae.recipes.PRESETS'), _DATA,
         ('--held-out', _named, None, 'data to measure on'), ('--vfm', _named, None, "tiny or any timm name, instead of the preset's"), *_FIT,
         ('--out', _named, None, 'file of the finished tokenizer (.safetensors)'),
-        ('--size', _SIDE, None, "pixels per side (default: the preset's)"),
+        ('--size', _SIDE, None, "pixels per side (default: that of --start, else the preset's)"),
         ('--stages', _named, None, 'those to train, such as ssim,gan (default: all)'),
-        ('--start', _named, None, "continue from a stage's folder or a tokenizer's file"),
+        ('--start', _named, None, "continue from a stage's folder or a tokenizer's file, at its image size"),
         ('--critic', _named, None, 'VFM of the discriminator: tiny or any timm name'),
         ('--precision', _named, 'fp32', 'fp32, bf16, or fp16 for the last decoder blocks'), ('--compile', bool, False, 'torch.compile the decoder'),
         _WEIGHTS, ('--dry-run', bool, False, 'only measure a few steps and say what the training will cost')),
@@ -513,6 +513,61 @@ def _run(argv: Sequence[str]) -> int:
     if 'vfmvae.train' in sys.modules: sys.modules['vfmvae.train'].leave()     # without training there are no fellows
     return status
 
+def _asked() -> int:
+    """How many processes this one should be, as `accelerate launch` was told; 0 where it was told, but not how many can be seen. On a CPU it hands
+    --num_processes to MPI alone, and else starts a single process without a word of the others: only its own command line, or its file of defaults, has it."""
+    env = os.environ
+    if env.get('ACCELERATE_USE_CPU') != 'True' or 'MASTER_ADDR' not in env or {'WORLD_SIZE', 'RANK', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE'} & {*env}: return 1
+    import shlex
+    import subprocess
+    try:
+        if (seen := Path(f'/proc/{os.getppid()}/cmdline')).exists(): words = seen.read_text().split('\0')[:-1]
+        else: words = shlex.split(subprocess.run(['ps', '-o', 'args=', '-p', str(os.getppid())], capture_output=True, text=True).stdout)
+    except (OSError, ValueError): return 0
+    begins = [i for i, w in enumerate(words) if w in ('launch', 'accelerate.commands.launch') or Path(w).name in ('accelerate-launch', 'launch.py')]
+    if not begins: return 0 if not words else 1
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+    a = launch_command_parser().parse_args(words[begins[0]+1:])
+    kept = load_config_from_file(a.config_file) if a.config_file or a.num_processes is None and Path(default_config_file).is_file() else None
+    return 0 if (a.num_machines or 1) > 1 else a.num_processes or getattr(kept, 'num_processes', None) or 1
+
+def _together(n: int) -> int:
+    """This command as n processes of one group on this machine; the first exit status that is not 0. Where one fails, or Ctrl-C was pressed, the
+    others have five seconds to say why and end."""
+    import signal
+    import socket
+    import subprocess
+    import time
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        place = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
+    def leave(*_: Any) -> None: raise SystemExit(143)
+    before, status = signal.signal(signal.SIGTERM, leave), 0
+    fellows = [subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=place | dict(RANK=str(i), LOCAL_RANK=str(i))) for i in range(n)]
+    try:
+        while not status and any(p.poll() is None for p in fellows):
+            time.sleep(.1)
+            status = next((p.returncode for p in fellows if p.poll()), 0)
+    except KeyboardInterrupt: status = 130
+    except SystemExit as e: status = int(str(e.code))
+    finally:
+        until = time.time() + 5*(status != 143)
+        while time.time() < until and any(p.poll() is None for p in fellows): time.sleep(.05)
+        for p in fellows: p.terminate()
+        for p in fellows: p.wait()
+        signal.signal(signal.SIGTERM, before)
+    return status if status >= 0 else 128-status
+
+def _launched() -> int | None:
+    "The exit status of the processes that Accelerate was asked for and did not start; None where there is nothing to start."
+    if (n := _asked()) == 1: return None
+    from torch.distributed import is_available, is_gloo_available
+    how = 'start them with torchrun --nproc_per_node N (and --nnodes for machines)'
+    if not n: print(f'vfmvae: Accelerate started one process of several on this machine\'s CPU; {how}', file=sys.stderr)
+    elif not is_available() or not is_gloo_available(): print(f'vfmvae: this torch has no gloo, so this is one process, not {n}', file=sys.stderr)
+    return _together(n) if n and is_available() and is_gloo_available() else None
+
 def _note(message: Any, kind: Any, file: str, *more: Any) -> str:
     "A warning of the library is a sentence for whoever reads the output; where in the code it stands is not."
     ours = issubclass(kind, UserWarning) and (kind.__name__ == 'Notice' or Path(file).parent.name == 'vfmvae')
@@ -525,7 +580,7 @@ def main(argv: Sequence[str] | None = None # without the program's name; None: s
     "The `vfmvae` command; returns the exit status: 2, after one line on the standard error, where something is wrong that is not ours."
     warnings.formatwarning = _note  # type: ignore[assignment]
     ended, status = None, 141       # as a shell calls a program whose reader left
-    try: status = _run(sys.argv[1:] if argv is None else argv)
+    try: status = _run(sys.argv[1:] if argv is None else argv) if argv is not None or (joint := _launched()) is None else joint
     except SystemExit as e: ended = e
     except BrokenPipeError: pass
     except (Exception, KeyboardInterrupt) as e:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DrawsLike', 'UserError', 'first_line', 'Notice', 'notice', 'whole', 'real', 'home', 'data_dir', 'nearest', 'Registry',
            'device_of', 'best_device', 'world', 'rank', 'gathered', 'average', 'philox', 'box_muller', 'Draws',
-           'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'to_tokens', 'to_grid', 'seed_all',
+           'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'resized', 'to_tokens', 'to_grid', 'seed_all',
            'progress', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json', 'parse_json',
            'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'save_weights', 'load_weights',
            'check_fields', 'build_config', 'Table']
@@ -328,6 +328,14 @@ class Gaussian:
 def at_least_float32(x: Tensor) -> Tensor:
     "x in float32, or in float64 if it is: for sums and differences that half precision would spoil."
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def resized(x: Tensor,                # (b,c,H,W)
+            size: Sequence[int],      # rows and columns of the result
+            mode: str = 'bilinear',   # or 'bicubic'
+            antialias: bool = True) -> Tensor:
+    "x (b,c,h,w) with half-pixel centres, in its type; computed in float32 at least, because half precision has no antialiasing on a CPU, and coarse weights."
+    y = nn.functional.interpolate(at_least_float32(x), list(size), mode=mode, align_corners=False, antialias=antialias)
+    return y.to(x.dtype) if x.is_floating_point() else y
 
 def to_tokens(x: Tensor) -> Tensor:
     "Grid (b,c,h,w) to tokens (b,h*w,c), row-major."

@@ -365,6 +365,7 @@ def _torch_file(path: Path) -> Any:
     return read_torch(path)
 
 def _read_scale(folder: Path) -> dict:
+    if (ours := folder/'latents_stats.json').is_file() and not (folder/'latents_stats.pt').exists(): return read_json(ours)
     d = _torch_file(folder/'latents_stats.pt')
     if not isinstance(d, dict) or not all(isinstance(d.get(k), Tensor) for k in ('mean', 'std')):
         raise UserError(f'{folder}/latents_stats.pt holds no mean and std; it is of another layout')
@@ -421,14 +422,15 @@ def import_latents(folder: str | Path,      # of published latents
                    tokenizer: str,          # name of the tokenizer that made them
                    classes: Sequence[str] | None = None # None: numbers, as many as there are
                   ) -> LatentCache:
-    "A cache from a published layout (spec/vfm_vae.md section 15), `latents_stats.pt` being the scale. UserError: files missing, damaged, of another layout."
+    "A cache from a published layout (spec/vfm_vae.md section 15) with its scale, `latents_stats.pt` or `.json`. UserError: files missing, damaged, of another."
     if layout not in LAYOUTS: raise UserError(f"no layout {layout!r} (known: {', '.join(LAYOUTS)})")
     folder, out = Path(folder), check_out(_folder(path))
     if (out/'manifest.json').exists(): raise UserError(f'{out} holds a cache already; choose another path or delete it')
     scale, top = _read_scale(folder), 0
     kinds: set[frozenset[str]] = set()
     shards: list[list[Any]] = []
-    c = len(_scale_of(scale, f'scale in {folder}/latents_stats.pt', len(scale['mean'])).mean)
+    many = len(scale['mean']) if isinstance(scale.get('mean'), list) else 0
+    c = len(_scale_of(scale, f'scale in {folder}/latents_stats.pt or .json', many).mean)
     shape: list[int] = []
     for k, (where, t) in enumerate(_read_lightningdit(folder) if layout == 'lightningdit' else _read_reg(folder)):
         shape = shape or [c, *t['mean'].shape[2:]]
@@ -451,9 +453,11 @@ def _save_npy(path: Path, a: np.ndarray) -> None:
 def export_latents(cache: LatentCache,
                    folder: str | Path,  # to write into
                    layout: str,         # of LAYOUTS; 'lightningdit' draws a sample of each posterior
-                   seed: int = 0        # of the samples
+                   seed: int = 0,       # of the samples
+                   pickle: bool = False # also their form of the scale, `latents_stats.pt`, which only a pickle can be
                   ) -> Path:
-    "Writes a published layout (spec/vfm_vae.md section 15) that their trainers read; returns the folder. UserError: 'lightningdit' needs flips in the cache."
+    """Writes a published layout (spec/vfm_vae.md section 15); returns the folder. The scale is `latents_stats.json`, {'mean': [...], 'std': [...]}; their
+    trainers want it as `latents_stats.pt`, a pickle of two tensors (1,c,1,1): ask for it with `pickle`. UserError: 'lightningdit' needs flips in the cache."""
     if layout not in LAYOUTS: raise UserError(f"no layout {layout!r} (known: {', '.join(LAYOUTS)})")
     if layout == 'lightningdit' and not cache.augment: raise UserError('this layout holds mirrored images; cache with flips=True')
     folder, labels, at = check_out(folder), [], 0
@@ -473,5 +477,8 @@ def export_latents(cache: LatentCache,
                 at += 1
     if layout == 'reg': write_json(folder/'dataset.json', dict(labels=labels))
     stats = {k: getattr(cache, k)[None].clone() for k in ('mean', 'std')}
-    write_atomic(folder/'latents_stats.pt', lambda p: torch.save(stats, p))     # their format: the one file of this library that is no safetensors
+    # no *.safetensors: LightningDiT takes every such file in the folder for latents
+    write_json(folder/'latents_stats.json', {k: v.flatten().tolist() for k, v in stats.items()})
+    if pickle: write_atomic(folder/'latents_stats.pt', lambda p: torch.save(stats, p))
+    else: (folder/'latents_stats.pt').unlink(missing_ok=True)                   # of an earlier export, perhaps of another scale
     return folder

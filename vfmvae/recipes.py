@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARPS', 'PRESETS', 'open_data', 'training_data', 'open_tokenizer', 'evaluate_tokenizer', 'evaluate_warps', 'Preset',
-           'plan', 'config_for', 'default_perceptual', 'chosen', 'build_training', 'train_tokenizer', 'estimate',
-           'encode_images', 'decode_latents']
+           'plan', 'config_for', 'default_perceptual', 'chosen', 'build_training', 'start_size', 'train_tokenizer',
+           'estimate', 'encode_images', 'decode_latents']
 
 # %% ../nbs/18_recipes.ipynb #eea65592
 import copy, math, time
@@ -19,12 +19,12 @@ from typing import Any
 
 # %% ../nbs/18_recipes.ipynb #df3bffd7
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/18_recipes.ipynb #fe90f76b
 from .adversarial import PatchGAN, ProjectedDiscriminator
 from .baselines import ConvVAEConfig, RAEConfig
-from .core import (UserError, as_path, check_out, check_weights, inside, is_file, load_weights, nearest,
+from .core import (UserError, as_path, check_out, check_weights, home, inside, is_file, load_weights, nearest,
                          notice, progress, read_json, real, save_weights, seed_all, sidecar, whole, write_atomic)
 from .data import SUFFIXES, World, as_dataset, fingerprint, folder, loader, shards, take, to_pil
 from .flow_presets import FLOW_PRESETS
@@ -325,11 +325,30 @@ def _check_plan(model: Any, todo: Sequence[Stage], folders: Mapping[str, Path | 
 
 # %% ../nbs/18_recipes.ipynb #e8ad37be
 @contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    "No TF32 in convolutions, as published (matrix products do not use it by default); afterwards as it was."
+def _settings() -> Iterator[None]:
+    "No TF32 in convolutions, as published. What is compiled keeps its graph, because the adaptive weight goes back through it first. Afterwards as it was."
+    import torch._functorch.config as compiled
     was, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try: yield
+    try:
+        with compiled.patch(donated_buffer=False): yield
     finally: torch.backends.cudnn.allow_tf32 = was
+
+def _compile_decoder(model: Any, backend: str = 'inductor') -> None:
+    "torch.compile, in place, of what decodes: by the names that the families of this library give it. Once for each size: few, in equivariance training."
+    part = next((p for k in ('synthesis', 'decoder', 'blocks') if isinstance(p := getattr(model, k, None), nn.Module)), None)
+    if part is None: raise UserError(f'{model.name} has no decoder that can be compiled; leave compile out')
+    for m in part if isinstance(part, nn.ModuleList) else [part]: m.compile(backend=backend, dynamic=False)
+
+def start_size(start: str | Path | None # as for `train_tokenizer`
+              ) -> int | None:
+    "Side, in pixels, of the images that a finished tokenizer or a run's checkpoint was trained on; None where nothing says it."
+    if not start: return None
+    path = as_path(start)
+    if path.suffix != '.safetensors': path = next(reversed(checkpoints(path if path.is_dir() else home()/'runs'/path)), path)
+    meta = read_json(side) if is_file(side := sidecar(path)) else load_weights(path)[1] if is_file(path) else {}
+    config = meta.get('config')
+    said = [c.get('img_size') for c in (config, config.get('model')) if isinstance(c, dict)] if isinstance(config, dict) else []
+    return next((s for s in said if isinstance(s, int)), None)
 
 def _still(ds: Any) -> Any:
     "The set without crops and flips that are drawn anew at every visit."
@@ -338,7 +357,7 @@ def _still(ds: Any) -> Any:
     plain.augment = False
     return plain
 
-@_exact_convolutions()
+@_settings()
 def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's own
                     data: Any = 'world',             # see `open_data`
                     vfm: str | VFM | None = None,    # another VFM than the preset's; 'tiny' or any timm name
@@ -350,13 +369,13 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
                     accumulate: int = 1,             # micro-batches per step
                     seed: int = 0,
                     workers: int = 0,                # threads that read images
-                    size: int | None = None,         # image side, pixels
+                    size: int | None = None,         # image side, pixels; None: that of `start`, else the preset's
                     stages: Sequence[str] | None = None, # names of the stages to train; None: all
                     start: str | Path | None = None, # continue from a stage's folder, or from a finished tokenizer (`*.safetensors`)
                     critic: str | VFM | None = None, # VFM of the projected discriminator
                     perceive: Callable[[Tensor, Tensor], Tensor] | None = None, # perceptual loss (x', x) -> scalar; None: `default_perceptual`
                     precision: str = 'fp32',         # 'bf16' or 'fp16' on a GPU
-                    compile: bool = False,           # torch.compile of the decoder
+                    compile: bool | str = False,     # torch.compile of the decoder; a string: by that backend
                     held_out: Any = None,            # data set whose first images are watched; None: the training data
                     on_stage: Callable[[Stage, Any], Any] | None = None, # called after each stage with the averaged model
                     **fit_kwargs                     # for `fit`: log_every, save_every, show
@@ -368,9 +387,9 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
     workers, seed = whole(workers, 'workers', 0), whole(seed, 'seed', -2**40, 2**40)
     out = None if out is None else check_out(out, '.safetensors')
     todo = plan(p, images, lr, stages, batch)
-    model, critics, perceive = build_training(p, todo, vfm, size, critic, seed, perceive)
     folders = {s.name: None if run is None else Run(run).dir/(s.name if len(p.stages) > 1 else '') for s in p.stages}
     start = start or _before(p, todo[0], folders)
+    model, critics, perceive = build_training(p, todo, vfm, start_size(start) if size is None else size, critic, seed, perceive)
     state, seen = read_nets(start) if start else ({}, 0)
     _check_plan(model, todo, folders, seen, batch, accumulate, acc.num_processes, bool(critics))
     ds = open_data(data, size=model.config.img_size, augment=True)
@@ -381,7 +400,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
         own_seed = seed + 1000*[s.name for s in p.stages].index(stage.name)      # a branch draws what the straight run draws
         task = TokenizerTask(model, stage, perceive, p.half_life, p.betas, p.clip, critics, precision, seen)
         load_nets(task, state)
-        if compile: model.synthesis.compile()
+        if compile: _compile_decoder(model, compile if isinstance(compile, str) else 'inductor')
         feed = loader(ds, batch//accumulate, seed=own_seed, rank=acc.process_index, world=acc.num_processes, workers=workers)
         steps, folder = stage.images//batch, folders[stage.name]
         here = None if folder is None else Run(f'{folder}/')

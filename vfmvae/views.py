@@ -17,7 +17,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/12c_views.ipynb #d0cc4a8c
-from .core import UserError, as_path, nearest, notice, progress, real, whole
+from .core import UserError, as_path, nearest, notice, progress, real, resized, whole
 from .data import (TRANSFORMS, World, as_dataset, fingerprint, folder, published_draw, published_noise, shards, stamps, take, taken,
                          to_tensor, to_uint8, transform)
 from .features import Bank, as_images, batches, pool as pool_tokens
@@ -215,7 +215,7 @@ class Fitted:
                 ) -> dict:
         "Layer -> tokens (b,n,c), those of the padding included, as published."
         h, w = (max(1, round(s*self.ratio)) for s in x.shape[2:])
-        if (h, w) != tuple(x.shape[2:]): x = F.interpolate(x, (h, w), mode=self.vfm.interpolation, antialias=self.ratio < 1).clamp(-1, 1)
+        if (h, w) != tuple(x.shape[2:]): x = resized(x, (h, w), self.vfm.interpolation, self.ratio < 1).clamp(-1, 1)
         more = -w % self.vfm.patch, -h % self.vfm.patch
         if more[0] >= w or more[1] >= h: raise UserError(f'{w} x {h} pixels are too few for {self.name}, whose patches have {self.vfm.patch}; enlarge them')
         return self.vfm.features(F.pad(x, (0, more[0], 0, more[1]), mode='reflect'), layers)
