@@ -14,9 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = {p.stem: p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts}
 COST = re.compile(r'\d h\b|\bhours\b|\bminutes\b')
 RUN = {'figure5_stages': 'latent_diffusion'}         # whose training it draws
-OWN = {'figures7_12_samples': dict(NET='reg.pt'), 'figure6_reconstructions': dict(IMAGES='folder/of/pictures')}   # where two notebooks mean other things by a name
+# where two notebooks mean other things by one name
+OWN = {'figures7_12_samples': dict(NET='reg.pt'), 'figure6_reconstructions': dict(IMAGES='folder/of/pictures')}
 LEAVES = {'figure1_approaches': ['f16d32.safetensors'], 'figure2_robustness': ['figure2_imagenet.json', 'figure2_imagenet.png'],
-          'figure3_architecture': ['vfmvae-siglip2l-f16d32.safetensors'], 'figure4_layers': ['figure4_imagenet.csv'], 'figure5_stages': ['figure5_imagenet.png'],
+          'figure3_architecture': ['vfmvae-siglip2l-f16d32.safetensors'], 'figure4_layers': ['figure4_imagenet.csv'],
+          'figure5_stages': ['figure5_imagenet.png'],
           'figure6_reconstructions': ['figure6_photographs.csv'], 'figures7_12_samples': [f'figure{k}_class{c}.png' for k, c in ((7, 232), (12, 980))],
           'latent_diffusion': ['reg-80ep.safetensors'], 'photographs': ['vfmvae-siglip2l-f16d32.safetensors'], 'table1_tokenizers': ['table1_imagenet.json'],
           'table2_generation': ['table2_reg-80ep.json', 'reg-80ep-samples-1/000007.png'], 'table5_ablation': ['table5-no-fusion.json'],
