@@ -1,6 +1,6 @@
 """Every command and every piece of code of README.md runs, in the order in which they stand there, at a smoke size (`smoke.py`): what is typed is what is
 in SMOKE. A command that README gains, or that changes, fails here until SMOKE knows it."""
-import json, os, re, runpy, shutil, subprocess, sys
+import os, re, runpy, shutil, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,7 +13,7 @@ from vfmvae.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT/'README.md').read_text(encoding='utf-8')
 TWO = 'accelerate launch --cpu --num_machines 1 --num_processes 2 --main_process_port $PORT $(command -v vfmvae)'
-LATER = ''              # not run here, for the reason beside it; that make knows it is checked
+LATER = ''              # not run here, for the reason beside it; that make would run this very line is checked
 # a line of README, or what its make says that it would run -> what runs instead; None: the line itself
 SMOKE = {
     'make demo': None, 'make demo IMAGES=folder/of/pictures': None, 'make train IMAGES=folder/of/pictures ARGS=\'--size 128 --images 50000 --run mine\'': None,
@@ -21,7 +21,7 @@ SMOKE = {
     'vfmvae demo': LATER,                                                    # the same with images, below
     'vfmvae demo --images "folder/of/pictures"': 'vfmvae demo --images "folder/of/pictures" --train-images 32',
     'vfmvae train-tokenizer --data "folder/of/pictures" --out outputs/tokenizer.safetensors --size 128 --images 50000 --run mine':
-        'vfmvae train-tokenizer --data "folder/of/pictures" --out outputs/tokenizer.safetensors --size 128 --images 40 --run mine',
+        'vfmvae train-tokenizer --data "folder/of/pictures" --out outputs/tokenizer.safetensors --size 64 --images 40 --run mine',
     'jupyter lab nbs/index.ipynb': LATER,                                    # a server
     'python -m vfmvae.docs': 'python -m vfmvae.docs --help',                 # tests/test_docs.py makes pages
     **{f'python -m vfmvae.{b}': f'python -m vfmvae.{b} --help' for b in ('bench', 'bench --cknna', 'bench_flow', 'lab_bench')},      # minutes each
@@ -36,10 +36,10 @@ SMOKE = {
     'export FULL="train-tokenizer --preset f16d32 --data imagenet-train-{0000..1023}.tar --precision bf16 --workers 12 --run big"':
         'export FULL="train-tokenizer --preset f16d32 --data imagenet-train-{0000..0001}.tar --precision bf16 --workers 12 --run big"',
     'vfmvae $FULL --accumulate 16': 'vfmvae $FULL --accumulate 2',
-    'accelerate launch $(command -v vfmvae) $FULL --accumulate 2': f'{TWO} $FULL-2 --accumulate 2',
-    'accelerate launch --num_machines 8 --num_processes 64 --machine_rank $RANK --main_process_ip $HEAD --main_process_port 29500 $(command -v vfmvae) $FULL':
-        'accelerate launch --cpu --num_machines 1 --num_processes 1 --machine_rank $RANK --main_process_ip $HEAD --main_process_port $PORT '
-        '$(command -v vfmvae) $FULL-8',
+    'accelerate launch $(command -v vfmvae) $FULL --accumulate 2': f'{TWO} $FULL-2 --accumulate 2 --stages strong_align',
+    'accelerate launch --num_machines 8 --num_processes 64 --machine_rank $MACHINE --main_process_ip $HEAD --main_process_port 29500 $(command -v vfmvae) $FULL':
+        'accelerate launch --cpu --num_machines 1 --num_processes 1 --machine_rank $MACHINE --main_process_ip $HEAD --main_process_port $PORT '
+        '$(command -v vfmvae) $FULL-8 --stages strong_align',
     'vfmvae train-tokenizer --preset f16d32-512 --dry-run': None,
     'vfmvae align --images folder/of/pictures --tokenizer conv-tiny-f8d16': 'vfmvae align --images folder/of/pictures --tokenizer conv-tiny-f8d16 --times 20',
     'vfmvae train-flow --preset reg-80ep --dry-run': None,
@@ -50,7 +50,7 @@ SMOKE = {
         'vfmvae generate --net mine-dit.safetensors --n 4 --guidance 3 --out samples',
     'vfmvae evaluate-samples --net mine-dit.safetensors --n 2048': 'vfmvae evaluate-samples --net mine-dit.safetensors --n 16 --reference-n 64'}
 # the same of a piece of code
-CODE = {'World(3000, seed=8)': 'World(40, seed=8)', 'n=1000': 'n=12'}
+CODE = {'World(3000, seed=8)': 'World(40, seed=8)', 'n=1000': 'n=12, times=20'}
 COMMAND = re.compile(r'(?:vfmvae|make|accelerate|pip|python|export|torchrun) \S.*')
 
 def pieces():
@@ -78,8 +78,13 @@ def place(tmp_path_factory):
 import sys
 sys.path[:0] = [{str(ROOT/'tests')!r}]
 import smoke
+from pathlib import Path
 from vfmvae.cli import main
-with smoke.world(): sys.exit(main())
+with smoke.world(): status = main()
+if 'accelerate' in sys.modules:
+    from accelerate.state import PartialState
+    if PartialState._shared_state: Path('%d of %d' % (PartialState().process_index, PartialState().num_processes)).touch()
+sys.exit(status)
 ''')
     (bin/'vfmvae').chmod(0o755)
     (bin/'python').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -91,7 +96,7 @@ with smoke.world(): sys.exit(main())
     for kind in ('core', 'dev'): (folder/'made'/f'.vfmvae-{kind}-{mark}').touch()
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
     return here, dict(os.environ, VIRTUAL_ENV=str(folder/'made'), PATH=f"{bin}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                      PYTHONPATH=paths, VFMVAE_HOME=str(folder/'home'), RANK='0', HEAD='127.0.0.1', PORT='29521')
+                      PYTHONPATH=paths, VFMVAE_HOME=str(folder/'home'), MACHINE='0', HEAD='127.0.0.1', PORT='29521')
 
 def shell(line, place):
     here, env = place
@@ -144,8 +149,9 @@ def test_readme_runs(place, monkeypatch, capsys):
             typed(text, place)
     assert len(seen) > 20 and code > 8
     runs = Path(env['VFMVAE_HOME'])/'runs'
-    def processes(name): return json.loads(sorted(runs.glob(f'{name}/step-*.json'))[-1].read_text())['loop']['processes']
-    assert [processes(f'{r}/gan') for r in ('big', 'big-2', 'big-8', 'branch')] == [1, 2, 1, 1] and processes('reg') == 2
+    assert {f'{r}/{s}' for r, s in (('mine', 'weak_align'), ('branch', 'gan'), ('big', 'gan'), ('big-2', 'strong_align'), ('big-8', 'strong_align'))} <= {
+        p.parent.relative_to(runs).as_posix() for p in runs.rglob('step-*.safetensors')}
+    assert (here/'0 of 2').exists() and (here/'1 of 2').exists()
     said = capsys.readouterr().out
     assert 'hours on one' in said and 'f16d32' not in said and 'step' in said
     for made in ('mine.safetensors', 'outputs/tokenizer.safetensors', 'reg.safetensors', 'samples/000003.png', 'outputs/demo/index.html'):
