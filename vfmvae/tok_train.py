@@ -270,12 +270,12 @@ class TokenizerTask:
         self._half(model, 3 if precision == 'fp16' else 0)
         moved = select(model, stage.train)
         for k, p in model.trainable().items(): p.requires_grad_(k in moved)
-        self.params, self.critic_params = list(moved.values()), [p for c in self.critics.values() for p in c.parameters() if p.requires_grad]
+        critics_learn = [p for c in self.critics.values() for p in c.parameters() if p.requires_grad]
         adam = partial(torch.optim.Adam, betas=betas, eps=1e-8)
-        self.nets, self.optimizers = dict(model=model, **self.critics), dict(model=adam(self.params, lr=stage.lr))
+        self.nets, self.optimizers = dict(model=model, **self.critics), dict(model=adam(list(moved.values()), lr=stage.lr))
         if self.critics:
             lr = stage.lr_critics or stage.lr
-            self.optimizers['critics'] = adam([dict(params=self.critic_params, lr=lr, lr_scale=lr/stage.lr)])
+            self.optimizers['critics'] = adam([dict(params=critics_learn, lr=lr, lr_scale=lr/stage.lr)])
         self.ema, self.looks = EMA(model, half_life), {}
         self._half(self.ema.net, 0)                                     # evaluation is in full precision
         self.magnify, self.good = (2.**16 if precision == 'fp16' else 1.), 0
@@ -287,6 +287,14 @@ class TokenizerTask:
         if hasattr(model, 'synthesis'): model.synthesis.half_blocks = blocks
         elif blocks: raise UserError(f'float16 is for the last decoder blocks of a VFM-VAE; train {model.name} with bf16')
 
+    @property
+    def params(self) -> list[nn.Parameter]:
+        "What the stage trains of the tokenizer."
+        return [p for g in self.optimizers['model'].param_groups for p in g['params']]
+    @property
+    def critic_params(self) -> list[nn.Parameter]:
+        "What learns of the discriminators."
+        return [p for g in self.optimizers['critics'].param_groups for p in g['params']] if self.critics else []
     def config(self) -> dict:
         "Architecture, stage and optimisers, as JSON; without the stage's length, so that a run can be made longer."
         stage = {k: v for k, v in self.stage.config().items() if k != 'images'}
