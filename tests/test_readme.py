@@ -37,7 +37,8 @@ SMOKE = {
         'export FULL="train-tokenizer --preset f16d32 --data imagenet-train-{0000..0001}.tar --precision bf16 --workers 12 --run big"',
     'vfmvae $FULL --accumulate 16': 'vfmvae $FULL --accumulate 2',
     'accelerate launch $(command -v vfmvae) $FULL --accumulate 2': f'{TWO} $FULL-2 --accumulate 2 --stages strong_align',
-    'accelerate launch --num_machines 8 --num_processes 64 --machine_rank $MACHINE --main_process_ip $HEAD --main_process_port 29500 $(command -v vfmvae) $FULL':
+    'accelerate launch --num_machines 8 --num_processes 64 --machine_rank $MACHINE --main_process_ip $HEAD --main_process_port 29500 '
+    '$(command -v vfmvae) $FULL':
         'accelerate launch --cpu --num_machines 1 --num_processes 1 --machine_rank $MACHINE --main_process_ip $HEAD --main_process_port $PORT '
         '$(command -v vfmvae) $FULL-8 --stages strong_align',
     'vfmvae train-tokenizer --preset f16d32-512 --dry-run': None,
