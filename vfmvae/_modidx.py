@@ -339,6 +339,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'vfmvae.core.seed_all': ('core.html#seed_all', 'vfmvae/core.py'),
                              'vfmvae.core.sidecar': ('core.html#sidecar', 'vfmvae/core.py'),
                              'vfmvae.core.sweep': ('core.html#sweep', 'vfmvae/core.py'),
+                             'vfmvae.core.tensors_at': ('core.html#tensors_at', 'vfmvae/core.py'),
                              'vfmvae.core.to_grid': ('core.html#to_grid', 'vfmvae/core.py'),
                              'vfmvae.core.to_json': ('core.html#to_json', 'vfmvae/core.py'),
                              'vfmvae.core.to_tokens': ('core.html#to_tokens', 'vfmvae/core.py'),
