@@ -20,7 +20,7 @@ from torch import Tensor
 
 # %% ../nbs/18d_bench_flow.ipynb #1ca180c4
 from .bench import matmul_speed, take_turns
-from .core import UserError, build_config, check_out, nearest, seed_all, whole, write_json
+from .core import UserError, best_device, build_config, check_out, nearest, seed_all, whole, write_json
 from .dit import SIZES, DiT, DiTConfig
 from .dit_layers import rotate, unpatchify
 from .flow_presets import FLOW_PRESETS, forward_gflop
@@ -95,7 +95,7 @@ def bench_flow(preset: str = 'dit-vfmvae-tiny-f8d16', # a LightningDiT with QK-n
     if preset not in FLOW_PRESETS:
         raise UserError(f"no preset {preset!r}{nearest(preset, FLOW_PRESETS)} (known: {', '.join(FLOW_PRESETS)})")
     batch, rounds = whole(batch, 'batch', 1), whole(rounds, 'rounds', 1)
-    device, p = 'cuda' if torch.cuda.is_available() else 'cpu', FLOW_PRESETS[preset]
+    device, p = str(best_device()), FLOW_PRESETS[preset]
     runs = {'ours': _ours(p, batch, device), 'plain': _plain(p, batch, device), **({'compiled': _ours(p, batch, device, True)} if compile else {})}
     if compile: runs['compiled']()
     times, speed, work = take_turns(runs, rounds), matmul_speed(1024, device=device), 3*forward_gflop(p.net, p.latent)*batch
@@ -115,16 +115,16 @@ class _Still:
         return torch.ones(len(x), self.dim, device=x.device), torch.ones(len(x), n, self.dim, device=x.device)
 
 def bench_full(presets: Sequence[str] = ('lightningdit-64ep', 'reg-80ep', 'b1'), batch: int = 128, rounds: int = 10) -> list[dict]:
-    "Rows for the full nets on CUDA, bf16, compiled: images/s, share of the measured bf16 matrix product, GB. 'b1': LightningDiT-B/1. UserError without CUDA."
-    if not torch.cuda.is_available(): raise UserError('the full nets are measured on an accelerator; this machine has none')
-    a, b = torch.randn(2, 8192, 8192, device='cuda', dtype=torch.bfloat16)
+    "Rows for the full nets on a GPU, bf16, compiled: images/s, share of the measured bf16 matrix product, GB. 'b1': LightningDiT-B/1. UserError without one."
+    if (device := best_device()).type != 'cuda': raise UserError('the full nets are measured on an accelerator; this machine has none')
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
     best = take_turns({'mm': lambda: a @ b}, 10)['mm']
     peak, rows = 2*8192**3/best['wall']/1e12, []
     for name in presets:
         light = FLOW_PRESETS['lightningdit-64ep']
         p = replace(light, net=build_config(DiTConfig, asdict(light.net) | SIZES['B'])) if name == 'b1' else FLOW_PRESETS[name]
         torch.cuda.reset_peak_memory_stats()
-        step = _ours(p, batch, 'cuda', True, 'bf16', [_Still()] if p.net.z_dims else ())
+        step = _ours(p, batch, str(device), True, 'bf16', [_Still()] if p.net.z_dims else ())
         step()
         seconds, work = take_turns({'step': step}, rounds)['step']['wall'], 3*forward_gflop(p.net, p.latent)*batch
         tflops = work/seconds/1e3
