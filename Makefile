@@ -41,11 +41,12 @@ ARGS ?=
 train: $(CORE)   ## train a tokenizer, on your images with IMAGES=folder
 	$(BIN)/vfmvae train-tokenizer $(if $(IMAGES),--data "$(IMAGES)") --out outputs/tokenizer.safetensors $(ARGS)
 
-bench: $(DEV)    ## speed of the decoder, of training steps, of CKNNA (as ratios) and of the labs
+bench: $(DEV)    ## speed of the decoder, of training steps, of CKNNA (as ratios), of the labs and of opening large sets
 	$(BIN)/python -m vfmvae.bench $(ARGS)
 	$(BIN)/python -m vfmvae.bench --cknna $(ARGS)
 	$(BIN)/python -m vfmvae.bench_flow
 	$(BIN)/python -m vfmvae.lab_bench
+	$(BIN)/python benchmarks/sets.py
 
 # with the Python at hand (or PYTHON=...), in which nothing is installed; PARTS='decode flow' for some, VFMVAE_SMOKE=1 without a card
 PARTS ?=
