@@ -344,6 +344,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'vfmvae.core.to_tokens': ('core.html#to_tokens', 'vfmvae/core.py'),
                              'vfmvae.core.uniforms_for': ('core.html#uniforms_for', 'vfmvae/core.py'),
                              'vfmvae.core.weights_at': ('core.html#weights_at', 'vfmvae/core.py'),
+                             'vfmvae.core.weights_file': ('core.html#weights_file', 'vfmvae/core.py'),
                              'vfmvae.core.whole': ('core.html#whole', 'vfmvae/core.py'),
                              'vfmvae.core.world': ('core.html#world', 'vfmvae/core.py'),
                              'vfmvae.core.write_atomic': ('core.html#write_atomic', 'vfmvae/core.py'),
