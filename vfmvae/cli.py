@@ -173,7 +173,7 @@ def _pictures(a, tok: Any, n: Any = 64, training: bool = False) -> tuple[Any, Ca
     from vfmvae.evaluate import _resized, _watched
     from vfmvae.recipes import open_data, training_data
     size = a.size or tok.config.img_size
-    data, seen = _watched(training_data(a.images, size, n) if training else open_data(a.images, size=size, n=n, seed=8))
+    data, seen = _watched(training_data(a.images, size, n, a.crop) if training else open_data(a.images, size=size, n=n, seed=8))
     return data, lambda: ', '.join(filter(None, (f'{size} px', _resized(seen, (size, size)))))
 
 def _reconstruct(a) -> int:
@@ -228,6 +228,7 @@ def _cache(a) -> int:
     return 0
 
 def _train_flow(a) -> int:
+    from vfmvae.core import UserError
     from vfmvae.flow_presets import FlowPreset, flow_cost
     from vfmvae.generate import train_flow
     from vfmvae.recipes import chosen, processes_on
@@ -237,9 +238,10 @@ def _train_flow(a) -> int:
               f"{c['images_per_s']:,.0f} images/s and {c['hours']:,.1f} hours on one; ImageNet's latents take {c['latents_gb']:.0f} GB of disk")
         return 0
     _outputs(a)
+    if a.g_kwargs and not a.tokenizer: raise UserError('--g-kwargs without the published file that it describes; give --tokenizer')
     acc = processes_on(a.device)
-    train_flow(a.preset, a.data, a.cache, None, a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.precision, a.compile,
-               workers=a.workers, save_every=a.save_every)
+    train_flow(a.preset, a.data, a.cache, a.tokenizer and _tokenizer(a), a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed,
+               a.precision, a.compile, workers=a.workers, save_every=a.save_every)
     if a.out and acc.is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
@@ -422,7 +424,8 @@ _TRAINING: Mapping[str, tuple] = {
         ('--precision', _named, 'fp32', 'fp32, bf16, or fp16 for the last decoder blocks'), ('--compile', bool, False, 'torch.compile the decoder'),
         _WEIGHTS, _DEVICE, ('--dry-run', bool, False, 'only measure a few steps and say what the training will cost')),
     'train-flow': (_train_flow, 'train a diffusion net on latents by preset',
-        ('--preset', _named, 'dit-vfmvae-tiny-f8d16', 'see vfmvae.flow_presets'), _DATA,
+        ('--preset', _named, 'dit-vfmvae-tiny-f8d16', 'see vfmvae.flow_presets'),
+        ('--tokenizer', _named, None, f"{_TOKENIZER[0][3]} (default: the preset's)"), _TOKENIZER[1], _DATA,
         ('--cache', _named, None, 'folder of latents; made if it is not there'),
         ('--n', _COUNT, None, _ALL), *_FIT,
         ('--out', _named, None, 'file of the finished net (.safetensors)'),
@@ -439,6 +442,7 @@ _USING: Mapping[str, tuple] = {
     'cache': (_cache, 'the latents of a data set, to train on', *_TOKENIZER, _IMAGES, _SIZE,
         ('--out', _named, None, 'folder (default: in the cache of vfmvae)'),
         ('--n', _COUNT, None, _ALL),
+        ('--crop', _named, 'centre', 'of the pictures: centre, adm (what the published recipes of train-flow take) or square'),
         ('--flips', bool, False, 'mirrored images, too'), ('--half', bool, False, 'float16 on disk'), _DEVICE),
     'generate': (_generate, 'pictures from noise, class by class', _NET, ('--n', _number(1, 10**8), 16, 'how many'),
         ('--label', _number(0, 2**31-1), None, 'one class for all (default: every class in turn)'), *_DRAW,

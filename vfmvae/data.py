@@ -493,7 +493,8 @@ class ImageSet:
     def __len__(self) -> int: return len(self.keys)
     def __repr__(self) -> str:
         left = ', '.join(f'{n} {why}' for why, n in self.skipped.items())
-        return f'{len(self)} images of {len(self.classes)} classes at {self.size} px' + (f' (left out: {left})' if left else '')
+        cut = f', crop {self.crop!r}' if self.crop != 'centre' else ''
+        return f'{len(self)} images of {len(self.classes)} classes at {self.size} px{cut}' + (f' (left out: {left})' if left else '')
     def stamp(self, i: int) -> str:
         "What tells a changed image from the one of the same name."
         return self._stamp(i) if self._stamp else hashlib.blake2b(self.read(i).tobytes(), digest_size=8).hexdigest()

@@ -29,6 +29,7 @@ from .flow_presets import FLOW_PRESETS, FlowPreset
 from .flow_train import FlowTask, sample_latents
 from .latents import LatentCache, cache_latents, cache_name, latent_digest
 from .recipes import chosen, opened, training_data
+from .tokenizer import tokenizers
 from .train import Run, fit, processes, provenance, warm_cosine
 from .vfm import VFM
 
@@ -63,8 +64,11 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     if batch % (acc.num_processes*accumulate):
         raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes and {accumulate} micro-batches; give a multiple')
     out = None if out is None else check_out(out, '.safetensors')
+    if tokenizer is None and p.tokenizer not in tokenizers:
+        raise UserError(f'these latents are of {p.tokenizer}, which is not bundled; give its file as tokenizer '
+                        '(--tokenizer FILE; of a published one --g-kwargs YAML, too)')
     tok = opened(p.tokenizer if tokenizer is None else tokenizer, device=acc.device)
-    ds = training_data(data, p.latent[1]*tok.stride, n)
+    ds = training_data(data, p.latent[1]*tok.stride, n, p.crop)
     if not isinstance(cache, LatentCache):
         made = cache_latents(tok, ds, cache_name(tok, take(ds, n), data, p.flips) if cache is None else cache, n, p.flips)
         if made is None: raise UserError('other processes are still caching; wait for them and call again')

@@ -44,11 +44,13 @@ def open_data(spec: Any,             # 'world', a folder of images, WebDataset s
               size: int | None = 64, # pixels per side; None: the short side of the first picture (of the world: 64)
               augment: bool = False, # random crops and flips (not for the world)
               n: int = 1_000_000,    # images of the world
-              seed: int = 0          # of the world; train and held-out worlds differ in it
+              seed: int = 0,         # of the world; train and held-out worlds differ in it
+              crop: str = 'centre'   # without augmentation: a key of `data.CROPS` (not for the world, nor for a set that is open)
              ) -> Any:
     """A data set by name, or of what a user has at hand: paths, pictures, a torchvision data set, a split of `datasets`. One of ours is itself.
     UserError if there is nothing under that name."""
     sized: dict[str, Any] = {} if size is None else dict(size=whole(size, 'size', 1, 16_384))
+    how: dict[str, Any] = dict(augment=augment, crop=crop)
     named, several = isinstance(spec, str | Path), list(spec) if isinstance(spec, list | tuple) else [spec]
     if named and not str(spec).strip():
         raise UserError("no data named ''; give 'world', a folder of images or shards (*.tar)")
@@ -56,20 +58,21 @@ def open_data(spec: Any,             # 'world', a folder of images, WebDataset s
     paths = bool(several) and all(isinstance(p, str | Path) for p in several)
     if paths and len({str(p).endswith('.tar') for p in several}) > 1:
         raise UserError('a list of shards (*.tar) and other files; give one kind')
-    if paths and str(several[0]).endswith('.tar'): ds = shards(several, augment=augment, **sized)
+    if paths and str(several[0]).endswith('.tar'): ds = shards(several, **how, **sized)
     elif named and Path(spec).suffix.lower() in SUFFIXES and is_file(as_path(spec)):
-        ds = as_dataset([spec], size, augment)
-    elif named: ds = folder(spec, augment=augment, **sized)
-    else: return as_dataset(spec, size, augment)
+        ds = as_dataset([spec], size, **how)
+    elif named: ds = folder(spec, **how, **sized)
+    else: return as_dataset(spec, size, **how)
     if size is None: ds.size = min(ds.read(0).size)
     return ds
 
 def training_data(spec: Any,          # see `open_data`
                   size: int,          # pixels per side
-                  n: int | None = None # images, if not all
+                  n: int | None = None, # images, if not all
+                  crop: str = 'centre' # see `open_data`
                  ) -> Any:
     "What nets are trained on and caches are made of: the set of that name; 'world' is the world of seed 100, its first 50,000 images unless told otherwise."
-    return open_data(spec, size, n=50_000 if n is None else whole(n, 'n', 1), seed=100)
+    return open_data(spec, size, n=50_000 if n is None else whole(n, 'n', 1), seed=100, crop=crop)
 
 # %% ../nbs/18_recipes.ipynb #07cf7f79
 def open_tokenizer(name: Any,                        # a registered name, a file of `save_tokenizer`, or a published checkpoint (.pth, .pt, .ckpt, a folder)
@@ -193,9 +196,12 @@ _VA_STAGES = (Stage('first', dict(_PERCEIVED, kl=1e-6, vf=.5), (), 1e-4, images=
               Stage('weak', dict(_PERCEIVED, kl=1e-6, vf=.1), (), 1e-4, images=83_000_000),
               Stage('margins', dict(_PERCEIVED, kl=1e-6, vf=.1), (), 1e-4, images=13_000_000, cos_margin=.5, dist_margin=.25))
 _RAE = (Stage('first', dict(l1=1., perceptual=1., gan=.75), (), 2e-4, images=20_000_000),)
+# at 512 px SigLIP2 sees the picture as it is, the size it was made for: one token a latent pixel instead of four, so each layer keeps four times the width
+_512 = VFMVAEConfig(img_size=512, scale=1., out_dims=(256,)*3)
 PRESETS: dict[str, Any] = {
     'tiny': Preset(TINY, _TINY, 16, 4_000, (.9, .99), 1., True, 'tiny', 16),   # data/results/tiny_vfmvae.json
     'f16d32': Preset(VFMVAEConfig(), STAGES, 512),   # published: rFID .52, PSNR 22.99, SSIM .593, LPIPS .221 (ImageNet 256, 44M images); not run here
+    'f16d32-512': Preset(_512, STAGES, 512),         # 512 px; the paper names no settings of it, these are ours; not run here
     **{c.name: Preset(c, s, b, 4_000, (.9, .99), 1., True) for c, s, b in _SMALL},               # data/results/baselines.json
     'conv-f8d4': Preset(ConvVAEConfig(), _SD, 256),                                             # published rFID .62; losses and length are ours, not run
     'conv-dinov2l-f16d32': Preset(replace(_VA, vfm='dinov2-l', patch=14), _VA_STAGES, 256),      # published rFID .28, 160M images; not run here
