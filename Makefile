@@ -11,7 +11,7 @@ RECIPE  := settings.ini setup.py pyproject.toml
 PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env dev demo train bench test lint notebooks pytest lab readme docs hooks export clean
+.PHONY: help env dev demo train bench gpu test lint notebooks pytest lab readme docs hooks export clean
 .DELETE_ON_ERROR:
 
 help:            ## this list
@@ -41,11 +41,17 @@ ARGS ?=
 train: $(CORE)   ## train a tokenizer, on your images with IMAGES=folder
 	$(BIN)/vfmvae train-tokenizer $(if $(IMAGES),--data "$(IMAGES)") --out outputs/tokenizer.safetensors $(ARGS)
 
-bench: $(DEV)    ## speed of the decoder, of training steps, of CKNNA (as ratios) and of the labs
+bench: $(DEV)    ## speed of the decoder, of training steps, of CKNNA (as ratios), of the labs and of opening large sets
 	$(BIN)/python -m vfmvae.bench $(ARGS)
 	$(BIN)/python -m vfmvae.bench --cknna $(ARGS)
 	$(BIN)/python -m vfmvae.bench_flow
 	$(BIN)/python -m vfmvae.lab_bench
+	$(BIN)/python benchmarks/sets.py
+
+# with the Python at hand (or PYTHON=...), in which nothing is installed; PARTS='decode flow' for some, VFMVAE_SMOKE=1 without a card
+PARTS ?=
+gpu:             ## what only a graphics card can tell, into data/results/gpu_<card>.json
+	$(PYTHON) benchmarks/gpu.py $(PARTS) $(ARGS)
 
 # one after the other even under make -j, so that pytest has the last word
 test: $(DEV)     ## everything a change must pass

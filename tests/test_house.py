@@ -199,6 +199,36 @@ def test_pickles_are_neither_kept_nor_written():
     assert list(wrote) == ['latents.py'] and len(wrote['latents.py']) == 1 and 'if pickle: ' in wrote['latents.py'][0]
 
 
+# one device rule ---------------------------------------------------------------------------------------------------------------------------------
+
+# where the frozen forward is in bfloat16
+CARDS = {"_AMP = ('cuda', 'xpu')"}
+
+
+def names_a_card(source: str) -> list[str]:
+    "Lines that put something on CUDA, or name it other than to ask what a device is: `x.device.type == 'cuda'`."
+    tree = ast.parse(re.sub(r'^\s*[%!].*$', '', source, flags=re.M))
+    asked = {id(n) for c in ast.walk(tree) if isinstance(c, ast.Compare) and isinstance(c.left, ast.Attribute) and c.left.attr == 'type'
+             for k in c.comparators for n in ast.walk(k)}
+    words = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and re.fullmatch(r'cuda(:\d+)?', n.value)]
+    moved = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == 'cuda']
+    lines = [source.splitlines()[n.lineno-1].strip() for n in (*words, *moved) if id(n) not in asked]
+    return [line for line in dict.fromkeys(lines) if not any(line.startswith(c) for c in CARDS)]
+
+
+@pytest.mark.parametrize('nb', [p for p in sorted(NBS.rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts], ids=lambda p: p.stem)
+def test_no_code_names_a_card(nb):
+    # `device_of` says where a net is, `best_device` where one may go
+    assert [line for source in cells(nb) for line in names_a_card(source)] == []
+
+
+def test_the_check_for_cards_can_fail():
+    for line in ("net.cuda()", "x = x.to('cuda')", "f(device='cuda:1')", "d = 'cuda' if torch.cuda.is_available() else 'cpu'", "a if device == 'cuda' else b"):
+        assert names_a_card(line) == [line]
+    for line in ("if x.device.type == 'cuda': torch.cuda.synchronize()", "ok = d.type in ('cpu', 'cuda')", "torch.cuda.is_available()", "# 'cuda'", *CARDS):
+        assert names_a_card(line) == []
+
+
 # one door for each kind of file ----------------------------------------------------------------------------------------------------------------
 
 def calls(pattern: str) -> dict[str, int]:

@@ -71,11 +71,15 @@ def test_every_family_trains_compiled(preset, named, compiled, monkeypatch):
 
 
 def test_a_compiled_decoder_can_be_balanced_against_the_alignment():
-    # the adaptive weight asks the compiled graph for gradients twice
+    # the adaptive weight asks the compiled graph for gradients twice, so a backward may not write into what the forward kept
+    import torch._functorch.config as compiled
     torch._dynamo.reset()
     shape = ConvVAEConfig(4, 4, (1, 1), 1, 1, img_size=16, vfm='tiny', patch=8, dim=128)
     recipe = Preset(shape, (Stage('first', dict(l1=1., vf=1.), (), images=4),), 4)
-    (_, fast), (_, slow) = (train_tokenizer(recipe, compile=c) for c in ('aot_eager', False))
+    during, before = [], compiled.donated_buffer
+    def look(rows): during.append(compiled.donated_buffer)
+    (_, fast), (_, slow) = (train_tokenizer(recipe, compile=c, show=look) for c in ('aot_eager', False))
+    assert during == [False]*2 and compiled.donated_buffer is before
     assert fast[-1]['loss'] == pytest.approx(slow[-1]['loss'], rel=1e-4) and fast[-1]['vf_scale'] == pytest.approx(slow[-1]['vf_scale'], rel=1e-3)
 
 
@@ -213,6 +217,20 @@ def alive(group: int) -> bool:
     try: os.killpg(group, 0)
     except ProcessLookupError: return False
     return True
+
+
+def test_the_module_is_the_command_too():
+    # accelerate launch -m vfmvae.cli ...: it did nothing, and said nothing
+    out = subprocess.run([sys.executable, '-m', 'vfmvae.cli', 'encode', '--tokenizer', 'no-such'], capture_output=True, text=True)
+    assert out.returncode == 2 and 'required: --images' in out.stderr
+
+
+def test_benches_take_a_device():
+    from vfmvae.bench import bench
+    from vfmvae.bench_flow import bench_flow
+    for run in (bench, bench_flow):
+        with pytest.raises(UserError, match="no device 'cuda:9'"): run(device='cuda:9')
+    assert bench_flow(batch=2, rounds=1, device='cpu')['ours']['images_per_s'] > 0
 
 
 def test_where_gloo_is_missing_a_line_says_so(monkeypatch, capsys):

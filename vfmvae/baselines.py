@@ -8,10 +8,11 @@ __all__ = ['ResBlock', 'AttnBlock', 'ConvVAEConfig', 'ConvVAE', 'RAEConfig', 'RA
 # %% ../nbs/08_baselines.ipynb #7387cc86
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 # %% ../nbs/08_baselines.ipynb #54ad3f83
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .core import Draws, Gaussian, UserError, at_least_float32, check_fields, real, to_grid, to_tokens, uniforms_for, whole
 from .dit_layers import sincos_table
 from .layers import norm_groups
-from .tokenizer import LatentStats, families, register_bundled
+from .tokenizer import LatentStats, Pretrained, families, register_bundled
 from .vae import Encoded, check_images, check_latents, scaled_features
 from .vfm import CarriesVFM
 
@@ -186,7 +187,7 @@ def _start(net: nn.Module) -> None:
         if name.endswith(('conv2', 'proj_out')): nn.init.zeros_(m.weight)
 
 # %% ../nbs/08_baselines.ipynb #ce20fb61
-class ConvVAE(CarriesVFM):
+class ConvVAE(Pretrained, CarriesVFM):
     """A convolutional KL autoencoder, SD-VAE's layout (Rombach et al. 2022); with `config.vfm` it can be trained to agree with a frozen VFM, as
     VA-VAE is (Yao et al. 2025). `encode` and `decode` never ask the VFM."""
     def __init__(self, config: ConvVAEConfig, # its shape
@@ -265,6 +266,10 @@ class RAEConfig:
     depth: int = 12            # its blocks
     heads: int = 12            # its attention heads
     tau: float = .8            # training noise: z + sigma n with sigma ~ U(0, tau) per image
+    mlp: int = 0               # width inside the decoder's MLPs, 0: 4 width
+    eps: float = 1e-5          # of the norm of the features
+    published: bool = False    # as its authors build it: a learned token among the others, norms' eps 1e-12, positions up to 16, a bicubic resize unfiltered
+    places: int = 0            # side of a grid of means and stds, one for each position (published files); 0: none
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -272,6 +277,10 @@ class RAEConfig:
         if self.width % self.heads or self.width % 4: raise UserError(f'RAEConfig.width: {self.width} must be a multiple of 4 and of the {self.heads} heads')
         if self.img_size % self.stride: raise UserError(f'RAEConfig.img_size: {self.img_size} is not a multiple of the stride {self.stride}')
         real(self.tau, 'RAEConfig.tau', 0)
+        real(self.eps, 'RAEConfig.eps', above=0)
+        whole(self.mlp, 'RAEConfig.mlp', 0, 1 << 20)
+        if self.places not in (0, self.img_size//self.stride) or self.places > 256:
+            raise UserError(f'RAEConfig.places: {self.places} is neither 0 nor the side of the latent, {self.img_size//self.stride}, of at most 256')
     @property
     def scale(self) -> float:
         "Images are resized by this before the VFM sees them: one token per latent pixel."
@@ -290,12 +299,14 @@ class RAEConfig:
 
 # %% ../nbs/08_baselines.ipynb #d0a3123f
 @lru_cache(16)
-def _places(h: int, w: int, dim: int, device: Any) -> Tensor:
+def _places(h: int, w: int, dim: int, span: float | None, device: Any) -> Tensor:
     "`sincos_table`, kept where it is used: it is copied there once."
-    return sincos_table(h, w, dim).to(device)
+    return sincos_table(h, w, dim, span).to(device)
 
-class RAE(CarriesVFM):
+class RAE(Pretrained, CarriesVFM):
     "Frozen VFM features, layer-normed per token, as a deterministic latent, and a ViT decoder trained on noisy ones (Zheng et al. 2025, arXiv 2510.11690)."
+    place_mean: Tensor
+    place_std: Tensor
     def __init__(self, config: RAEConfig, # its shape
                  vfm: Any = None):        # the frozen VFM; None: decode only
         super().__init__()
@@ -303,8 +314,13 @@ class RAE(CarriesVFM):
         c = config
         self.config, self.name, self.stride, self.channels = c, c.name, c.stride, c.channels
         self.inp = nn.Linear(c.channels, c.width)
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, qkv_bias=True) for _ in range(c.depth))
-        self.norm, self.out = nn.LayerNorm(c.width, eps=1e-6), nn.Linear(c.width, 3*c.stride**2)
+        kind: dict[str, Any] = dict(norm_layer=partial(nn.LayerNorm, eps=1e-12)) if c.published else {}
+        if c.mlp: kind['mlp_ratio'] = (c.mlp+.5)/c.width       # timm rounds down
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, qkv_bias=True, **kind) for _ in range(c.depth))
+        self.norm, self.out = nn.LayerNorm(c.width, eps=1e-12 if c.published else 1e-6), nn.Linear(c.width, 3*c.stride**2)
+        if c.published: self.token = nn.Parameter(torch.zeros(1, 1, c.width))
+        for k in ('place_mean', 'place_std'):
+            if c.places: self.register_buffer(k, torch.full((c.channels, c.places, c.places), float(k == 'place_std')))
         for m in self.modules():
             if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
         self.stats = LatentStats(c.channels)
@@ -323,27 +339,40 @@ class RAE(CarriesVFM):
         "Frozen features {layer: (b,n,c)} of images (b,3,H,W) in [-1,1], resized to one token per latent pixel. UserError without a VFM."
         c = self.config
         if self.vfm is None: raise UserError(f'{self.name} was built without its VFM and cannot encode; give vfm=VFM(...)')
-        return scaled_features(self.vfm, check_images(x, c.stride, self), c.scale, (c.layer,))
+        x = check_images(x, c.stride, self)
+        if not c.published: return scaled_features(self.vfm, x, c.scale, (c.layer,))
+        return self.vfm.features(F.interpolate(at_least_float32(x), [round(s*c.scale) for s in x.shape[2:]], mode='bicubic', align_corners=False), (c.layer,))
+    def _placed(self, h: int, w: int) -> tuple[Tensor, Tensor]:
+        "Mean and std of each position of an h x w latent, (c,h,w). UserError: another grid than that of the file."
+        if (h, w) != (self.config.places,)*2:
+            raise UserError(f'{self.name} has a scale for each position of a {self.config.places}x{self.config.places} latent, not of {h}x{w}; '
+                            f'give images of {self.config.img_size} px')
+        return self.place_mean, self.place_std
     def encode_parts(self, x: Tensor, look: Mapping[int, Tensor] | None = None, draws: Draws | None = None) -> Encoded:
         "Everything one encoding yields. In training mode the posterior has a std of sigma ~ U(0, tau), drawn per image: its sample is the noisy latent."
         features = dict(self.look(x) if look is None else look)
         h = features[self.config.layer]
-        z = to_grid(F.layer_norm(h, h.shape[-1:]), x.shape[2]//self.stride)
+        z = to_grid(F.layer_norm(h, h.shape[-1:], eps=self.config.eps), x.shape[2]//self.stride)
         noisy = self.training and self.config.tau
         sigma = self.config.tau*uniforms_for(z, draws, 'sigma')[:, None, None, None].to(z.dtype) if noisy else None
         raw = Gaussian(z, None if sigma is None else (2*sigma.clamp(min=1e-6).log()).expand_as(z))
+        if self.config.places: raw = raw.scale(*self._placed(*z.shape[2:]))
         return Encoded(self.stats.scale(raw), raw, z, features)
     def encode(self, x: Tensor) -> Gaussian:
         "Images (b,3,H,W) in [-1,1] to the latent (b,c,H/stride,W/stride), unit scale; std 0 in eval mode."
         return self.encode_parts(x).posterior
     def decode_scales(self, z: Tensor) -> list[Tensor]:
         "Latents (b,c,h,w) on unit scale to a list of one image (b,3,H,W), unclamped."
-        z = check_latents(z, self)
+        c, z = self.config, self.stats.unscale(check_latents(z, self))
         h, w = z.shape[2:]
-        t = self.inp(to_tokens(self.stats.unscale(z)))
-        t = t + _places(h, w, t.shape[-1], t.device).to(t.dtype)
+        if c.places:
+            mean, std = self._placed(h, w)
+            z = z*std + mean
+        t = self.inp(to_tokens(z))
+        t = t + _places(h, w, t.shape[-1], 16 if c.published else None, t.device).to(t.dtype)
+        if c.published: t = torch.cat([self.token.expand(len(t), -1, -1), t], 1)
         for block in self.blocks: t = block(t)
-        return [F.pixel_shuffle(to_grid(self.out(self.norm(t)), h), self.stride)]
+        return [F.pixel_shuffle(to_grid(self.out(self.norm(t[:, int(c.published):])), h), self.stride)]
     def decode(self, z: Tensor) -> Tensor:
         "Latents (b,c,h,w) on unit scale to images (b,3,H,W), nominally in [-1,1], not clamped."
         return self.decode_scales(z)[0]

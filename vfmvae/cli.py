@@ -129,7 +129,7 @@ def _doctor(a) -> int:
 def _demo(a) -> int:
     from vfmvae.core import check_out
     from vfmvae.demo import demo
-    demo(a.images, check_out(a.out), a.train_images, a.seed)
+    demo(a.images, check_out(a.out), a.train_images, a.seed, device=a.device)
     return 0
 
 def _outputs(a) -> None:
@@ -142,10 +142,9 @@ def _outputs(a) -> None:
         print('note: neither --run nor --out is given, so nothing of this training is kept', file=sys.stderr)
 
 def _train(a) -> int:
-    from vfmvae.recipes import chosen, estimate, evaluate_tokenizer, open_data, start_size, train_tokenizer
-    from vfmvae.train import processes
+    from vfmvae.recipes import chosen, estimate, evaluate_tokenizer, open_data, processes_on, start_size, train_tokenizer
     from vfmvae.vfm import VFM
-    names, p = a.stages.split(',') if a.stages else None, chosen(a.preset)
+    names, p, acc = a.stages.split(',') if a.stages else None, chosen(a.preset), processes_on(a.device)
     vfm = VFM(a.vfm or p.config.vfm, a.vfm_weights) if a.vfm_weights else a.vfm
     if a.dry_run:
         estimate(a.preset, vfm, a.images, a.batch, a.size, names, a.critic, a.precision)
@@ -155,19 +154,19 @@ def _train(a) -> int:
     kind, held_out = 'held-out' if a.held_out or a.data == 'world' else 'training', open_data(a.held_out or a.data, size=size, seed=8)
     def said(stage, net) -> None:
         r = evaluate_tokenizer(net, held_out, 256)
-        if processes().is_main_process: print(f"after {stage.name}, {kind} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
+        if acc.is_main_process: print(f"after {stage.name}, {kind} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
     train_tokenizer(a.preset, a.data, vfm, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.workers, size=a.size, stages=names,
                     start=a.start, critic=a.critic, precision=a.precision, compile=a.compile, held_out=held_out, on_stage=said, save_every=a.save_every)
-    if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
+    if a.out and acc.is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
 # %% ../nbs/20_cli.ipynb #c134d4dc
 def _tokenizer(a) -> Any:
     from vfmvae.core import UserError
-    from vfmvae.recipes import open_tokenizer
+    from vfmvae.recipes import open_tokenizer, opened
     from vfmvae.tokenizer import tokenizers
     if a.g_kwargs and a.tokenizer in tokenizers: raise UserError(f'{a.tokenizer} is no published file, --g-kwargs says nothing of it; leave it away')
-    return open_tokenizer(a.tokenizer, a.g_kwargs)
+    return opened(a.tokenizer, lambda name: open_tokenizer(name, a.g_kwargs), a.device)
 
 def _pictures(a, tok: Any, n: Any = 64, training: bool = False) -> tuple[Any, Callable[[], str]]:
     "The images of --images, and what to call once they are read: their size in words. n is of the world; training: the set that train-flow takes."
@@ -232,8 +231,7 @@ def _train_flow(a) -> int:
     from vfmvae.core import UserError
     from vfmvae.flow_presets import FlowPreset, flow_cost
     from vfmvae.generate import train_flow
-    from vfmvae.recipes import chosen
-    from vfmvae.train import processes
+    from vfmvae.recipes import chosen, processes_on
     if a.dry_run:
         c = flow_cost(chosen(a.preset, FlowPreset))
         print(f"{a.preset}: {c['images']:,} images in {c['steps']:,} steps, {c['gflop']:.4g} GFLOP a forward pass; at 15 % of an H200's bf16 "
@@ -241,9 +239,10 @@ def _train_flow(a) -> int:
         return 0
     _outputs(a)
     if a.g_kwargs and not a.tokenizer: raise UserError('--g-kwargs without the published file that it describes; give --tokenizer')
+    acc = processes_on(a.device)
     train_flow(a.preset, a.data, a.cache, a.tokenizer and _tokenizer(a), a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed,
                a.precision, a.compile, workers=a.workers, save_every=a.save_every)
-    if a.out and processes().is_main_process: print(f'written: {Path(a.out).resolve()}')
+    if a.out and acc.is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
 # %% ../nbs/20_cli.ipynb #eca1bdb6
@@ -253,14 +252,14 @@ def _generate(a) -> int:
     from vfmvae.core import check_out
     from vfmvae.generate import generate
     out = check_out(a.out)
-    files = generate(a.net, a.n if a.label is None else [a.label]*a.n, a.seed, policy=a.policy, out=out, batch_size=a.batch, **_sampling(a))
+    files = generate(a.net, a.n if a.label is None else [a.label]*a.n, a.seed, policy=a.policy, out=out, batch_size=a.batch, device=a.device, **_sampling(a))
     print(f'{len(files)} pictures in {out.resolve()}')
     return 0
 
-def _extractor(name: str):
+def _extractor(name: str, device: Any):
     from vfmvae.evaluate import Inception, VFMExtractor, bundled_extractor
     from vfmvae.vfm import VFM
-    return bundled_extractor() if name == 'world' else Inception() if name == 'inception' else VFMExtractor(VFM(name))
+    return (bundled_extractor() if name == 'world' else Inception() if name == 'inception' else VFMExtractor(VFM(name))).to(device)
 
 def _own_size(spec: str) -> Any:
     "A folder or shards at the size that the pictures have. UserError, here or when one is read: not square, or of another size than the first."
@@ -280,17 +279,17 @@ def _own_size(spec: str) -> Any:
     return data
 
 def _evaluate_samples(a) -> int:
-    from vfmvae.core import UserError, check_out, write_json
+    from vfmvae.core import UserError, best_device, check_out, write_json
     from vfmvae.evaluate import Statistics, gfid, read_samples, reference
     from vfmvae.generate import evaluate_samples, generate
     from vfmvae.recipes import open_data
     if a.out: check_out(a.out, '.json')
-    look, known = _extractor(a.extractor), a.reference.endswith('.npz')
+    look, known = _extractor(a.extractor, best_device(a.device)), a.reference.endswith('.npz')
     def opened(spec: str) -> Any: return open_data(spec, size=a.size) if a.size else _own_size(spec)
     if a.samples == 'world': raise UserError('the world is a reference, not a set of samples; give an .npz, a folder or shards')
     against: Any = Statistics.open(a.reference) if known else None if a.reference == 'world' else opened(a.reference)
     drawn, file = a.samples is None, (a.samples or '').endswith('.npz')
-    samples: Any = (generate(a.net, a.n, a.seed, policy=a.policy, **_sampling(a)) if drawn
+    samples: Any = (generate(a.net, a.n, a.seed, policy=a.policy, device=a.device, **_sampling(a)) if drawn
                     else read_samples(a.samples) if file else opened(a.samples))
     h, w = samples.images.shape[2:] if drawn else samples.shape[1:3] if file else (samples.size,)*2
     if a.size and (h, w) != (a.size,)*2: raise UserError(f'samples of {h}x{w} px are not brought to {a.size} px; leave --size away')
@@ -310,13 +309,13 @@ def _evaluate_samples(a) -> int:
 def _align(a) -> int:
     import math
     from vfmvae.align import se_cknna
-    from vfmvae.core import Table, check_out, write_json
+    from vfmvae.core import Table, best_device, check_out, write_json
     from vfmvae.data import take
     from vfmvae.train import provenance
     from vfmvae.vfm import VFM
     from vfmvae.views import Fitted
     if a.out: check_out(a.out, '.json')
-    tok, vfm = _tokenizer(a), VFM(a.vfm, a.vfm_weights or True)
+    tok, vfm = _tokenizer(a), VFM(a.vfm, a.vfm_weights or True).to(best_device(a.device))
     data, sized = _pictures(a, tok, a.n)
     t = se_cknna(tok, Fitted(vfm, a.vfm_ratio), take(data, a.n), a.transforms, a.reference, a.k, times=a.times, seed=a.seed)
     print(Table({c: r[c] for c in ('transform', 'value', 'low', 'high', 'q95', 'p')} for r in t))
@@ -363,7 +362,7 @@ def _lab(a) -> int:
     from vfmvae.core import UserError, as_path, home
     missing = [n for n in ('jupyterlab', 'ipywidgets', 'ipykernel') if importlib.util.find_spec(n) is None]
     if missing: raise UserError(f"the lab needs {', '.join(missing)}: pip install jupyterlab ipywidgets")
-    fields = dict(images=a.images, vfm=a.vfm, tokenizers=tuple(a.tokenizers.split(',')), size=a.size or 64, n=a.n)
+    fields = dict(images=a.images, vfm=a.vfm, tokenizers=tuple(a.tokenizers.split(',')), size=a.size or 64, n=a.n, **({'device': a.device} if a.device else {}))
     if fields['images'] != 'world': fields['images'] = str(as_path(a.images, 'images').resolve())
     path = lab_notebook(home()/'labs'/'explorer.ipynb', **{k: v for k, v in fields.items() if k != 'size' or v != 64})
     print(f'notebook: {path}', flush=True)
@@ -406,13 +405,14 @@ _FIT = (('--images', _COUNT, None, "how many to see (default: the preset's)"), (
         ('--accumulate', _AT_ONCE, 1, 'micro-batches per step'), ('--workers', _THREADS, 0, 'threads that read ahead'),
         ('--save-every', _COUNT, 500, 'steps between checkpoints'), _SEEDED)
 _VFM = ('--vfm', _named, 'tiny', 'the reference: tiny or any timm name')
+_DEVICE = ('--device', _named, None, "where to compute: cpu, cuda, cuda:1, mps ... (default: the accelerator if there is one)")
 _WEIGHTS = ('--vfm-weights', _named, None, "a file of the VFM's weights, where there is no hub")
 
 # %% ../nbs/20_cli.ipynb #46d3688c
 _TRAINING: Mapping[str, tuple] = {
     'demo': (_demo, 'reconstruct pictures, train a decoder for a minute, draw samples, leave a page',
         ('--images', _named, None, "a folder of one's own pictures"), ('--out', _named, 'outputs/demo', 'folder of the page'),
-        ('--train-images', _COUNT, 2400, 'how many images the new decoder sees'), _SEEDED),
+        ('--train-images', _COUNT, 2400, 'how many images the new decoder sees'), _SEEDED, _DEVICE),
     'train-tokenizer': (_train, 'train a tokenizer by preset',
         ('--preset', _named, 'tiny', 'see vfmvae.recipes.PRESETS'), _DATA,
         ('--held-out', _named, None, 'data to measure on'), ('--vfm', _named, None, "tiny or any timm name, instead of the preset's"), *_FIT,
@@ -422,7 +422,7 @@ _TRAINING: Mapping[str, tuple] = {
         ('--start', _named, None, "continue from a stage's folder or a tokenizer's file, at its image size"),
         ('--critic', _named, None, 'VFM of the discriminator: tiny or any timm name'),
         ('--precision', _named, 'fp32', 'fp32, bf16, or fp16 for the last decoder blocks'), ('--compile', bool, False, 'torch.compile the decoder'),
-        _WEIGHTS, ('--dry-run', bool, False, 'only measure a few steps and say what the training will cost')),
+        _WEIGHTS, _DEVICE, ('--dry-run', bool, False, 'only measure a few steps and say what the training will cost')),
     'train-flow': (_train_flow, 'train a diffusion net on latents by preset',
         ('--preset', _named, 'dit-vfmvae-tiny-f8d16', 'see vfmvae.flow_presets'),
         ('--tokenizer', _named, None, f"{_TOKENIZER[0][3]} (default: the preset's)"), _TOKENIZER[1], _DATA,
@@ -430,25 +430,25 @@ _TRAINING: Mapping[str, tuple] = {
         ('--n', _COUNT, None, _ALL), *_FIT,
         ('--out', _named, None, 'file of the finished net (.safetensors)'),
         ('--precision', _named, None, "fp32 or bf16 (default: the preset's)"),
-        ('--compile', bool, False, 'torch.compile the net'), ('--dry-run', bool, False, 'only say what the training will cost'))}
+        ('--compile', bool, False, 'torch.compile the net'), _DEVICE, ('--dry-run', bool, False, 'only say what the training will cost'))}
 
 # %% ../nbs/20_cli.ipynb #367339c4
 _USING: Mapping[str, tuple] = {
-    'reconstruct': (_reconstruct, 'pictures -> latents -> pictures', *_TOKENIZER, _IMAGES, ('--out', _named, 'outputs/reconstruct', 'folder'), _SIZE),
+    'reconstruct': (_reconstruct, 'pictures -> latents -> pictures', *_TOKENIZER, _IMAGES, ('--out', _named, 'outputs/reconstruct', 'folder'), _SIZE, _DEVICE),
     'encode': (_encode, 'pictures -> a file of latents', *_TOKENIZER, _IMAGES,
-        ('--out', _named, 'outputs/latents.safetensors', 'file (.safetensors)'), _SIZE),
+        ('--out', _named, 'outputs/latents.safetensors', 'file (.safetensors)'), _SIZE, _DEVICE),
     'decode': (_decode, 'a file of latents -> pictures', *_TOKENIZER,
-        ('--latents', _named, ..., 'file of vfmvae encode'), ('--out', _named, 'outputs/decode', 'folder')),
+        ('--latents', _named, ..., 'file of vfmvae encode'), ('--out', _named, 'outputs/decode', 'folder'), _DEVICE),
     'cache': (_cache, 'the latents of a data set, to train on', *_TOKENIZER, _IMAGES, _SIZE,
         ('--out', _named, None, 'folder (default: in the cache of vfmvae)'),
         ('--n', _COUNT, None, _ALL),
         ('--crop', _named, 'centre', 'of the pictures: centre, adm (what the published recipes of train-flow take) or square'),
-        ('--flips', bool, False, 'mirrored images, too'), ('--half', bool, False, 'float16 on disk')),
+        ('--flips', bool, False, 'mirrored images, too'), ('--half', bool, False, 'float16 on disk'), _DEVICE),
     'generate': (_generate, 'pictures from noise, class by class', _NET, ('--n', _number(1, 10**8), 16, 'how many'),
         ('--label', _number(0, 2**31-1), None, 'one class for all (default: every class in turn)'), *_DRAW,
-        ('--batch', _AT_ONCE, 64, 'samples at once'), ('--out', _named, 'outputs/samples', 'folder'), _SEEDED),
+        ('--batch', _AT_ONCE, 64, 'samples at once'), ('--out', _named, 'outputs/samples', 'folder'), _SEEDED, _DEVICE),
     'evaluate': (_evaluate, 'PSNR and SSIM on a data set, as JSON', *_TOKENIZER, _IMAGES, _SIZE,
-        ('--n', _COUNT, 256, 'images, spread over the set')),
+        ('--n', _COUNT, 256, 'images, spread over the set'), _DEVICE),
     'evaluate-samples': (_evaluate_samples, 'Frechet distance of samples, with everything that made it in the record',
         ('--samples', _named, None, 'an ADM-style .npz, a folder of pictures or shards (default: draw them from --net)'), _NET,
         ('--n', _number(2, 10**8), 1024, 'samples to draw'), *_DRAW,
@@ -456,17 +456,17 @@ _USING: Mapping[str, tuple] = {
         ('--reference-n', _number(2, 10**8), 4096, 'images of the world'),
         ('--extractor', _named, 'world', "'world', 'inception', or a VFM (tiny or any timm name)"),
         ('--size', _SIDE, None, 'pixels per side to which folders are brought (default: the size they have)'), _SEEDED,
-        ('--out', _named, None, 'JSON file of the record')),
+        ('--out', _named, None, 'JSON file of the record'), _DEVICE),
     'align': (_align, 'CKNNA and SE-CKNNA of a tokenizer with a VFM, with chance and intervals', *_TOKENIZER, _IMAGES, _SIZE, _VFM, _WEIGHTS,
         ('--vfm-ratio', _RATIO, 1., 'images are resized by this before the VFM (DINOv2 on 256 px: 0.875)'),
         ('--transforms', _named, 'published', 'published, axes, or one axis such as rotation'),
         ('--reference', _named, 'same', "the VFM sees the 'same' pixels or the 'clean' ones"),
         ('--k', _number(2, 10**6), 10, 'neighbours'), ('--n', _COUNT, 3000, 'images, spread over the set'),
-        ('--times', _number(20, 10**6), 200, 'resamples and shuffles'), _SEEDED, ('--out', _named, None, 'JSON file of the table')),
+        ('--times', _number(20, 10**6), 200, 'resamples and shuffles'), _SEEDED, ('--out', _named, None, 'JSON file of the table'), _DEVICE),
     'lab': (_lab, 'the alignment explorer in JupyterLab; what comes after -- is passed on to it', ('--images', _named, 'world', _IMAGES[3]), _VFM,
         ('--tokenizers', _named, 'vfmvae-tiny-f8d16', 'one to four, with commas between'), ('--size', _SIDE, None, 'pixels per side (default: 64)'),
         ('--n', _number(12, 10**6), 256, 'images that neighbours and scores are taken among'),
-        ('--dry-run', bool, False, 'only write the notebook')),
+        _DEVICE, ('--dry-run', bool, False, 'only write the notebook')),
     'doctor': (_doctor, 'versions, devices, weights, hub; prints what to mend')}
 
 # %% ../nbs/20_cli.ipynb #2b50d1c2
@@ -507,8 +507,9 @@ def _run(argv: Sequence[str]) -> int:
     a = parser().parse_args(argv[:own])
     a.jupyter = list(argv[own+1:])
     if a.command != 'doctor':
-        try: import vfmvae.core      # noqa: F401
+        try: from vfmvae.core import best_device
         except Exception as e: return _say(f'torch or numpy cannot be imported: {_line(e)} (vfmvae doctor says more)')
+        best_device(a.device)       # a wrong name is said before any work
     status = a.call(a)
     if 'vfmvae.train' in sys.modules: sys.modules['vfmvae.train'].leave()     # without training there are no fellows
     return status
@@ -595,3 +596,5 @@ def main(argv: Sequence[str] | None = None # without the program's name; None: s
         return status if status == 2 else _say(str(_told(e)))
     if ended: raise ended
     return status
+
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # a notebook has no file

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['DrawsLike', 'UserError', 'first_line', 'Notice', 'notice', 'whole', 'real', 'home', 'data_dir', 'nearest', 'Registry',
-           'device_of', 'best_device', 'world', 'rank', 'gathered', 'average', 'philox', 'box_muller', 'Draws',
-           'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'resized', 'to_tokens', 'to_grid', 'seed_all',
-           'progress', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json', 'parse_json',
-           'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'save_weights', 'load_weights',
-           'check_fields', 'build_config', 'Table']
+           'weights_at', 'device_of', 'best_device', 'world', 'rank', 'gathered', 'average', 'philox', 'box_muller',
+           'Draws', 'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'resized', 'to_tokens', 'to_grid',
+           'seed_all', 'progress', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json', 'parse_json',
+           'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'weights_file', 'save_weights',
+           'load_weights', 'check_fields', 'build_config', 'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
-import dataclasses, difflib, hashlib, importlib, json, math, operator, os, platform, random, shutil, sys
+import dataclasses, difflib, hashlib, importlib, itertools, json, math, operator, os, platform, random, shutil, sys
 import tempfile, threading, time, types, typing, uuid, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,6 +133,10 @@ class Registry(Mapping):
 # %% ../nbs/00_core.ipynb #16d0a002
 _INSIDE = ('stats', 'tokenizer', 'vfm', 'net', 'model')   # what an adapter holds, by the names that this library gives it
 
+def weights_at(net: nn.Module) -> torch.device | None:
+    "Where the weights of a module lie; None: it has none. As a property `device`, what a module says of itself."
+    return next((t.device for t in itertools.chain(net.parameters(), net.buffers())), None)
+
 def device_of(source: Any,        # a module, an adapter of one (VFM, tokenizer, net, extractor), or what says `.device`
               default: Any = 'cpu' # for what has no weights
              ) -> torch.device:
@@ -140,8 +144,7 @@ def device_of(source: Any,        # a module, an adapter of one (VFM, tokenizer,
     for x in (source, *(getattr(source, k, None) for k in _INSIDE)):
         if x is None: continue
         if isinstance(said := getattr(x, 'device', None), torch.device): return said
-        tensors = (*x.parameters(), *x.buffers()) if isinstance(x, nn.Module) else ()
-        if tensors: return tensors[0].device
+        if isinstance(x, nn.Module) and (at := weights_at(x)) is not None: return at
         if x is not source and (inner := device_of(x, None)) is not None: return inner
     return None if default is None else torch.device(default)  # type: ignore[return-value]
 
@@ -149,7 +152,9 @@ def best_device(name: Any = None # 'cpu', 'cuda', 'cuda:1', 'mps' ...; None: the
                ) -> torch.device:
     "A device that can be computed on. UserError: there is no such device."
     if name is None: return torch.accelerator.current_accelerator() or torch.device('cpu') if torch.accelerator.is_available() else torch.device('cpu')
-    try: return torch.empty(0, device=name).device
+    try:
+        if (there := torch.empty(0, device=name).device).type == 'meta': raise TypeError('it holds no numbers')
+        return there
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
         has = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         raise UserError(f"no device {str(name)[:40]!r} here ({first_line(e, 80)}); this machine computes on {f'{has} and ' if has else ''}cpu") from None
@@ -552,12 +557,20 @@ def check_weights(tensors: Mapping[str, Tensor],
 
 # %% ../nbs/00_core.ipynb #04607f0e
 def sidecar(path: str | Path) -> Path: # of tensors
-    "The JSON beside them: `x.json` for `x.safetensors`; any other name is kept whole, so that `feat.layer3` and `feat.layer4` have one each."
+    """The JSON beside them: `x.json` for `x.safetensors`; any other name is kept whole, so that `feat.layer3` and `feat.layer4` have one each.
+    A folder is one of the hub: `model.safetensors` and `config.json`."""
     p = as_path(path)
-    if not p.name: raise UserError(f'{p} is a folder; give the name of a file')
+    if os.path.isdir(p): return p/'config.json'
+    if not p.name: raise UserError(f'{p} is no name of a file; give one')
     return p.with_suffix('.json') if p.suffix == '.safetensors' else p.with_name(f'{p.name}.json')
 
-def save_weights(path: str | Path,          # `*.safetensors`; the JSON lies beside it, see `sidecar`
+_FORMAT = 1     # of these two files; another one is not read
+
+def weights_file(path: str | Path) -> Path:
+    "The file of tensors: in a folder of the hub `model.safetensors`, else the path itself."
+    return p/'model.safetensors' if os.path.isdir(p := as_path(path, 'weights')) else p
+
+def save_weights(path: str | Path,          # `*.safetensors`, or a folder; the JSON lies beside it, see `sidecar`
                  tensors: dict[str, Tensor],
                  meta: dict                 # anything JSON can hold: config, commit, seed, measured numbers
                 ) -> Path:
@@ -565,14 +578,14 @@ def save_weights(path: str | Path,          # `*.safetensors`; the JSON lies bes
     writer that dies between the two leaves nothing torn. UserError: not writable, a JSON of somebody else's at its place."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    path, side = as_path(path), sidecar(path)
+    path, side = weights_file(path), sidecar(path)
     if is_file(side) and not is_file(path):
         try: ours = 'pair' in read_json(side)
         except UserError: ours = False
         if not ours: raise UserError(f'{side} is there already and belongs to no weights of ours; move it, or choose another name')
     own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     pair = digest(own)
-    text = to_json(dict(meta, pair=pair))
+    text = to_json(dict(meta, pair=pair, vfmvae_format=_FORMAT))
     head = dict(pair=pair, **({'json': text} if len(text) < 2**25 else {}))    # the head of a safetensors file may not pass 100 MB
     try: write_atomic(path, lambda p: save_file(own, p, metadata=head))
     except SafetensorError as e: raise _cannot(path, e) from None
@@ -583,7 +596,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, meta) of `save_weights`; meta is {} if there is no JSON. UserError on a missing or damaged file.
     Where the two files are of two saves, the JSON in the head of the tensors' file counts; without one, a UserError."""
     from safetensors import SafetensorError, safe_open
-    path, side = as_path(path, 'weights'), sidecar(path)
+    path, side = weights_file(path), sidecar(path)
     if not is_file(path): raise UserError(f'no weights at {path}; check the path')
     try:
         with safe_open(path, 'pt') as f: head, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}   # noqa: SIM118
@@ -597,7 +610,9 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             if inner is None: raise UserError(f'{path} and {side.name} are of two saves; copy both again')
             notice(f'{side} is of another save than {path.name}; the JSON in the head of that file counts')
             meta = inner
-    return tensors, {k: v for k, v in meta.items() if k != 'pair'}
+    if (told := meta.get('vfmvae_format', _FORMAT)) != _FORMAT:
+        raise UserError(f'{path} is of format {str(told)[:20]}, this version reads {_FORMAT}; upgrade vfmvae, or save it again with the version that wrote it')
+    return tensors, {k: v for k, v in meta.items() if k not in ('pair', 'vfmvae_format')}
 
 # %% ../nbs/00_core.ipynb #4d54d4e4
 def _fits(value: Any, hint: Any) -> bool:

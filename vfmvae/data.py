@@ -10,10 +10,12 @@ __all__ = ['SHAPES', 'TEXTURES', 'BACKGROUNDS', 'CLASSES', 'SUFFIXES', 'FORMATS'
            'taken', 'TensorSet', 'as_dataset', 'Loader', 'loader']
 
 # %% ../nbs/02_data.ipynb #d68a724b
-import glob, hashlib, inspect, io, itertools, math, os, random, re, tarfile
+import glob, hashlib, inspect, io, itertools, json, math, os, re, tarfile, time
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% ../nbs/02_data.ipynb #af157be0
-from .core import Draws, UserError, first_line, as_path, at_least_float32, digest, nearest, normal_like, notice, real, whole
+from .core import Draws, UserError, first_line, as_path, at_least_float32, digest, home, nearest, normal_like, notice, real, to_json, whole, write_atomic
 
 # %% ../nbs/02_data.ipynb #103b7297
 SHAPES = ('ring', 'triangle', 'cross', 'square')
@@ -156,11 +158,12 @@ class World:
     def factors(self, indices: Sequence[int]) -> dict[str, Tensor]:
         "The factors of these images; see `factors`."
         return factors(self.seed, self._check(indices))
-    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        "dict(image=(b,3,size,size) in [-1, 1], label=(b,) int64, key=[str])."
+    def batch(self, indices: Sequence[int], as_bytes: bool = False) -> dict[str, Any]:
+        "dict(image=(b,3,size,size) in [-1, 1] or, `as_bytes`, uint8, label=(b,) int64, key=[str])."
         f = self.factors(indices)
         # 32 at a time stay in the processor's cache, where drawing is four times faster than in a batch of thousands
         parts = [render({k: v[i:i+32] for k, v in f.items()}, self.size) for i in range(0, max(1, len(f['label'])), 32)]
+        if as_bytes: parts = [to_uint8(x) for x in parts]
         return dict(image=torch.cat(parts), label=f['label'], key=[f'world{self.seed}-{int(i):07d}' for i in indices])
     def stamp(self, i: int) -> str:
         "What tells a changed image from the one of the same name: here nothing can change."
@@ -223,7 +226,11 @@ def open_image(path: str | Path | io.BytesIO, # a file, or its bytes
 def to_tensor(im: Image.Image | np.ndarray # RGB; an array is uint8 (H,W,3)
              ) -> Tensor:
     "(3,H,W) float32 in [-1,1]."
-    return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)
+    return _floats(_bytes(im))
+
+def _bytes(im: Image.Image | np.ndarray) -> Tensor: return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
+
+def _floats(x: Tensor) -> Tensor: return x.float().div_(127.5).sub_(1)
 
 def to_uint8(x: Tensor # any shape, [-1,1]; clamped
             ) -> Tensor:
@@ -274,7 +281,15 @@ def square_crop(im: Image.Image, size: int) -> Image.Image:
 CROPS = dict(centre=centre_crop, adm=adm_crop, square=square_crop)
 
 # %% ../nbs/02_data.ipynb #75d63ed0
-def random_crop_flip(im: Image.Image, size: int, rng: random.Random) -> Image.Image:
+class _Uniforms:
+    "Of a `random.Random` what a crop asks for, from numbers in [0, 1) that are drawn already."
+    def __init__(self, drawn: Iterable[float]): self.random = iter(drawn).__next__
+    def uniform(self, a: float, b: float) -> float: return a + (b-a)*self.random()
+    def randint(self, a: int, b: int) -> int: return a + int((b-a+1)*self.random())
+
+def random_crop_flip(im: Image.Image, size: int,
+                     rng: Any  # a `random.Random`, or what has its `uniform`, `randint` and `random`; four numbers are drawn
+                    ) -> Image.Image:
     "Training: a square of U(0.5, 1) times the short side, anywhere; LANCZOS to `size`; flipped half the time (spec 13)."
     side = int(min(im.size)*rng.uniform(.5, 1))
     top, left = rng.randint(0, im.height-side), rng.randint(0, im.width-side)
@@ -411,6 +426,49 @@ def published_noise(image: np.ndarray, # uint8, any shape
     noise = np.random.RandomState(seed+index).normal(0, level, image.shape)*255
     return np.clip(image + noise, 0, 255).astype(np.uint8)
 
+# %% ../nbs/02_data.ipynb #a5326a64
+class _Column(Sequence):
+    "A list that nobody changes, whose entries are made as they are asked for, from something smaller: `made(a, b)` gives the entries a to b-1."
+    def __init__(self, n: int, made: Callable[[int, int], list]): self._n, self._made = n, made
+    def __len__(self) -> int: return self._n
+    def __getitem__(self, i: Any) -> Any:
+        at = range(self._n)[i]
+        if isinstance(at, int): return self._made(at, at+1)[0]
+        return self._made(at.start, max(at.start, at.stop)) if at.step == 1 else [self[j] for j in at]
+    def __iter__(self) -> Iterator:
+        return itertools.chain.from_iterable(self._made(a, min(a+4096, self._n)) for a in range(0, self._n, 4096))
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str | bytes): return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+    __hash__ = None  # type: ignore[assignment]
+    def __repr__(self) -> str: return repr(self[:]) if len(self) <= 100 else f'{repr(self[:3])[:-1]}, ... {len(self):,} in all]'
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray: return np.array(self[:], dtype)
+    def tolist(self) -> list:
+        "A list of Python's."
+        return self[:]
+
+def _numbers(values: np.ndarray) -> _Column: return _Column(len(values), lambda a, b: values[a:b].tolist())
+
+def _pack(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    "(bytes of all texts, where each begins and the last ends), for `_texts`. Any text of Python's, lone surrogates included."
+    texts, raws, lengths = iter(texts), [], [np.zeros(1, np.int64)]
+    while some := list(itertools.islice(texts, 4096)):
+        raw = '\0'.join(some).encode('utf-8', 'surrogatepass')
+        zeros = np.flatnonzero(np.frombuffer(raw, np.uint8) == 0)
+        if len(zeros) == len(some)-1: raw, each = raw.replace(b'\0', b''), np.diff(zeros, prepend=-1, append=len(raw))-1
+        else: raw, each = ''.join(some).encode('utf-8', 'surrogatepass'), np.array([len(t.encode('utf-8', 'surrogatepass')) for t in some])
+        raws.append(raw)
+        lengths.append(each)
+    return np.frombuffer(b''.join(raws), np.uint8), np.cumsum(np.concatenate(lengths))
+
+def _texts(raw: np.ndarray, ends: np.ndarray) -> _Column:
+    def made(a: int, b: int) -> list[str]:
+        at, some = (ends[a:b+1]-ends[a]).tolist(), raw[ends[a]:ends[b]].tobytes()
+        if not some.isascii(): return [some[i:j].decode('utf-8', 'surrogatepass') for i, j in itertools.pairwise(at)]
+        text = some.decode()
+        return [text[i:j] for i, j in itertools.pairwise(at)]
+    return _Column(len(ends)-1, made)
+
 # %% ../nbs/02_data.ipynb #53ed352c
 class ImageSet:
     """Images somewhere, cropped to `size`: `len(ds)`, `ds[i]`, `ds.batch(indices)`. Made by `folder`, `shards` and `as_dataset`; nothing is decoded before
@@ -427,7 +485,9 @@ class ImageSet:
                  pieces: Sequence[tuple[str | Path, int, int | None]] | None = None, # (file, offset, length) of each image, for `stamps`
                  stamp: Callable[[int], str] | None = None): # where no file tells a changed image from the one of the same name; None: its pixels
         if not isinstance(crop, str) or crop not in CROPS: raise UserError(f"no crop {crop!r}{nearest(str(crop), CROPS)} (known: {', '.join(CROPS)})")
-        self.read, self.keys, self.labels, self.classes = read, list(keys), list(labels), tuple(classes)
+        self.read, self.classes = read, tuple(classes)
+        self.keys: Sequence[str] = keys if isinstance(keys, _Column) else _texts(*_pack(keys))
+        self.labels: Sequence[int] = labels if isinstance(labels, _Column) else _numbers(np.array([*labels]))
         self.size, self.augment, self.crop, self.name = whole(size, 'size', 1, 16384), augment, crop, name
         self.skipped, self.enlarged, self.pieces, self._stamp = dict(skipped or {}), 0, pieces, stamp
     def __len__(self) -> int: return len(self.keys)
@@ -440,10 +500,11 @@ class ImageSet:
         return self._stamp(i) if self._stamp else hashlib.blake2b(self.read(i).tobytes(), digest_size=8).hexdigest()
     def image(self, i: int, epoch: int = 0, seed: int = 0) -> Tensor:
         "(3,size,size) in [-1,1]; epoch and seed matter to an augmented set only."
+        return self.batch([i], epoch, seed)['image'][0]
+    def _pixels(self, i: int, drawn: Iterable[float]) -> Tensor:
         im = self.read(i)
         if min(im.size) < self.size: self._enlarge(i, im)
-        if not self.augment: return to_tensor(CROPS[self.crop](im, self.size))
-        return to_tensor(random_crop_flip(im, self.size, random.Random(f'{seed}/{epoch}/{i}')))
+        return _bytes(random_crop_flip(im, self.size, _Uniforms(drawn)) if self.augment else CROPS[self.crop](im, self.size))
     def _enlarge(self, i: int, im: Image.Image) -> None:
         self.enlarged += 1
         if self.enlarged > 1: return
@@ -452,40 +513,40 @@ class ImageSet:
         if not -len(self) <= i < len(self): raise IndexError(i)
         i = int(i) % len(self)
         return dict(image=self.image(i), label=self.labels[i], key=self.keys[i])
-    def batch(self, indices: Iterable[int], epoch: int = 0, seed: int = 0) -> dict:
-        "dict of image (b,3,size,size) in [-1,1], label (b,) int64, key (list of b names)."
+    def batch(self, indices: Iterable[int], epoch: int = 0, seed: int = 0, as_bytes: bool = False) -> dict:
+        "dict of image (b,3,size,size) in [-1,1] or, `as_bytes`, uint8 (x/127.5-1 gives the same numbers), label (b,) int64, key (list of b names)."
         at = [int(i) for i in indices]
-        return dict(image=torch.stack([self.image(i, epoch, seed) for i in at]), label=torch.tensor([self.labels[i] for i in at]),
-                    key=[self.keys[i] for i in at])
+        drawn = Draws(seed, at).uniform(f'crop/{epoch}', (4,)).tolist() if self.augment else [()]*len(at)
+        x = torch.stack([self._pixels(i, u) for i, u in zip(at, drawn, strict=True)])
+        return dict(image=x if as_bytes else _floats(x), label=torch.tensor([self.labels[i] for i in at]), key=[self.keys[i] for i in at])
 
 # %% ../nbs/02_data.ipynb #3bc53ece
 _PICTURES = frozenset('.gif .heic .heif .avif .jp2 .j2k .jxl .svg .eps .exr .hdr .dng .cr2 .nef .arw .raw .tga .ico .psd .npy .npz .pgm .pnm'.split())
 SPLITS = frozenset('train training val valid validation dev test testing eval held_out held-out holdout'.split())
 
-def _walk(folder: Path, above: tuple, skipped: Counter) -> Iterator[Path]:
-    "All files below a folder that carry an image's ending; links are followed, one that leads to a folder above it is not. The rest is counted."
-    try: entries = list(os.scandir(folder))
-    except OSError as e: raise UserError(f'{folder} cannot be read ({e.strerror}); change its permissions or remove it') from None
-    for f in entries:
-        if f.name.startswith('.'): continue
-        try: deeper = f.is_dir()
-        except OSError: deeper = False                 # a link to itself
-        if deeper:
-            where = f.stat()
-            if (at := (where.st_dev, where.st_ino)) in above: skipped['link to a folder above it'] += 1
-            else: yield from _walk(Path(f.path), (*above, at), skipped)
-            continue
-        kind = os.path.splitext(f.name)[1].lower()
-        if not os.path.isfile(f.path): skipped['broken link' if f.is_symlink() else 'pipe or device'] += 1
-        elif kind in SUFFIXES: yield Path(f.path)
-        else: skipped[kind or 'file without ending'] += 1
-
-def _image_files(root: Path) -> tuple[list[Path], Counter]:
-    "(all images below `root`, sorted by their path; what was seen and not taken). Hidden files and folders are left out."
-    skipped: Counter = Counter()
-    where = root.stat()
-    found = sorted(_walk(root, ((where.st_dev, where.st_ino),), skipped), key=lambda p: p.relative_to(root).parts)
-    return found, skipped
+def _walk(root: str, inner: str, above: tuple, skipped: Counter) -> Iterator[tuple[str, list[str]]]:
+    """(folder below `root`, names of images in it) of all files that carry an image's ending, in the order of their paths; a folder comes several times
+    where others lie between its images. Links are followed, one that leads to a folder above it is not; hidden files are left out. The rest is counted."""
+    images, deeper = [], {}
+    try:
+        with os.scandir(f'{root}/{inner}') as entries:
+            for f in entries:
+                if (name := f.name)[0] == '.': continue
+                try:
+                    if f.is_file():
+                        if (kind := name[dot:].lower() if (dot := name.rfind('.')) > 0 else '') in SUFFIXES: images.append(name)
+                        else: skipped[kind or 'file without ending'] += 1
+                        continue
+                    deep = f.is_dir()
+                except OSError: deep = False           # a link to itself
+                if not deep: skipped['broken link' if f.is_symlink() else 'pipe or device'] += 1
+                elif (at := ((where := f.stat()).st_dev, where.st_ino)) in above: skipped['link to a folder above it'] += 1
+                else: deeper[name] = at
+    except OSError as e: raise UserError(f'{Path(root, inner)} cannot be read ({e.strerror}); change its permissions or remove it') from None
+    for deep, names in itertools.groupby(sorted([*images, *deeper]), deeper.__contains__):
+        if not deep: yield inner, list(names)
+        else:
+            for name in names: yield from _walk(root, f'{inner}{name}/', (*above, deeper[name]), skipped)
 
 def _say_skipped(name: Any, skipped: Mapping[str, int]) -> None:
     "What looks like a picture and was not read is said aloud; text and JSON beside pictures are not."
@@ -515,22 +576,30 @@ def folder(path: str | Path,            # class folders with images in them, or 
     UserError: no folder, no images, images beside class folders, parts of a data set (train, val) for classes; later an unreadable file."""
     root, min_side = as_path(path, 'a folder of images'), None if min_side is None else whole(min_side, 'min_side', 0)
     if not os.path.isdir(root): raise UserError(f'no folder {root}; give a folder of images or of class folders')
-    files, skipped = _image_files(root)
-    if not files:
+    skipped, runs, where = Counter[str](), list[tuple[str, int, str]](), root.stat()
+    def found() -> Iterator[str]:
+        for inner, names in _walk(str(root), '', ((where.st_dev, where.st_ino),), skipped):
+            runs.append((inner, len(names), names[0]))
+            yield from [inner+n for n in names] if inner else names
+    keys = _texts(*_pack(found()))
+    if not runs:
         seen = ', '.join(f'{n} {k}' for k, n in skipped.items())
         raise UserError(f"no images in {root}; looked for {' '.join(sorted(SUFFIXES))}{f', saw {seen}' if seen else ''}")
-    parts = [p.relative_to(root).parts for p in files]
-    tops = [p[0] if len(p) > 1 else '' for p in parts]
-    classes = sorted(set(tops))
-    if '' in classes[:-1]: raise UserError(f'{root} holds images ({files[tops.index("")].name}) beside class folders ({classes[1]}); keep one kind')
-    _splits(root, classes, {p[0] for p in parts if len(p) > 2})
+    tops = [inner.partition('/')[0] for inner, _, _ in runs]
+    classes = sorted({*tops})
+    if '' in classes[:-1]: raise UserError(f'{root} holds images ({runs[tops.index("")][2]}) beside class folders ({classes[1]}); keep one kind')
+    _splits(root, classes, {top for top, (inner, _, _) in zip(tops, runs, strict=True) if inner.count('/') > 1})
     number = {c: k for k, c in enumerate(classes)}
-    rows = [(p, number[c]) for p, c in zip(files, tops, strict=True) if min_side is None or _short_side(p) >= min_side]
-    if small := len(files)-len(rows): skipped[f'smaller than {min_side} px'] += small
-    if not rows: raise UserError(f'no image in {root} has a short side of {min_side}; lower min_side')
+    labels = np.repeat(np.array([number[c] for c in tops], np.int32), [n for _, n, _ in runs])
+    if min_side is not None:
+        large = np.array([_short_side(root/k) >= min_side for k in keys])
+        if not large.any(): raise UserError(f'no image in {root} has a short side of {min_side}; lower min_side')
+        if small := int((~large).sum()): skipped[f'smaller than {min_side} px'] += small
+        keys, labels = _texts(*_pack(itertools.compress(keys, large))), labels[large]
     _say_skipped(root, skipped)
-    return ImageSet(lambda i: open_image(rows[i][0]), [p.relative_to(root).as_posix() for p, _ in rows], [k for _, k in rows],
-                    classes if classes != [''] else [root.resolve().name], size, augment, crop, str(root), skipped, pieces=[(p, 0, None) for p, _ in rows])
+    files = _Column(len(keys), lambda a, b: [(f'{root}/{k}', 0, None) for k in keys[a:b]])
+    return ImageSet(lambda i: open_image(root/keys[i]), keys, _numbers(labels), classes if classes != [''] else [root.resolve().name],
+                    size, augment, crop, str(root), skipped, pieces=files)
 
 # %% ../nbs/02_data.ipynb #6a1e888c
 def _label(text: bytes, name: str) -> int | str:
@@ -542,32 +611,37 @@ def _label(text: bytes, name: str) -> int | str:
         raise UserError(f'{name} holds {text[:20]!r}, neither a class number (0 to 999999) nor a name; write the shard again')
     return s
 
-def _member(m: tarfile.TarInfo, tar: tarfile.TarFile, path: str, images: dict, labels: dict, skipped: Counter) -> None:
-    "Takes one member of a shard into `images` or `labels`, or counts it. UserError: two pictures or classes of one key."
-    if not m.isreg() or m.issparse():
-        if not m.isdir(): skipped['member that is a link or sparse'] += 1
-        return
-    stem, _, ext = m.name.rpartition('/')[2].partition('.')
-    key, kind = m.name[:len(m.name)-len(ext)-1] if ext else m.name, f'.{ext.lower()}'
-    if kind not in SUFFIXES and kind != '.cls':
-        skipped[kind if ext else 'file without ending'] += 1
-        return
-    if not stem:
-        skipped['member without a name'] += 1
-        return
-    if key in (labels if kind == '.cls' else images):
-        raise UserError(f"{path} holds two {'classes' if kind == '.cls' else 'pictures'} of the key {key!r}; write the shard again, one of each")
-    if kind == '.cls': labels[key] = _label(tar.extractfile(m).read(4096), f'{m.name} in {path}')  # type: ignore[union-attr]
-    else: images[key] = m.offset_data, m.size
-
-def _shard_index(path: str, skipped: Counter) -> list[tuple[str, int | str | None, int, int]]:
-    "(key, class, offset, length) of each image in a tar; None where the tar has no classes."
+def _gather(members: Iterable[Iterable[tuple[str, int, int, Any]]], # chunks of (name, offset, bytes, what `read` takes) of each file in a tar
+          read: Callable[[Any, int], bytes], path: str, skipped: Counter) -> tuple[dict, dict]:
+    "(key -> (offset, bytes) of the pictures, key -> class); the rest is counted. UserError: two pictures or classes of one key."
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int | str] = {}
+    known, kinds = dict[bytes, int | str](), dict[str, str]()
+    for name, offset, size, source in itertools.chain.from_iterable(members):
+        stem, _, ext = (name.rpartition('/')[2] if '/' in name else name).partition('.')
+        if (kind := kinds.get(ext)) is None: kind = kinds[ext] = f'.{ext.lower()}'
+        key = name[:-len(ext)-1] if ext else name
+        if kind not in SUFFIXES and kind != '.cls': skipped[kind if ext else 'file without ending'] += 1
+        elif not stem: skipped['member without a name'] += 1
+        elif key in (labels if kind == '.cls' else images):
+            raise UserError(f"{path} holds two {'classes' if kind == '.cls' else 'pictures'} of the key {key!r}; write the shard again, one of each")
+        elif kind == '.cls':
+            if (label := known.get(text := read(source, size))) is None: label = known[text] = _label(text, f'{name} in {path}')
+            labels[key] = label
+        else: images[key] = offset, size
+    return images, labels
+
+def _by_tarfile(path: str, skipped: Counter) -> tuple[dict, dict]:
+    "`_gather` of any uncompressed tar. UserError: it is damaged."
+    def files() -> Iterator[list]:
+        for m in tar:
+            if m.isreg() and not m.issparse(): yield [(m.name, m.offset_data, m.size, m)]
+            elif not m.isdir(): skipped['member that is a link or sparse'] += 1
+    images: dict = {}
     try:
         if not os.path.isfile(path): raise FileNotFoundError(path)
         with tarfile.open(path, 'r:') as tar:
-            for m in tar: _member(m, tar, path, images, labels, skipped)
+            images, labels = _gather(files(), lambda m, size: tar.extractfile(m).read(4096), path, skipped)  # type: ignore[union-attr]
             end = tar.offset
         with open(path, 'rb') as f:
             f.seek(end)
@@ -577,9 +651,140 @@ def _shard_index(path: str, skipped: Counter) -> list[tuple[str, int | str | Non
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as e:
         raise UserError(f'{path[:300]} is no whole uncompressed tar ({first_line(e)}); copy it again') from None
     if not ended: raise UserError(f'{path} is cut off after {len(images)} images; copy it again')
+    return images, labels
+
+# %% ../nbs/02_data.ipynb #ddfff309
+_PAX = re.compile(rb'(?:[1-9]\d? (?:mtime|atime|ctime|uid|gid)=[-+.\d]*\n)+\0*')     # records that change neither name nor place of a member
+_BETWEEN = np.array([7, 15, 23, 35, 47, 55, 63])                                    # the last bytes of the numbers that `_plain` puts together
+
+def _plain(heads: np.ndarray) -> bool:
+    "Whether bytes (n,512 or more) begin with heads of tar as most writers make them: in every number octal digits, then blanks; the right checksum."
+    numbers = np.concatenate((heads[:, 100:156], heads[:, 329:345]), 1)     # mode uid gid size time checksum, major minor
+    digits = numbers-np.uint8(48)
+    digit, blank = digits < 8, (numbers == 0) | (numbers == 32)
+    again = digit[:, 1:] & blank[:, :-1]
+    again[:, _BETWEEN] = False
+    total = heads[:, :512].sum(1, dtype=np.int64) - numbers[:, 48:56].sum(1, dtype=np.int64) + 8*32
+    told = digits[:, 48:54].astype(np.int64) @ 8**np.arange(5, -1, -1)
+    return bool((digit | blank).all() and digit[:, 48:54].all() and not digit[:, [35, 54, 55]].any() and not again.any() and (total == told).all())
+
+def _aside(kind: int, name: str, size: int, row: bytes) -> bool:
+    "Whether a member that is no plain file ('0') may be passed over: a folder, times and owners of the next member. ValueError: neither."
+    if kind == 0 and not name.endswith('/'): return False
+    records = row[512:].rstrip(b'\0').split(b'\n')[:-1]
+    if (kind == 53 and not size) or (kind == 120 and size <= 512 and _PAX.fullmatch(row, 512) and all(int(r.split()[0]) == len(r)+1 for r in records)):
+        return True
+    raise ValueError
+
+def _plain_members(path: str) -> Iterator[Iterable[tuple[str, int, int, bytes]]]:
+    "Chunks for `_gather` of a tar of plain files; the last entry is a head and the 512 bytes after it. ValueError: `tarfile` must look."
+    with open(path, 'rb', buffering=0) as f:
+        at, begin, window, size, kinds, ended = 0, 0, b'', 2**13, b'', False
+        while not ended:
+            rows, offsets, sizes = list[bytes](), list[int](), list[int]()
+            while len(rows) < 1024:
+                if at+1024 > begin+len(window):      # what lies between small members is read with them, of large ones two heads
+                    f.seek(begin := at)
+                    window = f.read(2**16 if size < 2**13 else 2**11)
+                row = window[at-begin:at-begin+1024]
+                try: size = int(row[124:135], 8)
+                except ValueError:
+                    if ended := row[:512] == bytes(512): break
+                    raise
+                rows.append(row)
+                offsets.append(at+512)
+                sizes.append(size)
+                at += 512 + (size+511 & -512)
+            if not rows: break
+            heads = np.frombuffer(b''.join(rows), np.uint8).reshape(-1, 1024)
+            if not _plain(heads): raise ValueError
+            kinds, names = heads[:, 156].tobytes(), np.ascontiguousarray(heads[:, :100]).view('S100')[:, 0].tolist()
+            for i in np.flatnonzero(heads[:, 345]).tolist(): names[i] = rows[i][345:500].partition(b'\0')[0] + b'/' + names[i]
+            members = zip(b'\0'.join(names).decode(tarfile.ENCODING, 'surrogateescape').split('\0'), offsets, sizes, rows, strict=True)
+            yield members if kinds.count(b'0') == len(kinds) else [m for m, k in zip(members, kinds, strict=True) if k == 48 or not _aside(k, m[0], m[2], m[3])]
+        if kinds[-1:] == b'x': raise ValueError      # times of nothing
+
+def _first(row: bytes, size: int) -> bytes:
+    if size > 512: raise ValueError
+    return row[512:512+size]
+
+def _shard_index(path: str, skipped: Counter) -> tuple[dict[str, tuple[int, int]], dict[str, int | str]]:
+    "(key -> (offset, bytes) of each image in a tar, key -> its class; {} where the tar has no classes). What is neither is counted. UserError as `shards`."
+    mine: Counter = Counter()
+    try:
+        if not os.path.isfile(path): raise ValueError
+        images, labels = _gather(_plain_members(path), _first, path, mine)
+    except (ValueError, OSError): images, labels = _by_tarfile(path, mine := Counter())
     if labels and (bare := images.keys()-labels.keys()): raise UserError(f'{path} has labels but none for {min(bare)}; write the shard again')
-    if alone := len(labels.keys()-images.keys()): skipped['class without a picture'] += alone
-    return [(k, labels.get(k), *at) for k, at in images.items()]
+    if alone := len(labels.keys()-images.keys()): mine['class without a picture'] += alone
+    skipped.update(mine)
+    return images, labels
+
+# %% ../nbs/02_data.ipynb #c1fee2df
+def _read_shards(paths: Sequence[str]) -> dict[str, np.ndarray]:
+    """What is in shards: `raw`, `ends` the keys as of `_pack`, `starts` (shards+1,) the first image of each, `places` (n,2) offset and bytes, `classes` (n,)
+    the place of each image's class in `rest['classes']`, None among them; `rest` as JSON: also what was skipped, and whether a key occurs `twice`."""
+    skipped, number, hashes, starts, places, classes = Counter[str](), dict[int | str | None, int](), [], [0], [], []
+    def keys() -> Iterator[str]:
+        for p in paths:
+            images, labels = _shard_index(p, skipped)
+            starts.append(starts[-1]+len(images))
+            places.append(np.fromiter(itertools.chain.from_iterable(images.values()), np.int64, 2*len(images)).reshape(-1, 2))
+            classes.append(np.array([number.setdefault(labels.get(k), len(number)) for k in images], np.int32))
+            hashes.append(np.fromiter(map(hash, images), np.int64, len(images)))
+            yield from images
+    raw, ends = _pack(keys())
+    n = starts[-1]
+    twice = len(np.unique(np.concatenate(hashes))) < n and len({*_texts(raw, ends)}) < n
+    rest = to_json(dict(classes=[*number], skipped=skipped, twice=twice), None).encode()
+    return dict(raw=raw, ends=ends, starts=np.array(starts), places=np.concatenate(places), classes=np.concatenate(classes), rest=np.frombuffer(rest, np.uint8))
+
+def _load_index(file: Path, about: bytes) -> dict[str, np.ndarray] | None:
+    "The arrays of `_read_shards`; None if there are none, they are of other shards (see `about`), or damaged, which a checksum tells."
+    try:
+        with np.load(file, allow_pickle=False) as f: return dict(f) if f['about'].tobytes() == about and f.zip.testzip() is None else None
+    except Exception: return None     # damaged in ways that nobody lists
+
+def _mine(lock: Any) -> bool:
+    "Whether this process has a lock, which the system takes back from a dead one. Where files cannot be locked everyone has it."
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except (ImportError, OSError): return True
+    return True
+
+_PATIENCE = 600.   # seconds to wait for another process that reads the same shards
+
+def _known_by(paths: Sequence[str]) -> list[tuple[str, int, int]]:
+    return [(os.path.abspath(p), (s := os.stat(p)).st_size, s.st_mtime_ns) for p in paths]
+
+def _shard_table(paths: Sequence[str]) -> dict[str, np.ndarray]:
+    "`_read_shards`, from an index below `home()` that one process makes. Without one: shards of less than 1 MB in all, a home that cannot be written."
+    try: rows, folder = _known_by(paths), home()/'shards'
+    except (OSError, ValueError): return _read_shards(paths)
+    if sum(size for _, size, _ in rows) < 2**20: return _read_shards(paths)
+    about = to_json([1, sorted(SUFFIXES), rows], None).encode()      # 1: of this form of the index
+    file = folder/f'{hashlib.blake2b(to_json([p for p, _, _ in rows], None).encode(), digest_size=12).hexdigest()}.npz'
+    if (got := _load_index(file, about)) is not None: return got
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = open(file.with_suffix('.lock'), 'ab')
+    except OSError: return _read_shards(paths)
+    with lock:
+        until = time.monotonic() + _PATIENCE
+        while not (mine := _mine(lock)) or got is None:
+            if (got := _load_index(file, about)) is not None: return got
+            if mine or time.monotonic() > until: break
+            time.sleep(.1)
+        # a shard that is written again within the same tick of the clock of files would keep its time
+        now = time.time_ns()
+        time.sleep(max(0, *((2 if t % 10**9 == 0 else .02) - abs(now-t)/1e9 for _, _, t in rows)))
+        made = _read_shards(paths)
+        with suppress(OSError, UserError):
+            kept: Any = dict(made, about=np.frombuffer(about, np.uint8))
+            if _known_by(paths) == rows: write_atomic(file, lambda p: np.savez(p, **kept))
+    return made
 
 # %% ../nbs/02_data.ipynb #6fa9c015
 def _expand(pattern: str, most: int = 100_000) -> list[str]:
@@ -592,7 +797,6 @@ def _expand(pattern: str, most: int = 100_000) -> list[str]:
 
 def _class_names(paths: Sequence[str]) -> list[str] | None:
     "The names in `classes.json` beside the first shard: a list, `{'classes': list}`, or name -> number; None without one. UserError: anything else."
-    import json
     file = Path(paths[0]).parent/'classes.json'
     if not file.is_file(): return None
     try: d = json.loads(file.read_text(encoding='utf-8'))
@@ -628,21 +832,22 @@ def shards(pattern: str | Path | Sequence[str | Path], # 'train-{0000..1023}.tar
     given = [pattern] if isinstance(pattern, str | Path) else list(pattern)
     paths = [q for p in given for q in _expand(str(as_path(p, 'a shard')))]
     if not paths: raise UserError(f'no shard matches {pattern}; give tar files')
-    skipped: Counter = Counter()
-    rows = [(s, *row) for s, p in enumerate(paths) for row in _shard_index(p, skipped)]
-    if not rows: raise UserError(f'no images in {paths[0]} (of {len(paths)} shards); a shard holds key.jpg and key.cls')
+    table = _shard_table(paths)
+    starts, places, names, rest = table['starts'], table['places'], _texts(table['raw'], table['ends']), json.loads(table['rest'].tobytes())
+    if not len(names): raise UserError(f'no images in {paths[0]} (of {len(paths)} shards); a shard holds key.jpg and key.cls')
+    def of(a: int, b: int) -> list[int]: return (np.searchsorted(starts, np.arange(a, b), 'right')-1).tolist()
+    pieces = _Column(len(names), lambda a, b: [*zip(map(paths.__getitem__, of(a, b)), *places[a:b].T.tolist(), strict=True)])
     def read(i: int) -> Image.Image:
-        s, key, _, offset, length = rows[i]
-        with open(paths[s], 'rb') as f:
+        path, offset, length = pieces[i]
+        with open(path, 'rb') as f:
             f.seek(offset)
-            return open_image(io.BytesIO(f.read(length)), name=f'{key} in {paths[s]}')
-    keys, stems = [r[1] for r in rows], [Path(p).stem for p in paths]
-    if len({*keys}) < len(keys):
-        stems = stems if len({*stems}) == len(stems) else [f'{s:05d}' for s in range(len(paths))]
-        keys = [f'{stems[r[0]]}/{r[1]}' for r in rows]
-    labels, classes = _classes([r[2] for r in rows], _class_names(paths), Path(paths[0]).stem)
-    _say_skipped(paths[0], skipped)
-    return ImageSet(read, keys, labels, classes, size, augment, crop, str(pattern), skipped, pieces=[(paths[r[0]], r[3], r[4]) for r in rows])
+            return open_image(io.BytesIO(f.read(length)), name=f'{names[i]} in {path}')
+    stems = [Path(p).stem for p in paths]
+    if len({*stems}) < len(stems): stems = [f'{s:05d}' for s in range(len(paths))]
+    keys = _Column(len(names), lambda a, b: [f'{stems[s]}/{k}' for s, k in zip(of(a, b), names[a:b], strict=True)]) if rest['twice'] else names
+    numbers, classes = _classes(rest['classes'], _class_names(paths), Path(paths[0]).stem)
+    _say_skipped(paths[0], rest['skipped'])
+    return ImageSet(read, keys, _numbers(np.array(numbers, np.int32)[table['classes']]), classes, size, augment, crop, str(pattern), rest['skipped'], pieces)
 
 # %% ../nbs/02_data.ipynb #e5a62408
 class _FileStamps:
@@ -656,27 +861,33 @@ class _FileStamps:
             if total > 2**26:
                 self._small = False
                 break
-    def __call__(self, i: int) -> str:
-        path, offset, length = self.pieces[i]
-        s = os.stat(path)
-        if not self._small: return f'{s.st_size}-{s.st_mtime_ns}' + (f'-{offset}-{length}' if length is not None else '')
-        with open(path, 'rb') as f:
-            f.seek(offset)
-            return hashlib.blake2b(f.read(s.st_size if length is None else length), digest_size=8).hexdigest()
+    def of(self, pieces: Iterable[tuple[str | Path, int, int | None]]) -> Iterator[str]:
+        last: Any = None
+        for path, offset, length in pieces:
+            if path != last: last, s = path, os.stat(path)       # the next piece is often of the same file
+            if not self._small: yield f'{s.st_size}-{s.st_mtime_ns}' + (f'-{offset}-{length}' if length is not None else '')
+            else:
+                with open(path, 'rb') as f:
+                    f.seek(offset)
+                    yield hashlib.blake2b(f.read(s.st_size if length is None else length), digest_size=8).hexdigest()
+
+def _marks(ds: Any, at: Sequence[int] | None = None) -> Iterator[str] | None:
+    "`stamps`, of the images `at` if not of all, one after the other."
+    if isinstance(ds, Tensor): return (digest({'': i}) for i in (ds if at is None else ds[list(at)]))
+    if isinstance(ds, Subset): return _marks(ds.ds, ds.at if at is None else [ds.at[i] for i in at])
+    pieces = getattr(ds, 'pieces', None)
+    if pieces is None and not hasattr(ds, 'stamp'): return None
+    def each() -> Iterator[str]:
+        try:
+            if pieces is None: yield from map(ds.stamp, range(len(ds)) if at is None else at)
+            else: yield from _FileStamps(pieces).of(pieces if at is None else (pieces[i] for i in at))
+        except OSError as e: raise UserError(f'{e.filename} cannot be read any more ({e.strerror}); open the data set again') from None
+    return each()
 
 def stamps(ds: Any # a data set, or images (n,3,H,W)
           ) -> list[str] | None:
     "What tells a changed image from the one of the same name, for each; None where the set cannot say. UserError if a file has gone."
-    if isinstance(ds, Tensor): return [digest({'': i}) for i in ds]
-    if isinstance(ds, Subset):
-        own = stamps(ds.ds)
-        return own and [own[i] for i in ds.at]
-    pieces = getattr(ds, 'pieces', None)
-    if pieces is None and not hasattr(ds, 'stamp'): return None
-    try: stamp = ds.stamp if pieces is None else _FileStamps(pieces)
-    except OSError as e: raise UserError(f'{e.filename} cannot be read any more ({e.strerror}); open the data set again') from None
-    try: return [stamp(i) for i in range(len(ds))]
-    except OSError as e: raise UserError(f'{e.filename} cannot be read any more ({e.strerror}); open the data set again') from None
+    return None if (marks := _marks(ds)) is None else list(marks)
 
 def fingerprint(ds: Any # a data set, or images (n,3,H,W)
                ) -> str:
@@ -686,8 +897,9 @@ def fingerprint(ds: Any # a data set, or images (n,3,H,W)
     if callable(own := getattr(ds, 'fingerprint', None)): return own()
     h = hashlib.blake2b(digest_size=8)
     h.update(repr((len(ds), *(getattr(ds, k, None) for k in ('classes', 'size', 'augment', 'crop')))).encode())
-    marks, keys = stamps(ds), getattr(ds, 'keys', None)
-    for row in zip(keys or itertools.repeat(''), getattr(ds, 'labels', None) or itertools.repeat(0), marks or (), strict=False): h.update(repr(row).encode())
+    marks = _marks(ds)
+    rows = zip(getattr(ds, 'keys', None) or itertools.repeat(''), getattr(ds, 'labels', None) or itertools.repeat(0), marks or (), strict=False)
+    while some := ''.join(map(repr, itertools.islice(rows, 4096))): h.update(some.encode())
     for i in spread(64, len(ds)) if marks is None else ():
         h.update(digest({k: v for k, v in ds.batch([i]).items() if isinstance(v, Tensor)}).encode())
     return h.hexdigest()
@@ -700,12 +912,14 @@ def spread(n: int, total: int) -> list[int]:
     ends = [i*total//n for i in range(n+1)]
     return [a + min(int(x*(b-a)), b-a-1) for x, a, b in zip(u, ends, ends[1:], strict=False)]
 
+def _some(every: Sequence, at: Sequence[int]) -> _Column: return _Column(len(at), lambda a, b: [every[i] for i in at[a:b]])
+
 class Subset:
     "Some images of a data set, in their order: all that the set itself can do. `taken` says which in words."
     def __init__(self, ds: Any, at: Sequence[int], taken: str = ''):
-        self.ds, self.at, self.taken = ds, list(at), taken or f'{len(at)} of {len(ds)}'
+        self.ds, self.at, self.taken = ds, array('q', at), taken or f'{len(at)} of {len(ds)}'
         for k in ('keys', 'labels'):
-            if isinstance(every := getattr(ds, k, None), Sequence): setattr(self, k, [every[i] for i in self.at])
+            if isinstance(every := getattr(ds, k, None), Sequence): setattr(self, k, _some(every, self.at))
     def __getattr__(self, name: str) -> Any:      # classes, size, augment, name ...
         if name in ('ds', 'at', 'take', 'fingerprint', 'stamp', 'pieces', 'factors', 'image'): raise AttributeError(name)
         return getattr(self.ds, name)
@@ -741,10 +955,12 @@ class TensorSet:
         "Of its pixels."
         return digest({'': self.images[i]})
     def __getitem__(self, i: int) -> dict: return dict(image=self.images[i], label=0, key=self.keys[i])
-    def batch(self, indices: Iterable[int]) -> dict:
-        "dict of image (b,3,H,W), label (b,) int64, key."
+    def batch(self, indices: Iterable[int], as_bytes: bool = False) -> dict:
+        "dict of image (b,3,H,W), label (b,) int64, key; `as_bytes` gives uint8 where that says the same."
         at = [int(i) for i in indices]
-        return dict(image=self.images[at], label=torch.zeros(len(at), dtype=torch.int64), key=[self.keys[i] for i in at])
+        x = self.images[at]
+        if as_bytes and x.dtype == torch.float32 and torch.equal(_floats(b := to_uint8(x)), x): x = b
+        return dict(image=x, label=torch.zeros(len(at), dtype=torch.int64), key=[self.keys[i] for i in at])
 
 def _parts(item: Any) -> tuple[Any, Any]:
     "(picture, label or None) of an item of somebody's set."

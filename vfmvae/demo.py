@@ -17,7 +17,7 @@ from .core import Notice, check_out, seed_all, whole, write_atomic, write_json
 from .data import CLASSES, World, loader, take, to_pil
 from .generate import generate
 from .plots import show_images, to_png
-from .recipes import _DECODER, _look, _rows, evaluate_tokenizer, open_data, open_tokenizer
+from .recipes import _DECODER, _look, _rows, evaluate_tokenizer, open_data, opened, processes_on
 from .tok_train import Stage, TokenizerTask
 from .tokenizer import unfamiliar
 from .train import fit, loss_curves, provenance, warm_cosine
@@ -29,7 +29,7 @@ def fresh_decoder(tokenizer: VFMVAE, # left as it is
                  ) -> VFMVAE:
     "The same VFM, projection and latent stats with a randomly initialised decoder."
     seed_all(seed)
-    new, own = VFMVAE(tokenizer.config, tokenizer.vfm), tokenizer.own_state()
+    new, own = VFMVAE(tokenizer.config, tokenizer.vfm).to(tokenizer.device), tokenizer.own_state()
     keep = ('ldm_adapter.patch_quants', 'ldm_adapter.final_quant', 'ldm_adapter.linear_proj', 'stats')
     new.load_own_state({k: own[k] if k.startswith(keep) else v for k, v in new.own_state().items()})
     return new
@@ -54,13 +54,14 @@ def demo(images: Any = None,                 # one's own pictures: a folder, sha
          out: str | Path = 'outputs/demo',   # where the page goes
          train_images: int = 2400,           # for the new decoder; a count, not a clock
          seed: int = 0,
-         say: Callable[[str], Any] = print
+         say: Callable[[str], Any] = print,
+         device: Any = None                  # where everything is computed; None: the best
         ) -> Path:
     "Tokenizes, reconstructs, trains a new decoder, draws samples, measures; writes `index.html`, `results.json` and `samples/` into `out`, returns the page."
     seed, train_images = whole(seed, 'seed', 0, 2**40), whole(train_images, 'train_images', 1)
-    start, test = time.time(), World(10_000, seed=8)
+    start, test, acc = time.time(), World(10_000, seed=8), processes_on(device)
     mine = None if images is None else open_data(images, size=64)
-    out, tiny = check_out(out), open_tokenizer('vfmvae-tiny-f8d16')
+    out, tiny = check_out(out), opened('vfmvae-tiny-f8d16', device=acc.device)
     seen = take(test if mine is None else mine, 8)
     show = seen.batch(range(min(8, len(seen))))['image']
     say(f'{tiny.name}: {64*64*3} numbers of an image become {16*8*8} of a latent')
@@ -70,10 +71,11 @@ def demo(images: Any = None,                 # one's own pictures: a folder, sha
     before = _look(new, x)
     task = TokenizerTask(new, Stage('demo', dict(l1=1., l2=1., multiscale=.1), train=_DECODER, lr=4e-3), half_life=400, betas=(.9, .99), clip=1.)
     steps = max(1, train_images//16)
-    history = fit(task, loader(World(1_000_000, seed=100), 16, seed=seed), steps*16, lr=warm_cosine(4e-3, steps, 10), log_every=5, seed=seed)
+    history = fit(task, loader(World(1_000_000, seed=100), 16, seed=seed), steps*16, lr=warm_cosine(4e-3, steps, 10), log_every=5, seed=seed,
+                  accelerator=acc)
     after = task.ema.net.eval()
     rows = {'bundled decoder': evaluate_tokenizer(tiny, test, 128), **young, f'the same after {steps*16} images': evaluate_tokenizer(after, test, 128)}
-    drawn = generate('dit-vfmvae-tiny-f8d16', len(CLASSES), seed)
+    drawn = generate('dit-vfmvae-tiny-f8d16', len(CLASSES), seed, tiny, device=acc.device)
     names = [drawn.classes[k] for k in drawn.labels]
     for i, (name, im) in enumerate(zip(names, drawn.images, strict=True)):
         write_atomic(out/'samples'/f'{i:02d}-{name.replace(" ", "-")}.png', partial(to_pil(im).save, format='PNG'))

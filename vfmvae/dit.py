@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/15_dit.ipynb #605c7b2e
-from .core import Draws, UserError, build_config, check_weights, load_weights, normal_like, save_weights, sidecar, whole
+from .core import Draws, UserError, build_config, check_weights, device_of, load_weights, normal_like, save_weights, sidecar, weights_at, whole
 from .dit_layers import (MLPS, NORMS, QK_NORMS, Block, FinalLayer, LabelEmbed, PatchEmbed, TimeEmbed, modulations, projector, rope_table,
                                sincos_table, unpatchify)
-from .tokenizer import LatentStats, check_config, image_seeds
+from .tokenizer import LatentStats, Pretrained, check_config, families, image_seeds
 from .vae import complain
 
 # %% ../nbs/15_dit.ipynb #b80d9ee5
@@ -118,9 +118,10 @@ def _places(c: DiTConfig, h: int, w: int, device: torch.device, dtype: torch.dty
     return _Places(first, turns(c.hidden_size//c.num_heads), turns(c.head_hidden_size//c.head_num_heads) if c.head_depth else None)
 
 # %% ../nbs/15_dit.ipynb #c68ecf32
-class DiT(nn.Module):
+class DiT(Pretrained, nn.Module):
     """A velocity net over latents: `net(z, t, y, cls=None)` -> noise - data, for every family of `FAMILIES` (spec/diffusion.md section 3).
     t is the noise level: 0 data, 1 noise. `layers` names what `forward` can be asked for."""
+    device = property(weights_at)
     def __init__(self, config: DiTConfig | Mapping):
         super().__init__()
         self.config = c = config if isinstance(config, DiTConfig) else build_config(DiTConfig, config)
@@ -141,6 +142,10 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(last, out, c.norm, c.cls_dim)
         if c.base_depth: self.base_layer = FinalLayer(d, out, c.norm, c.cls_dim)
         self.reset()
+
+    @classmethod
+    def _open(cls, path: Path, **kwargs: Any) -> 'DiT': return open_net(path, **kwargs)
+    def _save_pretrained(self, save_directory: Path) -> None: save_net(save_directory, self, **self.meta)
 
     def reset(self) -> None:
         "Draws the weights anew: Xavier (default with a DDT head), small label and time tables, and zero where adaLN-Zero asks for it."
@@ -235,9 +240,9 @@ def _check(net: DiT, z: Tensor, t: Tensor, y: Tensor, cls: Tensor | None, drop: 
     if bad := [k for k in layers if k not in net.layers]: raise UserError(f"no layer {bad[0]!r} in this net; it has {', '.join(map(str, net.layers))}")
 
 # %% ../nbs/15_dit.ipynb #849f84f6
-def save_net(path: str | Path, # `*.safetensors`
+def save_net(path: str | Path, # `*.safetensors`, or a folder
              net: DiT,
-             **meta            # tokenizer, measured numbers, recipe, licence
+             /, **meta         # tokenizer, measured numbers, recipe, licence
             ) -> Path:
     "Writes the weights, and JSON with the configuration, atomically."
     return save_weights(path, net.state_dict(), dict(meta, family='dit', config=asdict(net.config)))
@@ -263,12 +268,13 @@ def _check_meta(meta: Mapping, c: DiTConfig, side: Path) -> None:
     if not isinstance((meta.get('recipe') or {}).get('flow') or {}, Mapping):
         raise UserError(f'{side}: recipe.flow is no mapping; copy it again')
 
-def open_net(path: str | Path # written by `save_net`
+def open_net(path: str | Path # written by `save_net`, or a folder of `save_pretrained`
             ) -> DiT:
     """Builds a saved net, in eval mode; `.meta` is its JSON. UserError if the file is damaged, is no net, does not fit its
     own configuration, or if a weight is no usable number."""
     (tensors, meta), side = load_weights(path), sidecar(path)
     if meta.get('family') != 'dit' or not isinstance(meta.get('config'), Mapping):
+        if meta.get('family') in families: raise UserError(f"{path} holds a {meta['family']} tokenizer, no net; open it with load_tokenizer")
         raise UserError(f'{path} has no net configuration beside it ({side.name}); '
                         'published checkpoints open with load_net')
     with torch.device('meta'): net = DiT(meta['config'])
@@ -299,11 +305,15 @@ class NetFeatures:
         if not 0 <= t <= 1: raise UserError(f't = {t} is no noise level; choose between 0 (data) and 1 (noise)')
         self.net, self.tokenizer, self.t, self.seed, self.cls = net, tokenizer, float(t), seed, cls
         self.name, self.layers = name or f'dit-{tokenizer.name}@t{t:g}', net.layers
+    @property
+    def device(self) -> torch.device:
+        "Where it wants images: with the tokenizer."
+        return device_of(self.tokenizer)
 
     def noised(self, x: Tensor) -> tuple[Tensor, Tensor | None]: # (b,3,H,W) in [-1,1]
         "Latents (b,c,h,w) and class tokens (b,cls_dim) at noise level t, each with noise of its image's own seed."
         like = self.net.x_embedder.proj.weight
-        clean = self.tokenizer.encode(x.to(self.tokenizer.stats.mean.device)).mode().to(like.device)
+        clean = self.tokenizer.encode(x.to(self.device)).mode().to(like.device)
         draws = Draws(self.seed, image_seeds(x))
         def mix(data: Tensor, use: str) -> Tensor: return (1-self.t)*data + self.t*normal_like(data, draws, use).to(data)
         z, width = mix(clean, 'noise'), self.net.config.cls_dim

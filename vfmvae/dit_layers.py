@@ -33,11 +33,13 @@ def unpatchify(x: Tensor, h: int, w: int, p: int) -> Tensor:
 
 # %% ../nbs/04b_dit_layers.ipynb #1a94782b
 def sincos_table(h: int, w: int, # rows and columns of the grid
-                 dim: int        # channels, a multiple of 4
+                 dim: int,       # channels, a multiple of 4
+                 span: float | None = None # rows and columns count from 0 to this, whatever their number; None: one each
                 ) -> Tensor:
     "Fixed 2-D positions (h*w,dim) float32: [sin, cos](column), then [sin, cos](row), frequencies 10000^(-k/(dim/4)) (spec/diffusion.md section 3)."
     omega = 10000**(-torch.arange(dim//4, dtype=torch.float64)/(dim/4))
-    row, col = (p.flatten()[:, None]*omega for p in torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij'))
+    at = [torch.arange(n) if span is None else torch.arange(n, dtype=torch.float32)/(n/span) for n in (h, w)]
+    row, col = (p.flatten()[:, None]*omega for p in torch.meshgrid(*at, indexing='ij'))
     return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], 1).float()
 
 # %% ../nbs/04b_dit_layers.ipynb #9998672d

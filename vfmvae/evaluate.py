@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/16b_evaluate.ipynb #6772c87c
-from .core import Draws, Table, UserError, first_line, data_dir, load_weights, nearest, to_json, whole, write_atomic
+from .core import Draws, Table, UserError, first_line, data_dir, load_weights, nearest, rank, to_json, weights_at, whole, world, write_atomic
 from .data import ImageSet, World, check_images, spread, take, taken, to_uint8, transform
-from .features import _place, _samples, as_images, batches
+from .features import _on_cpu, _place, _samples, as_images, batches
 from .metrics import frechet, inception_score, precision_recall
 from .tokenizer import image_seeds
-from .train import provenance, world
+from .train import provenance
 from .vfm import VFM, read_torch
 
 # %% ../nbs/16b_evaluate.ipynb #e25b1829
@@ -73,6 +73,7 @@ class WorldNet(nn.Module):
 class WorldExtractor(nn.Module):
     """A `WorldNet` as an extractor: features (b,64), probs (b,16), and as `spatial` (b,112) the first 7 maps of the last stage on a 4x4 grid
     (7 maps as in ADM's sFID). Pictures of another size are resized to 64 px."""
+    device = property(weights_at)
     def __init__(self, net: WorldNet, name: str = 'world'):
         super().__init__()
         self.net, self.name = net.eval().requires_grad_(False), name
@@ -113,6 +114,7 @@ class Inception(nn.Module):
     """Inception v3 of 2015 through torch-fidelity (`inception-v3-compat`): `features` (b,2048) are the pool; `spatial` (b,2023) the first 7 channels of ADM's
     `mixed_6/conv`, the 1x1 branch of torch's Mixed_6d after ReLU, 17x17 in (h,w,c) order; `probs` (b,1008) the softmax of the logits without bias, as in ADM.
     UserError without the `[eval]` extra or the weights."""
+    device = property(weights_at)
     def __init__(self, weights: str | Path | None = None): # a local file; None: torch's hub folder, downloaded there on first use
         super().__init__()
         try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -131,6 +133,7 @@ class Inception(nn.Module):
 # %% ../nbs/16b_evaluate.ipynb #b63ed1a6
 class VFMExtractor(nn.Module):
     "A VFM as an extractor: `features` (b,c) are its class token after the final norm where there is one (FD-DINOv2), else the mean of its patch tokens."
+    device = property(weights_at)
     def __init__(self, vfm: VFM, size: int | None = None): # resized to so many px with the VFM's filter; None: pictures as they are
         super().__init__()
         self.vfm, self.size = vfm, size
@@ -296,18 +299,23 @@ def _npz(path: str | Path, numbers: Sequence[str], words: Sequence[str]) -> dict
         return out
 
 # %% ../nbs/16b_evaluate.ipynb #2f5e265d
-class _Stripe:
-    "Every `world`-th image of a set, from `rank` on."
-    def __init__(self, ds: Any, rank: int, world: int): self.ds, self.at = ds, range(rank, len(ds), world)
+_BLOCK = 32     # images that a net sees together on a CPU
+
+def _together(place: torch.device, batch_size: int) -> int:
+    """How many images go through a net at once. A product of matrices rounds by the number of its rows: so on a CPU blocks are cut by an image's place in
+    the set, and neither the batch size nor the number of processes changes a number; elsewhere by what memory allows."""
+    return _BLOCK if place.type == 'cpu' else whole(batch_size, 'batch_size', 1)
+
+class _Blocks:
+    "Every `world`-th block of a set, from the `rank`-th on."
+    def __init__(self, ds: Any, rank: int, world: int): self.ds, self.at = ds, [i for i in range(len(ds)) if i//_BLOCK % world == rank]
     def __len__(self) -> int: return len(self.at)
     def batch(self, indices: Iterable[int]) -> dict: return self.ds.batch([self.at[i] for i in indices])
 
 def _part(images: Any, rank: int, of: int) -> Any:
-    if isinstance(images, Tensor): return images[rank::of]
-    if hasattr(images, 'batch'): return images if of == 1 else _Stripe(images, rank, of)
-    return (s for i, s in enumerate(_samples(images)) if i % of == rank)
-
-def _rank() -> int: return torch.distributed.get_rank() if world() > 1 else 0
+    if isinstance(images, Tensor): return images if of == 1 else images[[i for i in range(len(images)) if i//_BLOCK % of == rank]]
+    if hasattr(images, 'batch'): return images if of == 1 else _Blocks(images, rank, of)
+    return (s for i, s in enumerate(_samples(images)) if i//_BLOCK % of == rank)
 
 def _everyone(mine: Any) -> list:
     "What each process has, by rank."
@@ -317,10 +325,9 @@ def _everyone(mine: Any) -> list:
     return every
 
 def _braid(parts: list[Tensor]) -> Tensor:
-    "Rows r, r+w, r+2w ... of process r, back in the order of the images."
-    out = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
-    for r, p in enumerate(parts): out[r::len(parts)] = p
-    return out
+    "The rows of every process's blocks, back in the order of the images."
+    blocks = [list(p.split(_BLOCK)) for p in parts]
+    return torch.cat([blocks[k % len(parts)][k//len(parts)] for k in range(sum(map(len, blocks)))])
 
 def _watched(data: Any) -> tuple[Any, set[tuple[int, int]]]:
     "The data (see `as_images`), and the sizes (H,W) that its pictures are found to have in their files as they are read; none where there are none."
@@ -343,8 +350,8 @@ def _resized(seen: set[tuple[int, int]], size: tuple[int, ...]) -> str | None:
 
 # %% ../nbs/16b_evaluate.ipynb #825777e3
 def reference(images: Any,            # tensor (n,3,H,W) in [-1,1], dataset, `read_samples(path)`, or iterable of images or batches
-              extractor: Extractor,   # a module is moved to `device` if one is given
-              batch_size: int = 64,
+              extractor: Extractor,   # moves to `device` if one is given
+              batch_size: int = 64,     # images in one pass, off the CPU: there blocks of 32 make every batch size give the same
               keep: bool = True,      # keep features (precision, recall) and probabilities (Inception score)
               device: Any = None,
               name: str | None = None # of the set
@@ -352,7 +359,7 @@ def reference(images: Any,            # tensor (n,3,H,W) in [-1,1], dataset, `re
     """Statistics of a set of images, float64, the same for any batch size and number of processes (each of which must call it with the whole set).
     UserError: fewer than 2 images, images of unequal size, of integers or with NaN, an extractor that gives NaN."""
     images, seen = _watched(images)
-    return _statistics(_part(images, _rank(), world()), extractor, batch_size, keep, device, name, seen)
+    return _statistics(_part(images, rank(), world()), extractor, batch_size, keep, device, name, seen)
 
 @torch.no_grad()
 def _statistics(mine: Any, extractor: Extractor, batch_size: int, keep: bool, device: Any, name: str | None, seen: Any) -> Statistics:
@@ -362,14 +369,15 @@ def _statistics(mine: Any, extractor: Extractor, batch_size: int, keep: bool, de
     kept: dict[str, list[Tensor]] = {}
     sizes: set[tuple[int, ...]] = set()
     try:
-        for batch in batches(mine, whole(batch_size, 'batch_size', 1)):
+        whole(batch_size, 'batch_size', 1)
+        for batch in batches(mine, _together(place, batch_size)):
             x = batch['image']
             sizes.add(tuple(x.shape[2:]))
             if len(sizes) > 1: break              # said below, when every process has come that far
-            for k, v in extractor(x.to(place)).items():
+            for k, v in _on_cpu(extractor(x.to(place))).items():
                 if len(v) != len(x): raise UserError(f'{extractor.name} gives {len(v)} rows of {k} for {len(x)} images')
                 if k != 'probs': sums.setdefault(k, Moments()).add(v)
-                if keep and k != 'spatial': kept.setdefault(k, []).append(v.float().cpu())
+                if keep and k != 'spatial': kept.setdefault(k, []).append(v.float())
     except UserError as error: trouble = error    # the others must not wait for this one
     every = _everyone((sums, {k: torch.cat(v) for k, v in kept.items()}, sizes, seen, trouble))
     if bad := [e[-1] for e in every if e[-1]]: raise bad[0]
@@ -564,7 +572,7 @@ def rfid(tokenizer: Any,                 # encode and decode
     name = name or getattr(data, 'name', None) or type(data).__name__
     data, seen = _watched(data)
     chosen, taken = _some(data, None if n is None else whole(n, 'n', 2))
-    def originals() -> Iterator[Tensor]: return (b['image'] for b in batches(_part(chosen, _rank(), world()), batch_size))
+    def originals() -> Iterator[Tensor]: return (b['image'] for b in batches(_part(chosen, rank(), world()), _together(place, batch_size)))
     def rebuilt() -> Iterator[Tensor]:
         for x in originals():
             posterior = tokenizer.encode(x.to(place))
@@ -597,11 +605,11 @@ def gfid(samples: Any,                 # tensor (n,3,H,W) in [-1,1], dataset-lik
         samples = read_samples(samples)
         how.setdefault('subject', samples.path.name)
     if isinstance(samples, SampleFile):
-        images, way = _part(samples, _rank(), world()), conversion or samples.conversion or 'a conversion that is not stated'
+        images, way = _part(samples, rank(), world()), conversion or samples.conversion or 'a conversion that is not stated'
     else:
         to8, way = _conversion(conversion or 'round'), conversion or 'round'
         samples, seen = _watched(samples)
-        mine = batches(_part(samples, _rank(), world()), whole(batch_size, 'batch_size', 1))
+        mine = batches(_part(samples, rank(), world()), whole(batch_size, 'batch_size', 1))
         images = (to8(check_images(b['image'].cpu(), 'samples')).float()/127.5 - 1 for b in mine)     # a GPU's NaN would be black
     got = _statistics(images, extractor, batch_size, True, device, None, seen)
     return _record('gFID', got, ref, neighbours, pr_n, preprocessing=f'{extractor.preprocessing}; samples to 8 bits by {way}', **how)

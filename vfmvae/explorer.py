@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 # %% ../nbs/19b_explorer.ipynb #778cb259
 from .align import Graph, cknna, cknna_null, knn_graph, mutual_knn, prepare
-from .core import UserError, digest, home, load_weights, nearest, save_weights, sidecar, whole
+from .core import UserError, best_device, device_of, digest, home, load_weights, nearest, save_weights, sidecar, whole
 from .data import CROPS, TRANSFORMS, Subset, World, open_image, take, taken, to_tensor, to_uint8
-from .features import pool
+from .features import extract, pool
 from .measures import METRICS, compare
 from .metrics import psnr
 from .plots import PALETTE, curves
-from .recipes import open_tokenizer
+from .recipes import open_tokenizer, opened
 from .tokenizer import net_digest, tokenizers
 from .vfm import _ALIASES, VFM, _known as _known_vfm
 from .views import Fitted, as_source, extract_views, label, see
@@ -267,12 +267,12 @@ def _bundled(name: str) -> Any:
     if name == 'tiny': return VFM('tiny')
     return tokenizers[name] if name in tokenizers else None
 
-def _by_name(own: Any) -> dict[str, Any]:
+def _by_name(own: Any, device: Any) -> dict[str, Any]:
     "Name -> net. UserError: no net, no name, or two different nets of one name."
     found: dict[str, Any] = {}
     for o in own if isinstance(own, list | tuple) else [own]:
         named = isinstance(o, str | Path)
-        net = o if not named else open_tokenizer(o) if _is_tokenizer(o) else VFM(str(o))
+        net = o if not named else opened(o, open_tokenizer if _is_tokenizer(o) else lambda name: VFM(str(name)), device)
         name = str(o) if named else getattr(as_source(o), 'name', None)
         if not isinstance(name, str): raise UserError(f'a {type(o).__name__} has no name; give it one (.name = ...)')
         _one(name, net, found[name] if name in found else _bundled(name))
@@ -284,11 +284,19 @@ def _one(name: str, net: Any, other: Any) -> None:
     if other is not None and not _same(other, net):
         raise UserError(f'two different nets are named {name!r}, one of them yours; give it another name (.name = ...)')
 
+def _tokens(x: Tensor, source: Any, layers: Any) -> dict:
+    "Layer -> tokens (b,n,c) of images, on the CPU."
+    return extract(source, x, layers, 'none', len(x), quiet=True)
+
+def _encode(x: Tensor, tokenizer: Any) -> Tensor: return tokenizer.encode(x.to(device_of(tokenizer))).mode().cpu()
+
+def _decode(z: Tensor, tokenizer: Any) -> Tensor: return tokenizer.decode(z.to(device_of(tokenizer))).clamp(-1, 1).cpu()
+
 class _Seen:
     "What a lab has opened: data sets, nets, banks, colours, scores; each once, until a file behind it is rewritten."
-    def __init__(self, own: Any, size: int, n: int):
-        self.size, self.n = whole(size, 'size', 8, 4096), whole(n, 'n', 0)
-        self.own = _by_name(own)
+    def __init__(self, own: Any, size: int, n: int, device: Any = None): # of nets that are opened here; others stay where they are
+        self.size, self.n, self.device = whole(size, 'size', 8, 4096), whole(n, 'n', 0), best_device(device)
+        self.own = _by_name(own, self.device)
         self.sets: dict[str, Any] = {}     # name -> data set that was handed over
         self.made: dict[tuple, Any] = {}
         self.files: dict[tuple, tuple] = {}     # of what was made: the files behind it, and how they were
@@ -349,7 +357,7 @@ class _Seen:
         return Job('reading', min(self.n, len(data)), run)
     def vfm(self, name: str) -> Any:
         def make() -> Any:
-            net = self.own[name] if name in self.own else VFM(name)
+            net = self.own[name] if name in self.own else VFM(name).to(self.device)
             return Fitted(net) if hasattr(net, 'patch') else as_source(net)
         return self.once(('vfm', name), make)
     def tokenizer(self, name: str) -> Any:
@@ -358,14 +366,14 @@ class _Seen:
             if name not in tokenizers:
                 at = sorted(Path(name).iterdir()) if Path(name).is_dir() else (name, sidecar(name))
                 self.files['tokenizer', name] = at, _times(at)
-            return open_tokenizer(name)
+            return opened(name, device=self.device)
         return self.once(('tokenizer', name), make)
     def source(self, name: str) -> Any: return self.once(('source', name), lambda: as_source(self.tokenizer(name)))
     def colours(self, banks: Banks | None, source: Any, layer: Any, x: Tensor) -> ColourFit:
         "Fitted to the first images of the shelf, so that a colour means the same at every move; to x while there is no shelf."
-        if banks is None: return ColourFit(source.features(x, [layer])[layer])
+        if banks is None: return ColourFit(_tokens(x, source, [layer])[layer])
         key = ('colours', banks, banks.key(source, None), layer)
-        return self.once(key, lambda: ColourFit(source.features(banks.shelf.batch(range(12))['image'], [layer])[layer]))
+        return self.once(key, lambda: ColourFit(_tokens(banks.shelf.batch(range(12))['image'], source, [layer])[layer]))
     def graph(self, banks: Banks, source: Any, layer: Any, view: Any, seed: int) -> Graph:
         key = ('graph', banks, banks.key(source, view, seed), layer)
         return self.once(key, lambda: knn_graph(prepare(banks.get(source, view, seed)[layer]), min(_MOST, len(banks.shelf)-1)))  # type: ignore[index]
@@ -393,9 +401,10 @@ class Explorer(Lab):
                  size: int = 64,                           # pixels of the square images
                  n: int = 256,                             # images that neighbours and scores are taken among
                  own: Any = (),                            # VFMs and tokenizers, objects, names or files: known by their name
+                 device: Any = None,                       # of nets that are opened by name; None: the best
                  **changes: Any):                          # fields of the state; `images` as for `open_data`
         super().__init__(state)
-        self.seen = _Seen(own, size, n)
+        self.seen = _Seen(own, size, n, device)
         self.uploads: dict[str, Tensor] = {}      # name -> (3,size,size)
         self.small: dict[str, str] = {}           # name -> how it was enlarged
         self.set(**changes)
@@ -495,7 +504,7 @@ class Explorer(Lab):
         (x, name, key), banks = self._image(state), self.seen.banks(state.images)
         changed = see(x, state.view, [state.image], state.seed)[0][1]
         eye, place = self.seen.vfm(state.vfm), banks.shelf.place(key) if banks else None
-        ask = partial(eye.features, layers=eye.layers)
+        ask = partial(_tokens, source=eye, layers=eye.layers)
         h = [self.seen.of(('vfm', self.seen.who(eye), i), v, ask)[state.layer] for i, v in enumerate((x, changed))]
         colour = self.seen.colours(banks, eye, state.layer, x)
         sides = [self._side(banks, state, t, x, changed, place) for t in state.tokenizers]
@@ -508,8 +517,8 @@ class Explorer(Lab):
     def _side(self, banks: Banks | None, state: ExplorerState, name: str, x: Tensor, changed: Tensor, own: int | None) -> Side:
         tok, source = self.seen.tokenizer(name), self.seen.source(name)
         who = self.seen.who(source)
-        z = [self.seen.of(('latent', who, i), v, lambda v: tok.encode(v).mode()) for i, v in enumerate((x, changed))]
-        again = self.seen.of(('again', who), z[1], lambda z: tok.decode(z).clamp(-1, 1))
+        z = [self.seen.of(('latent', who, i), v, partial(_encode, tokenizer=tok)) for i, v in enumerate((x, changed))]
+        again = self.seen.of(('again', who), z[1], partial(_decode, tokenizer=tok))
         colour = self.seen.colours(banks, source, 'latent', x)
         near = self._strip(banks, source, 'latent', torch.cat([v.mean((2, 3)) for v in z]), state.k, own)
         return Side(name, again[0], (again-changed).abs().mean(1)[0]/2, psnr(again, changed).item(), (colour(z[0])[0], colour(z[1])[0]),

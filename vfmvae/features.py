@@ -7,7 +7,7 @@ __all__ = ['FeatureSource', 'pool', 'as_images', 'batches', 'extract', 'Bank', '
 
 # %% ../nbs/03_features.ipynb #d9da22f9
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/03_features.ipynb #90a5c4a2
-from .core import UserError, check_weights, load_weights, progress, save_weights
+from .core import _INSIDE, UserError, best_device, check_weights, device_of, load_weights, progress, save_weights
 from .data import as_dataset, check_images, stamps
 
 # %% ../nbs/03_features.ipynb #4af06975
@@ -93,10 +93,19 @@ class _Silent:
     def update(self, n): pass
 
 def _place(source: Any, device: Any) -> torch.device:
-    "The device to run on; a source that is a module is moved to `device` if one is given."
-    if not isinstance(source, nn.Module): return torch.device(device or getattr(source, 'device', None) or 'cpu')
-    if device is not None: source.to(device)
-    return next((t.device for t in (*source.parameters(), *source.buffers())), torch.device(device or 'cpu'))
+    "Where a source runs: where its weights are, or `device`, if one is given, to which it moves with what it holds."
+    if device is None: return device_of(source)
+    device = best_device(device)
+    for net in (source, *(getattr(source, k, None) for k in _INSIDE)):
+        if isinstance(net, nn.Module): net.to(device)
+    return device
+
+def _on_cpu(found: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    "The same tensors on the CPU; those of one type in one copy, so that the host waits for a device once."
+    if all(h.device.type == 'cpu' for h in found.values()): return dict(found)
+    if len({(h.device, h.dtype) for h in found.values()}) > 1: return {k: h.cpu() for k, h in found.items()}
+    whole = torch.cat([h.flatten() for h in found.values()]).cpu().split([h.numel() for h in found.values()])
+    return {k: part.view(h.shape) for (k, h), part in zip(found.items(), whole, strict=True)}
 
 def _rows(parts: list[Tensor], layer: int | str) -> Tensor:
     shapes = sorted({tuple(r.shape[1:]) for r in parts})
@@ -110,7 +119,8 @@ def _extract(source: Any, images: Any, layers: Any, how: str, batch_size: int, d
     total = len(images) if isinstance(images, Sized) else None
     with torch.no_grad(), _Silent() if quiet else progress(total=total, desc=source.name) as bar:
         for batch in batches(images, batch_size):
-            for layer, h in source.features(batch['image'].to(device), layers).items(): kept.setdefault(layer, []).append(pool(h, how).float().cpu())
+            seen = source.features(batch['image'].to(device), layers)
+            for layer, h in _on_cpu({k: pool(h, how).float() for k, h in seen.items()}).items(): kept.setdefault(layer, []).append(h)
             keys += batch.get('key', [])
             bar.update(len(batch['image']))
     if not kept: raise UserError(f'no images for {source.name}; give at least one')
@@ -122,7 +132,7 @@ def extract(source: FeatureSource,                # a VFM, a tokenizer's or net'
             layers: Sequence[int | str] | None = None, # None: all of the source
             pool: str = 'mean',                   # see `pool`
             batch_size: int = 64,                 # images in one pass
-            device: str | torch.device | None = None, # where to run (a source that is a module moves there); None: where its weights are
+            device: str | torch.device | None = None, # where to run, and to which the source moves; None: where its weights are
             quiet: bool = False                   # no progress bar
            ) -> dict[int | str, Tensor]:
     "Layer -> pooled features (n,c) float32 on the CPU, in the order of `images`, without gradients. Raises UserError on no images or unequal rows."

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/18a_generate.ipynb #55357ead
-from .core import Registry, UserError, check_out, data_dir, nearest, progress, real, seed_all, whole, write_atomic, write_json
+from .core import Registry, UserError, check_out, data_dir, device_of, nearest, progress, real, seed_all, whole, write_atomic, write_json
 from .data import loader, take, to_pil
 from .dit import DiT, open_net, save_net
 from .evaluate import Record, Statistics, gfid
@@ -28,7 +28,7 @@ from .features import _place
 from .flow_presets import FLOW_PRESETS, FlowPreset
 from .flow_train import FlowTask, sample_latents
 from .latents import LatentCache, cache_latents, cache_name, latent_digest
-from .recipes import chosen, open_tokenizer, training_data
+from .recipes import chosen, opened, training_data
 from .tokenizer import tokenizers
 from .train import Run, fit, processes, provenance, warm_cosine
 from .vfm import VFM
@@ -67,11 +67,10 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     if tokenizer is None and p.tokenizer not in tokenizers:
         raise UserError(f'these latents are of {p.tokenizer}, which is not bundled; give its file as tokenizer '
                         '(--tokenizer FILE; of a published one --g-kwargs YAML, too)')
-    tok = open_tokenizer(p.tokenizer if tokenizer is None else tokenizer)
+    tok = opened(p.tokenizer if tokenizer is None else tokenizer, device=acc.device)
     ds = training_data(data, p.latent[1]*tok.stride, n, p.crop)
     if not isinstance(cache, LatentCache):
-        tok, some = tok.to(acc.device) if hasattr(tok, 'to') else tok, take(ds, n)
-        made = cache_latents(tok, ds, cache_name(tok, some, data, p.flips) if cache is None else cache, n, p.flips)
+        made = cache_latents(tok, ds, cache_name(tok, take(ds, n), data, p.flips) if cache is None else cache, n, p.flips)
         if made is None: raise UserError('other processes are still caching; wait for them and call again')
         cache = made
     cache.check(tok)
@@ -113,11 +112,12 @@ def open_flow(name: str | Path # a name of `nets`, or a file of `train_flow`
 
 def tokenizer_of(net: DiT, tokenizer: Any = None # or its name; None: by the name in net.meta
                 ) -> Any:
-    "The tokenizer whose latents the net learned. UserError: the net does not say, another one, or the right one with other weights or another scale."
+    """The tokenizer whose latents the net learned; opened here, it goes where the net is. UserError: the net does not say, another one, or the right one
+    with other weights or another scale."""
     name, scale, digest = (net.meta.get(k) for k in ('tokenizer', 'scale', 'digest'))
     if tokenizer is None and name is None:
         raise UserError('this net does not say whose latents it learned; pass the tokenizer')
-    tokenizer = open_tokenizer(name if tokenizer is None else tokenizer)
+    tokenizer = opened(name if tokenizer is None else tokenizer, device=device_of(net))
     if name is not None and tokenizer.name != name: raise UserError(f'this net learned the latents of {name}, not of {tokenizer.name}; decode with that one')
     if tokenizer.channels != net.config.in_channels:
         raise UserError(f'{tokenizer.name} has {tokenizer.channels} channels, this net {net.config.in_channels}; choose its own tokenizer')
@@ -156,7 +156,7 @@ class Samples:
         return dict(image=self.images[at], label=self.labels[at], key=[f'sample-{i:06d}' for i in at])
 
 def _decoded(tok: Any, z: Tensor) -> Tensor:
-    with torch.no_grad(): x = tok.decode(z.to(tok.stats.mean.device)).cpu()
+    with torch.no_grad(): x = tok.decode(z.to(device_of(tok))).cpu()
     if not x.isfinite().all():
         where = 'latents' if not z.isfinite().all() else f'pictures that {tok.name} makes of the latents'
         raise UserError(f'the {where} are NaN or infinite; guide less strongly, take more steps or look at the weights (nothing of this batch is written)')
@@ -183,6 +183,7 @@ def generate(net: str | Path | DiT,             # see `open_flow`
              out: str | Path | None = None,     # a folder: PNG files as they are made, and nothing is held in memory
              batch_size: int = 64,
              rank: int = 0, processes: int = 1, # with a folder: this process makes every processes-th batch
+             device: Any = None,                # of nets that are opened by name; None: the best
              **how: Any                         # for `sample_latents`: steps, guidance, interval, weak (a net or its name) ...; else what the net's file says
             ) -> Any:
     """`Samples`, or with `out` the paths of the PNG files. UserError: no such net, another tokenizer, labels that the net does not know, a folder that
@@ -190,14 +191,14 @@ def generate(net: str | Path | DiT,             # see `open_flow`
     seed, batch_size, processes = whole(seed, 'seed', -2**63, 2**63-1), whole(batch_size, 'batch_size', 1), whole(processes, 'processes', 1)
     rank = whole(rank, 'rank', 0, processes-1)
     if out is None and processes > 1: raise UserError(f'{processes} processes share a folder of samples; give out')
-    model = net if isinstance(net, DiT) else open_flow(net)
+    model = net if isinstance(net, DiT) else opened(net, open_flow, device)
     tok = tokenizer_of(model, tokenizer)
     y, counted = _labels(labels, model.config.num_classes, policy, seed), np.ndim(labels) == 0
     if out is not None: out = check_out(out)
     how = {**model.meta.get('sampling', {}), **how}
     weak = how.get('weak')
     if weak is not None and weak != 'base':
-        how['weak'] = weak if isinstance(weak, DiT) else open_flow(weak)
+        how['weak'] = weak if isinstance(weak, DiT) else opened(weak, open_flow, device_of(model))
         tokenizer_of(how['weak'], tok)
     shape = tuple(model.meta.get('latent') or (model.config.in_channels, *[tok.config.img_size//tok.stride]*2))
     facts = dict(net=str(net) if not isinstance(net, DiT) else 'given', tokenizer=tok.name,

@@ -11,6 +11,7 @@ __all__ = ['EDITS', 'edit_latent', 'ReconstructionState', 'Reconstructed', 'Reco
 import math, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from torch import Tensor
 
 # %% ../nbs/19c_labs.ipynb #68657a4d
 from .align import cknna, cknna_parts, prepare
-from .core import UserError, nearest, real, whole
+from .core import UserError, device_of, nearest, real, whole
 from .dit import DiT, NetFeatures
-from .explorer import Banks, Shelf, _is_tokenizer, _of_vfm, _one, _Seen, _who, layer_name
+from .explorer import Banks, Shelf, _decode, _encode, _is_tokenizer, _of_vfm, _one, _Seen, _tokens, _who, layer_name
 from .flow import ODES, ImageNoise, field, internal_guidance, trajectory
 from .generate import nets as bundled, open_flow, tokenizer_of
 from .metrics import psnr
 from .neighbours import _shared, _sorted
 from .plots import MARKERS, PALETTE, curves, heat
-from .recipes import open_tokenizer
+from .recipes import opened
 from .tokenizer import tokenizers
 from .widgets import (Control, Job, Lab, Sheet, _fits, _join, _noted, _reach, _read, _settle, middle, pca_colours,
                             transform_controls)
@@ -89,9 +90,10 @@ class ReconstructionLab(Lab):
                  images: Any = 'world',      # 'world', a folder of images, shards, or whatever `data.as_dataset` takes
                  size: int = 64,             # pixels of the square images, unless a data set says otherwise
                  own: Any = (),              # tokenizers, known here by their name; objects, names or files
+                 device: Any = None,         # of nets that are opened by name; None: the best
                  **changes: Any):            # fields of the state
         super().__init__(state)
-        self.seen = _Seen(own, size, 32)
+        self.seen = _Seen(own, size, 32, device)
         self.spec = self.seen.give(images)
         self.set(**changes)
     @property
@@ -110,10 +112,10 @@ class ReconstructionLab(Lab):
         self.seen.check(self.spec, state.tokenizer)
         tok = self.seen.tokenizer(state.tokenizer)
         x = _read(self.images, [state.image, state.other])['image']
-        z = tok.encode(x).mode()
+        z = _encode(x, tok)
         new = edit_latent(z[:1], z[1:], state.edit, state.amount, state.seed)
-        scales = [s[0].clamp(-1, 1) for s in tok.decode_scales(new)][::-1] if hasattr(tok, 'decode_scales') else [tok.decode(new)[0].clamp(-1, 1)]
-        plain = tok.decode(z[:1]).clamp(-1, 1)
+        many = tok.decode_scales(new.to(device_of(tok))) if hasattr(tok, 'decode_scales') else [_decode(new, tok)]
+        scales, plain = [s[0].clamp(-1, 1).cpu() for s in many][::-1], _decode(z[:1], tok)
         each = tuple(psnr(s[None], _grown(x[0], s.shape[1:])[None].clamp(-1, 1)).item() for s in scales)
         quality = (psnr(plain, x[:1]).item(), psnr(scales[-1][None], x[:1]).item())
         colours = tuple(c[0] for c in pca_colours([z[:1], z[1:], new]))
@@ -184,10 +186,10 @@ class Neighbours:
 class SetLab(Lab):
     """A lab about a whole set: `n` images of it (`data.take`), counted from 0 among themselves, their features computed once.
     `images`: 'world', a folder, shards, or whatever `data.as_dataset` takes; `own` VFMs and tokenizers, as objects, names or files,
-    are known by their name."""
-    def __init__(self, state: Any = None, images: Any = 'world', size: int = 64, n: int = 128, own: Any = (), **changes: Any):
+    are known by their name; nets that are opened by name go to `device`, None: the best."""
+    def __init__(self, state: Any = None, images: Any = 'world', size: int = 64, n: int = 128, own: Any = (), device: Any = None, **changes: Any):
         super().__init__(state)
-        self.seen = _Seen(own, size, n)
+        self.seen = _Seen(own, size, n, device)
         self.images = self.seen.give(images)
         self.set(**changes)
     def set(self, **changes: Any) -> Any:
@@ -332,18 +334,18 @@ def _layer_names(source: Any) -> tuple[str, ...]:
     if 'embedder' not in source.layers: return tuple(map(layer_name, source.layers))
     return tuple({'embedder': 'embedder', 'final': 'final layer'}.get(k, f'block {k}') for k in source.layers)
 
-def _net_and_tokenizer(x: Any) -> tuple[DiT, Any]:
+def _net_and_tokenizer(x: Any, device: Any) -> tuple[DiT, Any]:
     "Of a velocity net and its tokenizer, or of the net alone; objects, names or files."
     net, tok = x if isinstance(x, tuple | list) else (x, None)
-    net = open_flow(net) if isinstance(net, str | Path) else net
-    return net, open_tokenizer(tok) if isinstance(tok, str | Path) else tok if tok is not None else tokenizer_of(net)
+    net = opened(net, open_flow, device) if isinstance(net, str | Path) else net
+    return net, opened(tok, device=device) if tok is not None else tokenizer_of(net)
 
 class LayerLab(SetLab):
     """CKNNA between all layers of two sources; see `SetLab` and `LayerState`. `nets`: name -> net or (net, its tokenizer), as objects,
     names or files, beside the bundled ones."""
     State, title, scrub = LayerState, 'Layer lab', ('t',)
     def __init__(self, state: LayerState | None = None, nets: Mapping[str, Any] | None = None, **more: Any):
-        self.nets = {str(n): _net_and_tokenizer(v) for n, v in dict(nets or {}).items()}
+        self.nets = {str(n): _net_and_tokenizer(v, more.get('device')) for n, v in dict(nets or {}).items()}
         super().__init__(state, **more)
         for name, (net, _) in self.nets.items():
             if name in bundled: _one(name, net, open_flow(name))
@@ -353,7 +355,7 @@ class LayerLab(SetLab):
         "A VFM, a tokenizer, or a net at noise level t."
         if name not in self.velocity: return super().source(name)
         def make() -> NetFeatures:
-            net, tokenizer = self.nets[name] if name in self.nets else _net_and_tokenizer(name)
+            net, tokenizer = self.nets[name] if name in self.nets else _net_and_tokenizer(name, self.seen.device)
             return NetFeatures(net, tokenizer, t=t, name=f'{name}@t{t:g}')
         return self.seen.once(('net', name, t), make)
     @property
@@ -386,7 +388,7 @@ class LayerLab(SetLab):
         table = self.seen.once(('layers', banks, banks.key(a, None), banks.key(b, None), state.k), scores)
         x = banks.shelf.batch([state.image])['image']
         la, lb = a.layers[state.row], b.layers[state.column]
-        colours = (pca_colours(a.features(x, [la])[la])[0], pca_colours(b.features(x, [lb])[lb])[0])
+        colours = (pca_colours(_tokens(x, a, [la])[la])[0], pca_colours(_tokens(x, b, [lb])[lb])[0])
         return Layers(state, names, table, x[0], colours, banks.shelf, self.note([a, b]))
     def sheet(self, result: Layers, width: float) -> Sheet:
         "The heat map with a ring on the chosen pair; beside or below it one image as both see it."
@@ -631,15 +633,16 @@ class SamplerLab(Lab):
     def __init__(self, nets: Any = None,                  # one, or stage -> net, early first; objects, names or files; None: the bundled
                  tokenizer: Any = 'vfmvae-tiny-f8d16',    # a name, a file or a Tokenizer
                  state: SamplerState | None = None, side: int = 8,  # latent pixels per side
+                 device: Any = None,                      # of nets that are opened by name; None: the best
                  **changes: Any):                         # fields of the state
         super().__init__(state)
-        self.tokenizer = open_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        open_here, self.tokenizer = partial(opened, by=open_flow, device=device), opened(tokenizer, device=device)
         if nets is None:
             name = f'dit-{self.tokenizer.name}'
             if name not in bundled: raise UserError(f'no net for {self.tokenizer.name} is bundled ({name}); give nets=, such as open_flow(path)')
-            nets = {stage: open_flow(n) for stage, n in (('early', f'{name}-early'), ('trained', name)) if n in bundled}
+            nets = {stage: n for stage, n in (('early', f'{name}-early'), ('trained', name)) if n in bundled}
         given = dict(nets) if isinstance(nets, Mapping) else {'net': nets}
-        self.nets: dict[str, DiT] = {str(k): open_flow(v) if isinstance(v, str | Path) else v for k, v in given.items()}
+        self.nets: dict[str, DiT] = {str(k): open_here(v) if isinstance(v, str | Path) else v for k, v in given.items()}
         if not self.nets: raise UserError('no nets to sample from; give at least one')
         for net in self.nets.values(): tokenizer_of(net, self.tokenizer)
         self.side = whole(side, 'side', 1, 512)
@@ -663,8 +666,9 @@ class SamplerLab(Lab):
         if state.label > (n := self._net(state).config.num_classes): raise UserError(f'no class {state.label}; there are 0 to {n-1}, and {n} for none')
     def _velocity(self, state: SamplerState) -> Any:
         net = self._net(state)
-        if state.guidance == 1: return field(net, torch.tensor([state.label]))
-        both = field(net, torch.tensor([state.label, net.config.num_classes]))      # one pass of two costs a slider less than two of one
+        labels = torch.tensor([state.label, net.config.num_classes]).to(net.device)
+        if state.guidance == 1: return field(net, labels[:1])
+        both = field(net, labels)                   # one pass of two costs a slider less than two of one
         def pair(z: Tensor, t: float) -> tuple[Tensor, Tensor]:
             asked, plain = both(torch.cat([z, z]), t).chunk(2)
             return asked, plain
@@ -672,7 +676,7 @@ class SamplerLab(Lab):
     def _way(self, state: SamplerState) -> _Way:
         key = replace(state, step=0), _who(self._net(state)), _who(self.tokenizer)
         def start() -> Iterator[tuple[float, Tensor]]:
-            noise = ImageNoise(state.seed, [0], (self.tokenizer.channels, self.side, self.side))
+            noise = ImageNoise(state.seed, [0], (self.tokenizer.channels, self.side, self.side), device=self._net(state).device)
             return trajectory(self._velocity(state), noise, state.steps, state.method)
         with self._lock:                     # a picture and a job may ask for a new way at once
             if key not in self._ways:
@@ -702,9 +706,9 @@ class SamplerLab(Lab):
         step = min(state.step, len(gone)-1)
         (t, z), end = gone[step], gone[-1][1]
         guess = z - t*self._velocity(state)(z, t) if t > 0 else z          # on the linear path, z_t - t v
-        now, then, final = self.tokenizer.decode(torch.cat([z, guess, end])).clamp(-1, 1)
+        now, then, final = _decode(torch.cat([z, guess, end]), self.tokenizer)
         colours = pca_colours([end, guess, z])
-        far = tuple((v-end).square().mean().sqrt().item() for _, v in gone)
+        far = tuple(torch.stack([(v-end).square().mean() for _, v in gone]).sqrt().tolist())
         return Sampled(state, t, tuple(v for v, _ in gone), now, then, final, (colours[2][0], colours[1][0], colours[0][0]), far, step)
     def sheet(self, result: Sampled, width: float) -> Sheet:
         "State, prediction and end, decoded and as latents; how far each step is from the end."

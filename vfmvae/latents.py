@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/15b_latents.ipynb #5809d2d7
-from .core import (Gaussian, UserError, as_path, check_out, check_weights, first_line, home, inside,
+from .core import (Gaussian, UserError, as_path, check_out, check_weights, device_of, first_line, home, inside,
                          notice, progress, read_json, sweep, to_json, whole, write_atomic, write_json)
 from .data import World, as_dataset, fingerprint, take, taken, uniforms
+from .features import _on_cpu
 from .tokenizer import LatentStats, net_digest
 from .train import provenance, world
 from .vfm import read_torch
@@ -69,8 +70,9 @@ def _rows(data: Any, at: Sequence[int]) -> dict: return data.batch([int(i) for i
 def _encoded(tokenizer: Any, x: Tensor) -> Gaussian:
     "The posterior on the tokenizer's raw scale, on the CPU."
     s = tokenizer.stats
-    g = tokenizer.encode(x.to(s.mean.device)).scale(*(t[:, None, None] for t in (-s.mean/s.std, 1/s.std)))
-    return Gaussian(g.mean.cpu(), None if g.logvar is None else g.logvar.cpu())
+    g = tokenizer.encode(x.to(device_of(tokenizer))).scale(*(t[:, None, None] for t in (-s.mean/s.std, 1/s.std)))
+    found = _on_cpu({k: t for k, t in (('mean', g.mean), ('logvar', g.logvar)) if t is not None})
+    return Gaussian(found['mean'], found.get('logvar'))
 
 def _shard_of(tokenizer: Any, data: Any, at: range, batch_size: int, flips: bool, dtype: torch.dtype, bar: Any) -> dict[str, Tensor]:
     "The tensors of one shard."

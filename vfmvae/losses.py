@@ -9,7 +9,8 @@ __all__ = ['resize', 'target_transform', 'latent_transform', 'Warp', 'draw_warp'
 # %% ../nbs/09_losses.ipynb #7d8feeb9
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+import random
+from typing import Any, NamedTuple
 
 # %% ../nbs/09_losses.ipynb #7a90f5aa
 import torch, torch.nn.functional as F
@@ -59,12 +60,15 @@ class Warp(NamedTuple):
     prior: bool = True
 
 def draw_warp(scales: Sequence[float] = (.25, .5, .75, 1.), # the last is 1
-              draws: Draws | None = None                    # all images of a step share the warp; None: torch's own numbers
+              rng: Any = random                             # `Draws`: what all images of a step share; or what has `random()` and `choice()`
              ) -> Warp:
     "Half the time the latent is shrunk and turned; else, one time in four, the image is shrunk first (spec/vfm_vae.md section 9)."
-    which, scale, turn = (torch.rand(3) if draws is None else draws.shared.uniform('warp', (3,))[0]).tolist()
-    if which < .5: return Warp(scales[int(scale*len(scales))], int(turn*4), False)
-    return Warp(scales[int(scale*(len(scales)-1))] if turn < .25 else 1.)
+    if isinstance(rng, Draws):
+        u = iter(rng.shared.uniform('warp', (3,))[0].tolist())
+        pick, number = (lambda some: some[int(next(u)*len(some))]), lambda: next(u)
+    else: pick, number = rng.choice, rng.random
+    if number() < .5: return Warp(pick(scales), pick((0, 1, 2, 3)), False)
+    return Warp(pick(scales[:-1]) if number() < .25 else 1.)
 
 # %% ../nbs/09_losses.ipynb #4979e960
 def _same(x: Tensor, y: Tensor) -> None:

@@ -66,6 +66,11 @@ def _features(train_x: Any, test_x: Any) -> tuple[Tensor, Tensor]:
     _said(_copies(a if train_x is test_x else torch.cat([a, b.to(a)])), 'rows of a probe')
     return a, b.to(a.device)
 
+def _host(*given: Any) -> list[Any]:
+    "The same on the CPU: who takes a step by the number that the last one gave waits for a device thousands of times."
+    once = {id(x): x.cpu() for x in given if isinstance(x, Tensor)}
+    return [once.get(id(x), x) for x in given]
+
 def _codes(known: Sequence, ya: Sequence, yb: Sequence, device: Any) -> tuple[Tensor, Tensor, int]:
     "Classes of both parts as numbers, in the order of `known` (all of training), what training never saw above them; and how many training has."
     if new := sorted({*yb}-{*known}):
@@ -165,7 +170,7 @@ def linear_probe(train_x: Any, train_y: Any,  # (n,d) features in any unit, (n,)
                 ) -> Score:
     """Test accuracy of multinomial logistic regression on standardised features, with its 95 % interval; nan if the features never vary. Warns of rows that
     are copies and of classes unseen in training, which count as wrong."""
-    a, codes, b, yb, classes = _xy(train_x, train_y, test_x, test_y)
+    a, codes, b, yb, classes = _xy(*_host(train_x, train_y, test_x, test_y))
     return _linear(a, codes, b, yb, classes, whole(seed, 'seed'), whole(components, 'components', 1))
 
 def _linear(a: Tensor, codes: Tensor, b: Tensor, yb: Tensor, classes: int, seed: int, components: int = 1024) -> Score:
@@ -202,6 +207,7 @@ def ridge_probe(train_x: Any, train_y: Any,  # (n,d) features, (n,) or (n,m) con
                ) -> Score:
     """Test R^2 of ridge regression on standardised features, averaged over factors, with its 95 % interval; nan if the features never vary. Warns of rows
     that are copies. UserError if a factor never varies."""
+    train_x, train_y, test_x, test_y = _host(train_x, train_y, test_x, test_y)
     (a, b), seed, components = _features(train_x, test_x), whole(seed, 'seed'), whole(components, 'components', 1)
     ya, yb = (_numbers(y, x, name) for y, x, name in ((train_y, a, 'training targets'), (test_y, b, 'test targets')))
     if ya.shape[1] != yb.shape[1]: raise UserError(f'{ya.shape[1]} and {yb.shape[1]} factors; give the same ones for both parts')

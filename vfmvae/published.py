@@ -5,30 +5,32 @@
 # %% auto #0
 __all__ = ['SHAPING', 'FIXED', 'DERIVED', 'IDLE', 'COUNTS', 'SWITCHES', 'VFM_PREFIX', 'SIGLIP_PREFIX', 'NET_KEYS', 'NET_SWITCHES',
            'NET_COUNTS', 'NET_IDLE', 'PUBLISHED_HEADS', 'read_checkpoint', 'config_of', 'load_vfmvae', 'load_convvae',
-           'read_settings', 'open_published', 'load_net']
+           'load_rae', 'read_settings', 'open_published', 'DiffusersVAE', 'load_net']
 
 # %% ../nbs/17_published.ipynb #9b6229d6
 import os, pickle, re, reprlib, warnings, zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 # %% ../nbs/17_published.ipynb #8eb31e88
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/17_published.ipynb #5c7026ee
-from .baselines import ConvVAE, ConvVAEConfig
-from .core import UserError, first_line, as_path, build_config, check_weights, is_file, load_weights, nearest, read_json, real, whole
+from .baselines import RAE, ConvVAE, ConvVAEConfig, RAEConfig
+from .core import UserError, device_of, first_line, as_path, build_config, check_weights, is_file, load_weights, nearest, read_json, real, whole
 from .dit import FAMILIES, SIZES, DiT, DiTConfig
 from .dit_layers import rope_table, sincos_table
 from .layers import norm_groups
-from .tokenizer import LatentStats
+from .tokenizer import LatentStats, openers
 from .vae import VFMVAE, VFMVAEConfig, complain
-from .vfm import VFM, check_pickle, vfm_from_hf_siglip
+from .vfm import _ALIASES, VFM, check_pickle, vfm_from_hf_siglip
 
 # %% ../nbs/17_published.ipynb #8a0a8260
 class _DictOnly(type):
@@ -307,7 +309,7 @@ def _diffusers_folder(source: Any, config: Any) -> tuple[Any, Mapping | None]:
     if isinstance(config, str | Path): return source, read_json(Path(config)/'config.json' if Path(config).is_dir() else config)
     if config is None and path is not None and (beside := path.parent/'config.json').is_file():
         told = read_json(beside)
-        if 'norm_num_groups' in told or told.get('_class_name') == 'AutoencoderKL': config = told
+        if 'norm_num_groups' in told or told.get('_class_name') in ('AutoencoderKL', 'AutoencoderRAE'): config = told
     if not isinstance(config, Mapping | None): raise UserError(f"config is diffusers' config.json or a mapping, not {reprlib.repr(config)}")
     return source, config
 
@@ -331,8 +333,134 @@ def load_convvae(source: Mapping | str | Path,       # a state dict, the path of
     model.name = name or model.name
     return model.eval()
 
+# %% ../nbs/17_published.ipynb #e5649853
+_RAE = dict(encoder_type='dinov2', encoder_hidden_size=768, encoder_patch_size=14, encoder_num_hidden_layers=12, decoder_hidden_size=512,
+            decoder_num_hidden_layers=8, decoder_num_attention_heads=16, decoder_intermediate_size=2048, patch_size=16, encoder_input_size=224,
+            image_size=None, num_channels=3, encoder_norm_mean=None, encoder_norm_std=None, latents_mean=None, latents_std=None, noise_tau=0.,
+            reshape_to_2d=True, use_encoder_loss=False, scaling_factor=1.)              # diffusers' defaults
+_RAE_NAMES = [(p, re.compile(q)) for p, q in {
+    r'blocks.\2.': r'^(encoder\.|decoder_)?layers?\.(\d{1,4})\.',
+    r'.attn.\2.': r'\.(attention\.attention\.|attention\.(?:to_)?|self_attn\.)([qkv])(?:uery|ey|alue|_proj)?\.',
+    '.attn.proj.': r'\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj|attention\.to_out\.0)\.', '.mlp.fc1.': r'\.intermediate\.dense\.',
+    '.mlp.fc2.': r'\.output\.dense\.', '.norm1.': r'\.(layer_norm1|layernorm_before)\.', '.norm2.': r'\.(layer_norm2|layernorm_after)\.',
+    r'.ls\1.gamma': r'\.layer_scale([12])\.lambda1$', 'patch_embed.proj.': r'^embeddings\.patch_embeddings?\.(projection\.)?',
+    'pos_embed': r'^embeddings\.position_embedding(s|\.weight)$', 'cls_token': r'^embeddings\.cls_token$', 'reg_token': r'^embeddings\.register_tokens$',
+    'inp.': r'^decoder_embed\.', 'norm.': r'^decoder_norm\.', 'out.': r'^decoder_pred\.', 'token': r'^trainable_cls_token$'}.items()]
+_TIMM = {'dinov2': 'vit_{}_patch{}_reg4_dinov2.lvd142m', 'siglip2': 'vit_{}_patch{}_siglip_256.v2_webli', 'mae': 'vit_{}_patch{}_224.mae'}
+_WIDTHS = {384: 'small', 768: 'base', 1024: 'large', 1536: 'giant'}
+
+def _timm_name(c: Mapping) -> str:
+    "What we call the encoder of an `AutoencoderRAE`: a short name, or timm's."
+    full = _TIMM[c['encoder_type']].format(_WIDTHS.get(w := c['encoder_hidden_size'], w), c['encoder_patch_size'])
+    return next((k for k, v in _ALIASES.items() if v == full), full)
+
+def _half(sd: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    "The tensors below a prefix under timm's names; query, key and value stacked into one."
+    out: dict[str, Tensor] = {}
+    for key, v in sd.items():
+        if not key.startswith(prefix): continue
+        k = key.removeprefix(prefix).removeprefix('vision_model.')
+        for here, there in _RAE_NAMES: k = there.sub(here, k)
+        if k in out: raise UserError(f'{key} has the place of another tensor of the file, {k}; choose another file')
+        out[k] = v
+    for k in [k for k in out if '.attn.q.' in k]:
+        parts: list[Any] = [out.pop(q, None) for q in (k, k.replace('.q.', '.k.'), k.replace('.q.', '.v.'))]
+        if any(p is None or p.shape != parts[0].shape or not p.ndim for p in parts):
+            raise UserError(f'{prefix}{k} has no key and value of its shape; choose another file')
+        out[k.replace('.q.', '.qkv.')] = torch.cat(parts)
+    return out
+
+def _tower(sd: Mapping[str, Tensor], c: Mapping, mean: Tensor, std: Tensor) -> VFM:
+    "The frozen encoder inside an `AutoencoderRAE`; its last norm has no weights there, and is not used."
+    from timm.models import VisionTransformer
+    kind, dim, patch, depth = (c[f'encoder_{k}'] for k in ('type', 'hidden_size', 'patch_size', 'num_hidden_layers'))
+    own = {k: v for k, v in _half(sd, 'encoder.').items() if k != 'embeddings.mask_token' and not (kind == 'siglip2' and k.startswith('head.'))}
+    pos, fc1, cls = own.get('pos_embed'), own.get('blocks.0.mlp.fc1.weight'), int(kind != 'siglip2')
+    if pos is None or fc1 is None or pos.ndim not in (2, 3) or not fc1.ndim: raise UserError('the file holds no encoder; choose another file')
+    own['pos_embed'] = pos = pos.reshape(1, -1, pos.shape[-1])
+    side = isqrt(max(pos.shape[1]-cls, 1))
+    if kind == 'dinov2' and own.get('cls_token', pos).shape == pos[:, :1].shape: own |= dict(pos_embed=pos[:, 1:], cls_token=own['cls_token']+pos[:, :1])
+    make = partial(VisionTransformer, img_size=side*patch, patch_size=patch, embed_dim=dim, depth=depth, num_heads=dim//64, mlp_ratio=(len(fc1)+.5)/dim,
+                   class_token=bool(cls), reg_tokens=4*(kind == 'dinov2'), no_embed_class=kind == 'dinov2', init_values=1. if kind == 'dinov2' else None,
+                   global_pool='', num_classes=0, act_layer='gelu_tanh' if kind == 'siglip2' else 'gelu',
+                   norm_layer=partial(nn.LayerNorm, eps=1e-12 if kind == 'mae' else 1e-6))
+    net = _on_meta(lambda _: make(), None)
+    _fill(net, own | {'norm.weight': torch.ones(dim), 'norm.bias': torch.zeros(dim)}, 'this encoder')
+    net.pretrained_cfg = dict(architecture=kind, input_size=(3, side*patch, side*patch), mean=tuple(mean.tolist()), std=tuple(std.tolist()),
+                              interpolation='bicubic')
+    return VFM(_timm_name(c), net=net, pos_antialias=kind == 'dinov2', spec=dict(source="diffusers' AutoencoderRAE"))
+
+# %% ../nbs/17_published.ipynb #377ed057
+def _rae_config(config: Any) -> dict[str, Any]:
+    "diffusers' settings, complete. UserError on what it does not have, or we do not."
+    if not isinstance(config, Mapping): raise UserError("an AutoencoderRAE opens with its config.json; give diffusers' folder")
+    given = {k: v for k, v in config.items() if not str(k).startswith('_')}
+    if bad := sorted(map(str, set(given)-set(_RAE))):
+        raise UserError(f'AutoencoderRAE has no setting {bad[0]!r} that is known here{nearest(bad[0], _RAE)}; upgrade vfmvae')
+    c = _RAE | given
+    kind, dim, seen, own = (c[f'encoder_{k}'] for k in ('type', 'hidden_size', 'input_size', 'patch_size'))
+    if not isinstance(kind, str) or kind not in _TIMM: raise UserError(f"encoder_type={kind!r} is none of {', '.join(_TIMM)}")
+    for k, v in _RAE.items():
+        if type(v) is int: whole(c[k], k, 1, 256 if k.endswith('_layers') else 1 << 16)
+        if type(v) is bool and not isinstance(c[k], bool): raise UserError(f'{k}={c[k]!r} is neither True nor False')
+    real(c['noise_tau'], 'noise_tau', 0), real(c['scaling_factor'], 'scaling_factor', above=0)
+    if c['num_channels'] != 3: raise UserError(f"num_channels={c['num_channels']} is not supported, only 3")
+    if dim % 64: raise UserError(f'encoder_hidden_size={dim} is no multiple of 64, the width of a head')
+    if seen % own: raise UserError(f'encoder_patch_size={own} does not divide encoder_input_size={seen}')
+    side = seen//own*c['patch_size']
+    if c['image_size'] not in (None, side): raise UserError(f"image_size={c['image_size']!r} is not supported, only {side}, one token a patch")
+    return c | dict(image_size=side)
+
+def _rae_scale(sd: Mapping[str, Tensor], c: Mapping) -> tuple[Tensor, Tensor, bool]:
+    "Mean and std (c,h,w) of the latents, and whether they differ from position to position."
+    n, dim = c['image_size']//c['patch_size'], c['encoder_hidden_size']
+    out = []
+    for k in ('_latents_mean', '_latents_std'):
+        if k not in sd: raise UserError(f'the file has no {k}; choose another one')
+        try: t = sd[k].double().expand((1, dim, n, n) if c['reshape_to_2d'] else (1, n*n, dim))[0]
+        except RuntimeError: raise UserError(f"{k} {tuple(sd[k].shape)} does not fit {dim} channels of {n}x{n}; choose another file") from None
+        out.append(t if c['reshape_to_2d'] else t.T.reshape(dim, n, n))
+    mean, std = out[0], (out[1]+1e-5)/c['scaling_factor']          # as diffusers divides
+    if not (out[1] > 0).all(): raise UserError('_latents_std is not above 0 everywhere; choose another file')
+    return mean, std, any((t != t[:, :1, :1]).any().item() for t in (mean, std))
+
+def load_rae(source: Mapping | str | Path,                 # a folder of diffusers, its file of weights, or a state dict
+             vfm: Any = None,                              # a VFM instead of the one inside; False: none, decode only
+             config: Mapping | str | Path | None = None    # diffusers' config.json; None: the one beside the file
+            ) -> RAE:
+    """diffusers' `AutoencoderRAE`, in eval mode: its encoder as `vfm`, its scale as `stats` or, where each position has its own, in the net. Strict: UserError
+    that lists missing, extra and misshaped tensors, on unknown settings and on those without meaning here."""
+    source, told = _diffusers_folder(source, config)
+    c, sd = _rae_config(told), _tensors(source)
+    if bad := [k for k in sd if not k.startswith(('encoder.', 'decoder.')) and k not in ('encoder_mean', 'encoder_std', '_latents_mean', '_latents_std')]:
+        raise UserError(f'{bad[0]} is no tensor of an AutoencoderRAE; choose another file')
+    check_weights(sd, 'this checkpoint')
+    colour = [sd.get(f'encoder_{k}', torch.zeros(0)).double().flatten() for k in ('mean', 'std')]
+    if any(t.numel() != 3 for t in colour) or not (colour[1] > 0).all():
+        raise UserError('encoder_mean and encoder_std are three numbers each, the second above 0; choose another file')
+    mean, std, placed = _rae_scale(sd, c)
+    n, p = c['image_size']//c['patch_size'], c['patch_size']
+    tower = _tower(sd, c, *colour) if vfm is None else vfm or None
+    told = dict(vfm=tower.name if tower else _timm_name(c), patch=c['encoder_patch_size'], channels=c['encoder_hidden_size'], layer=-2, stride=p,
+                img_size=c['image_size'], width=c['decoder_hidden_size'], depth=c['decoder_num_hidden_layers'], heads=c['decoder_num_attention_heads'],
+                mlp=c['decoder_intermediate_size'], tau=float(c['noise_tau']), eps=1e-12 if c['encoder_type'] == 'mae' else 1e-6, published=True)
+    model = _on_meta(RAE, build_config(RAEConfig, told | dict(places=n*placed)))
+    model.stats = LatentStats(model.channels)
+    own = _half(sd, 'decoder.')
+    own.pop('decoder_pos_embed', None)              # diffusers passes it by, too
+    for k, shape in {'out.weight': (3*p*p, c['decoder_hidden_size']), 'out.bias': (3*p*p,)}.items():
+        if k in own and own[k].shape == shape:      # its rows are pixel by pixel, ours colour by colour; colours: 2 (y std + mean) - 1
+            rows = own[k].double().unflatten(0, (p*p, 3)).transpose(0, 1)
+            wide = [t.reshape(3, *[1]*(rows.ndim-1)) for t in colour]
+            own[k] = (rows*wide[1]*2 + (wide[0]*2-1 if k == 'out.bias' else 0)).flatten(0, 1)
+    _fill(model, own | (dict(place_mean=mean, place_std=std) if placed else {}), 'this tokenizer')
+    if not placed: model.stats.set(mean[:, 0, 0].float(), std[:, 0, 0].float())
+    model.attach(tower)
+    return model.eval()
+
 # %% ../nbs/17_published.ipynb #401ab537
-_OTHERS = {'x_embedder.proj.weight': 'a diffusion net; it opens with load_net(path, family)',
+_OTHERS = {'decoder.decoder_embed.weight': "diffusers' AutoencoderRAE; it opens with its config.json, so give the folder",
+           'x_embedder.proj.weight': 'a diffusion net; it opens with load_net(path, family)',
            'embeddings.patch_embedding.weight': "a vision tower of Hugging Face; it opens with vfm_from_hf_siglip(read_checkpoint(path))",
            'patch_embed.proj.weight': 'a vision transformer; it opens with VFM(name, pretrained=path)',
            'quantize.embedding.weight': 'a convolutional autoencoder with a codebook, which is not supported; take one of the KL kind',
@@ -353,10 +481,13 @@ def read_settings(source: Mapping | str | Path # the `G_kwargs` mapping, or a YA
 
 def open_published(source: Mapping | str | Path,              # a file, a folder of diffusers, or a state dict
                    g_kwargs: Mapping | str | Path | None = None, # of a VFM-VAE: the settings of its training, or their YAML
-                   vfm: Any = None                            # see `load_vfmvae` and `load_convvae`
-                  ) -> VFMVAE | ConvVAE:
+                   vfm: Any = None                            # see `load_vfmvae`, `load_convvae` and `load_rae`; False: none
+                  ) -> VFMVAE | ConvVAE | RAE:
     "A published tokenizer of whatever kind the names of its tensors tell, in eval mode. UserError that says what the file is, if it is none."
-    if isinstance(source, str | Path) and os.path.isdir(as_path(source)): return load_convvae(source, vfm=vfm)
+    beside = None if isinstance(source, Mapping) else _diffusers_folder(source, None)
+    if beside and (beside[1] or {}).get('_class_name') == 'AutoencoderRAE': return load_rae(source, vfm)
+    vfm = vfm or None
+    if beside and os.path.isdir(as_path(source)): return load_convvae(source, vfm=vfm)
     content = source if isinstance(source, Mapping) else read_checkpoint(source)
     names = [k.removeprefix('first_stage_model.') for k in _tensors(content, *_WRAPPERS)]
     if any(k.startswith(_VFMVAE) for k in names):
@@ -365,8 +496,41 @@ def open_published(source: Mapping | str | Path,              # a file, a folder
     for k, what in _OTHERS.items():
         if any(n == k or n.endswith(f'.{k}') and not n.startswith(_BESIDE) for n in names): raise UserError(f'this is {what}')
     if 'encoder.conv_in.weight' in names:
-        return load_convvae(content, vfm=vfm, config=None if isinstance(source, Mapping) else _diffusers_folder(source, None)[1])
+        return load_convvae(content, vfm=vfm, config=beside and beside[1])
     raise UserError(f"this holds no tokenizer: {len(names)} tensors{' such as '+', '.join(names[:3]) if names else ''}; choose another file")
+
+if 'published' not in openers: openers.register('published', lambda: open_published)    # so `load_tokenizer` finds it
+
+# %% ../nbs/17_published.ipynb #a5b58220
+class DiffusersVAE(nn.Module):
+    """A Tokenizer as the `vae` of a diffusers pipeline, images (b,3,H,W) in [-1,1]. `config`: scaling_factor 1, shift_factor 0, latent_channels, and as many
+    block_out_channels as make the pipeline's scale the stride. UserError: no diffusers, or a stride that is no power of 2."""
+    def __init__(self, tokenizer: Any):
+        super().__init__()
+        try: from diffusers.configuration_utils import FrozenDict
+        except ImportError: raise UserError("diffusers is not installed; pip install 'vfmvae[diffusers]'") from None
+        if tokenizer.stride & (tokenizer.stride-1): raise UserError(f'{tokenizer.name} has stride {tokenizer.stride}; pipelines of diffusers take powers of 2')
+        self.tokenizer = tokenizer
+        self.config = FrozenDict(scaling_factor=1., shift_factor=0., latent_channels=tokenizer.channels, in_channels=3, out_channels=3, force_upcast=False,
+                                 block_out_channels=(tokenizer.channels,)*tokenizer.stride.bit_length(),
+                                 sample_size=getattr(getattr(tokenizer, 'config', None), 'img_size', 256))
+    @property
+    def device(self) -> torch.device: return device_of(self.tokenizer)
+    @property
+    def dtype(self) -> torch.dtype: return self.tokenizer.stats.mean.dtype
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any: # (b,3,H,W)
+        "What has the posterior (`sample`, `mode`, `mean`, `std`) as `latent_dist`; without return_dict a tuple of it."
+        from diffusers.models.modeling_outputs import AutoencoderKLOutput
+        posterior = self.tokenizer.encode(x)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any: # (b,c,h,w), unit scale; the generator is not used
+        "What has the images (b,3,H,W) as `sample`; without return_dict a tuple of them."
+        from diffusers.models.autoencoders.vae import DecoderOutput
+        x = self.tokenizer.decode(z)
+        return DecoderOutput(sample=x) if return_dict else (x,)
+    def enable_slicing(self, *args: Any) -> None:
+        "Does nothing: a tokenizer decodes the batch that it is given. So do `disable_slicing`, `enable_tiling` and `disable_tiling`."
+    disable_slicing = enable_tiling = disable_tiling = enable_slicing
 
 # %% ../nbs/17_published.ipynb #27f6f3fd
 def _net_tensors(source: Any, given: Mapping) -> tuple[dict[str, Tensor], dict[str, Any]]:

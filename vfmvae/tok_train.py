@@ -7,7 +7,7 @@ __all__ = ['RECONSTRUCTION', 'LATENT', 'ADVERSARIAL', 'LOSSES', 'SCALES', 'STAGE
            'tokenizer_losses', 'critic_losses', 'select', 'fitting_scales', 'check_stage', 'Settled', 'TokenizerTask']
 
 # %% ../nbs/11_tok_train.ipynb #575992c7
-import math
+import math, random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -330,7 +330,7 @@ class TokenizerTask:
 
     def _paint(self, i: int, x: Tensor, draws: Draws | None) -> dict[str, Any]:
         "A warp for this call and the frozen features it needs, which both halves of the step share."
-        warp = draw_warp(self.scales, draws) if self.scales else _STILL
+        warp = draw_warp(self.scales, random if draws is None else draws) if self.scales else _STILL
         key = i, warp.scale if warp.prior else 1.
         if key not in self.looks:
             self.looks[key] = self.model.look(x if key[1] == 1 else self.model.shrink(x, key[1]))

@@ -23,7 +23,7 @@ from .core import Draws, Gaussian, UserError, at_least_float32, average, resized
 from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, EqualLinear, GridAttention, ToRGB, Upsample, dwsep,
                            norm_groups, pointwise, unit_moment)
 from .data import check_images as check_meaning
-from .tokenizer import LatentStats, check_config, families, register_bundled
+from .tokenizer import LatentStats, Pretrained, check_config, families, register_bundled
 from .vfm import CarriesVFM, form
 
 # %% ../nbs/07_vae.ipynb #1feef848
@@ -333,7 +333,7 @@ def scaled_features(vfm: Any, x: Tensor, scale: float, layers: Sequence[int]) ->
         x = resized(at_least_float32(x), size, vfm.interpolation, scale < 1)
     return vfm.features(x, list(layers))
 
-class VFMVAE(CarriesVFM):
+class VFMVAE(Pretrained, CarriesVFM):
     "The tokenizer of arXiv 2510.18457. `vfm` is a frozen `VFM` or None (then `project` and `decode` work, `encode` does not)."
     published: dict | None = None # the settings of the published file it was loaded from
     def __init__(self, config: VFMVAEConfig, # its shape

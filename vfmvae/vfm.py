@@ -18,7 +18,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/05_vfm.ipynb #fe1bdebe
-from .core import Registry, UserError, check_weights, data_dir, load_weights, nearest, resized, whole
+from .core import Registry, UserError, check_weights, data_dir, load_weights, nearest, resized, weights_at, whole
 from .data import check_images
 
 # %% ../nbs/05_vfm.ipynb #41ccf8de
@@ -346,6 +346,7 @@ class VFM(nn.Module):
     _mean: Tensor
     _std: Tensor
     _besides_weights = 'mean', 'std', 'interpolation', 'pos_antialias', 'heads'   # what tells two of the same weights apart
+    device = property(weights_at)
     def __init__(self,
                  name: str,                           # 'tiny', a short name of `vfms`, or a plain vision transformer of timm (`arch`, `arch.tag`)
                  pretrained: bool | str | Path = True, # True: bundled or hub; False: random; a path: .safetensors or torch file, strict
@@ -407,8 +408,8 @@ class VFM(nn.Module):
     def normalize(self, x: Tensor) -> Tensor:
         "Image (b,3,H,W) in [-1,1] to the scale of the weights: [0,1], then mean and std. UserError: wrong shape, integers, no image."
         check_images(form(x), f'images for {self.name}')
-        if x.device != (here := self._mean.device):
-            raise UserError(f'the images lie on {x.device}, {self.name} on {here}; move one of them')
+        if x.device != self._mean.device:
+            raise UserError(f'the images lie on {x.device}, {self.name} on {self._mean.device}; move one of them')
         if any(s % self.patch or not s for s in x.shape[2:]):
             raise UserError(f'{self.name} has patches of {self.patch} px, which do not divide {tuple(x.shape[2:])}; resize the image first')
         return ((x.to(self._mean.dtype)+1)/2 - self._mean)/self._std
@@ -455,9 +456,12 @@ class VFM(nn.Module):
 class CarriesVFM(nn.Module):
     "A module whose submodule `vfm`, if any, is frozen, never saved with it, and its own: a `VFM.twin` of what is given."
     vfm: Any
+    device = property(weights_at)
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name == 'vfm' and isinstance(value, VFM)
-        super().__setattr__(name, value.twin().train(self.training) if own else value)
+        if name == 'vfm' and isinstance(value, VFM):
+            at, value = weights_at(self), value.twin().train(self.training)
+            if at is not None and at.type != 'meta': value = value.to(at)      # the twin; the given one stays where it is
+        super().__setattr__(name, value)
     def train(self, mode: bool = True) -> Any:
         "Training mode for everything but the VFM."
         super().train(mode)

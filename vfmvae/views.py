@@ -14,13 +14,13 @@ from typing import Any
 
 # %% ../nbs/12c_views.ipynb #91094074
 import torch, torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 # %% ../nbs/12c_views.ipynb #d0cc4a8c
-from .core import UserError, as_path, nearest, notice, progress, real, resized, whole
+from .core import UserError, as_path, best_device, device_of, nearest, notice, progress, real, resized, whole
 from .data import (TRANSFORMS, World, as_dataset, fingerprint, folder, published_draw, published_noise, shards, stamps, take, taken,
                          to_tensor, to_uint8, transform)
-from .features import Bank, as_images, batches, pool as pool_tokens
+from .features import Bank, _on_cpu, as_images, batches, pool as pool_tokens
 from .tokenizer import LatentFeatures, load_tokenizer, net_digest, tokenizers, unfamiliar
 from .vfm import VFM, vfms
 
@@ -86,8 +86,9 @@ def _stream(seed: int, place: int) -> int:
 # %% ../nbs/12c_views.ipynb #5c1acbfb
 def as_source(x: Any # a FeatureSource, a Tokenizer, a name of `tokenizers` or `vfms` or of a timm model, a `*.safetensors` of `save_tokenizer`
              ) -> Any:
-    "A FeatureSource; tokenizers become `LatentFeatures`. UserError on anything else, and on a name that nothing or two things have."
-    x = _named(str(x)) if isinstance(x, str | Path) else x
+    """A FeatureSource; tokenizers become `LatentFeatures`. What is opened here by its name goes to the best device.
+    UserError on anything else, and on a name that nothing or two things have."""
+    x = _named(str(x)).to(best_device()) if isinstance(x, str | Path) else x
     if isinstance(x, type): raise UserError(f'{x.__name__} is a class, not a source; make one, such as {x.__name__}(...)')
     if hasattr(x, 'features'): return x
     if hasattr(x, 'encode'): return LatentFeatures(x)
@@ -115,13 +116,6 @@ def gather(wanted: Iterable[tuple[Any, int | str]] # (FeatureSource, layer)
             raise UserError(f'two different sources are named {source.name!r}; give one of them another name (source.name = ...)')
         if layer not in layers: layers.append(layer)
     return found
-
-def _device(source: Any) -> Any:
-    "Where a source wants its images: where it says, where its weights are, or those of the net that it holds; None: anywhere."
-    for net in (source, *(getattr(source, k, None) for k in ('tokenizer', 'vfm', 'net'))):
-        if isinstance(getattr(net, 'device', None), torch.device): return net.device
-        if isinstance(net, nn.Module): return next((t.device for t in (*net.parameters(), *net.buffers())), None)
-    return None
 
 # %% ../nbs/12c_views.ipynb #305dcf63
 def image_set(images: Any,          # World, a folder's or shards' set or path; torchvision set, Hugging Face split, list of PIL images or paths, tensor ...
@@ -171,7 +165,7 @@ def extract_views(sources: Mapping[str, tuple[Any, Sequence[int | str]]], # name
     An image's place for the draws is the rank of its name where the set knows all names (`ImageSet.keys`), else its position. UserError: no images."""
     todo: list[tuple[str, float] | None] = [*([None] if clean else []), *(views(transforms) if transforms else ())]
     images, seed, batch_size = image_set(images), whole(seed, 'seed'), whole(batch_size, 'batch_size', 1)
-    known = sorted(images.keys) if isinstance(getattr(images, 'keys', None), list) else []
+    known = sorted(images.keys) if isinstance(getattr(images, 'keys', None), Sequence) else []
     rank = {k: i for i, k in enumerate(known)}
     kept: dict[tuple[str, str, int | str], list[tuple[list[int], Tensor]]] = {}
     found: list[str] = []
@@ -183,9 +177,9 @@ def extract_views(sources: Mapping[str, tuple[Any, Sequence[int | str]]], # name
         for view in todo:
             for rows, seen in see(x, view, place, seed):
                 for name, (source, layers) in sources.items():
-                    h = source.features(seen.to(_device(source) or seen.device), list(layers))
-                    for layer in layers:
-                        kept.setdefault((label(view), name, layer), []).append(([n+r for r in rows], pool_tokens(h[layer], pool).float().cpu()))
+                    h = source.features(seen.to(device_of(source)), list(layers))
+                    for layer, t in _on_cpu({i: pool_tokens(h[i], pool).float() for i in layers}).items():
+                        kept.setdefault((label(view), name, layer), []).append(([n+r for r in rows], t))
         found += keys
         n += len(x)
         if bar is not None: bar.update(len(x))
@@ -207,9 +201,9 @@ class Fitted:
                  ratio: float = 1.):         # such as 224/256 for DINOv2 on 256 px
         self.vfm, self.ratio, self.name, self.layers = vfm, real(ratio, 'ratio', above=0), vfm.name, vfm.layers
     @property
-    def device(self) -> torch.device | None:
+    def device(self) -> torch.device:
         "Where the VFM's weights are, which is where images are wanted."
-        return _device(self.vfm)
+        return device_of(self.vfm)
     def features(self, x: Tensor,            # (b,3,H,W) in [-1,1]
                  layers: Sequence[int | str] | None = None
                 ) -> dict:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../nbs/19_widgets.ipynb #b32cb644
-from .core import UserError, nearest, progress, real, to_grid, to_tokens, whole, write_atomic
+from .core import UserError, best_device, nearest, progress, real, to_grid, to_tokens, whole, write_atomic
 from .data import TRANSFORMS, Subset, World, check_images, spread, take, transform
 from .features import pool
 from .metrics import psnr
@@ -586,19 +586,21 @@ def _fit(x: Tensor, unit: int) -> Tensor:
 def _world() -> World: return World(seed=8)
 
 @lru_cache(4)
-def _tokenizer(name: str) -> Any: return tokenizers[name]
+def _tokenizer(name: str, device: Any) -> Any: return tokenizers[name].to(device)
 
 @lru_cache(1)
-def _tiny() -> VFM: return VFM('tiny')
+def _tiny(device: Any) -> VFM: return VFM('tiny').to(device)
 
 def _look(tokenizer: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Of images (b,3,H,W), in one pass: latents (b,c,h,w); and, pooled, the latents (b,c) and the last features (b,d) of the VFM
-    that the tokenizer looks through (else of the tiny one)."""
+    that the tokenizer looks through (else of the tiny one). All on the CPU."""
+    x = x.to(at := tokenizer.device)
     if isinstance(tokenizer, VFMVAE):
         code = tokenizer.encode_parts(x)
         z, h = code.posterior.mode(), code.features[tokenizer.config.layers[-1]]
-    else: z, h = tokenizer.encode(x).mode(), _tiny().features(x, [-1])[-1]
-    return z, (pool(to_tokens(z)), pool(h))
+    else: z, h = tokenizer.encode(x).mode(), _tiny(at).features(x, [-1])[-1]
+    z, h = z.cpu(), pool(h).cpu()
+    return z, (pool(to_tokens(z)), h)
 
 def _times(paths: Iterable) -> tuple:
     "Of files and folders, what tells a rewritten one: place on the disk, size, times. None where there is nothing."
@@ -644,9 +646,9 @@ def _read(images: Any, at: Sequence[int]) -> dict:
     return dict(key=[str(i) for i in at], label=torch.zeros(len(at), dtype=torch.long)) | batch
 
 @lru_cache(8)
-def _others(name: str, images: Any, times: tuple) -> tuple[Tensor, Tensor, list[str], str]:
+def _others(name: str, device: Any, images: Any, times: tuple) -> tuple[Tensor, Tensor, list[str], str]:
     "Of 33 images spread over the set: the pooled half of `_look`, their keys, and a sentence if the tokenizer does not know such."
-    some, tokenizer = take(images, 33), _tokenizer(name)
+    some, tokenizer = take(images, 33), _tokenizer(name, device)
     batch = _read(some, range(len(some)))
     pooled = _look(tokenizer, _fit(batch['image'], 2*tokenizer.stride))[1]
     return *pooled, batch['key'], _strange([tokenizer], images if isinstance(images, World) else batch['image'])
@@ -679,10 +681,11 @@ def _cosines(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> dict[st
 
 @torch.no_grad()
 def keeps(state: KeepsState,
-          images: Any = None # as for `open_data`; None: held-out images of the world
+          images: Any = None, # as for `open_data`; None: held-out images of the world
+          device: Any = None  # where the nets are; None: the best
          ) -> Kept:
     "Transforms one image, sends both through the tokenizer and measures. A pure function. UserError: an image that is not there."
-    images, tokenizer = _images(images), _tokenizer(state.tokenizer)
+    images, tokenizer = _images(images), _tokenizer(state.tokenizer, device := best_device(device))
     if state.image >= len(images): raise UserError(f'no image {state.image}; there are {len(images)}, counted from 0')
     batch, unit = _read(images, [state.image]), 2*tokenizer.stride
     clean = _fit(batch['image'], unit)
@@ -690,9 +693,9 @@ def keeps(state: KeepsState,
     changed = _fit(raw, unit)
     (z, near), (z_changed, far) = (_look(tokenizer, x) for x in (clean, changed))
     zs = [z, z_changed]
-    back = [tokenizer.decode(z).clamp(-1, 1) for z in zs]
+    back = [tokenizer.decode(z.to(device)).clamp(-1, 1).cpu() for z in zs]
     quality = [psnr(b, x).item() for b, x in zip(back, (clean, changed), strict=True)]
-    z_others, h_others, keys, strange = _others(state.tokenizer, images, _times(_files(images, 33)))
+    z_others, h_others, keys, strange = _others(state.tokenizer, device, images, _times(_files(images, 33)))
     rest = [i for i, k in enumerate(keys) if k != batch['key'][0]][:32]
     classes = getattr(images, 'classes', ())
     label = int(batch['label'][0])
@@ -777,13 +780,14 @@ class KeepsLab(Lab):
     State, title, scrub = KeepsState, 'What a tokenizer keeps', ('strength',)
     def __init__(self, state: KeepsState | None = None, # None: the default
                  images: Any = None,                    # as in `keeps`
+                 device: Any = None,                    # likewise
                  **changes: Any):                       # fields of the state
         super().__init__(state)
-        self.images = _images(images)
+        self.images, self.device = _images(images), best_device(device)
         self.set(**changes)
     def look(self, state: KeepsState) -> Kept:
         "`keeps` of these images."
-        return keeps(state, self.images)
+        return keeps(state, self.images, self.device)
     def sheet(self, result: Kept, width: float) -> Sheet:
         "The row of `keeps_figure`."
         return _keeps_sheet(result, width)

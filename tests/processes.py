@@ -1,0 +1,80 @@
+"""What several processes must do as one does: run by `tests/test_processes.py` under torchrun. Arguments: the folder to write to, the steps,
+and names of jobs (all). Steps of every bundled recipe, at a learning rate at which Adam's first steps do not magnify rounding; the same in
+parts (sharded), stopped and gone on."""
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vfmvae.data import World, loader
+from vfmvae.dit import DiT
+from vfmvae.flow_presets import FLOW_PRESETS
+from vfmvae.flow_train import FlowTask
+from vfmvae.recipes import PRESETS, build_training, plan
+from vfmvae.tok_train import TINY, Stage, TokenizerTask
+from vfmvae.train import Run, fit, leave, processes
+from vfmvae.vae import VFMVAE
+from vfmvae.vfm import VFM
+
+acc, found = processes(), {}
+n, rank = acc.num_processes, acc.process_index
+out, steps = Path(sys.argv[1]), int(sys.argv[2])
+quiet = dict(log_every=1, show=lambda h: None, accelerator=acc)
+
+
+class Latents:
+    def __init__(self, shape, classes):
+        g = torch.Generator().manual_seed(0)
+        self.mean, self.label = torch.randn(48, *shape, generator=g), torch.randint(classes, (48,), generator=g)
+    def __len__(self): return len(self.mean)
+    def batch(self, at): return dict(mean=self.mean[at], logvar=torch.full_like(self.mean[at], -2), label=self.label[at], key=list(map(str, at)))
+
+
+def flow(p, **how):
+    torch.manual_seed(0)
+    task = FlowTask(DiT(p.net), p.flow)
+    return task, fit(task, loader(Latents(p.latent, p.net.num_classes), 8, 5, rank, n), how.pop('images', 8*steps), seed=7, **quiet, **how)
+
+
+def tokenizer(model, stage, critics, perceive, p, **how):
+    task = TokenizerTask(model, stage, perceive, p.half_life, p.betas, p.clip, critics)
+    return task, fit(task, loader(World(48), 8, 5, rank, n), how.pop('images', 8*steps), lr=1e-4, seed=7, **quiet, **how)
+
+
+def recipe(name, stage, **how):
+    p = PRESETS[name]
+    todo = plan(p, None, None, [stage], 8)
+    model, critics, perceive = build_training(p, todo, None, None, None, 0, None)
+    return tokenizer(model, todo[0], critics, perceive, p, **how)
+
+
+def discrete(**how):
+    torch.manual_seed(0)
+    model = VFMVAE(replace(TINY, mode='discrete', vocab=64, codebooks=4, channels=32), VFM('tiny'))
+    return tokenizer(model, Stage('d', dict(l1=1., vq=1., entropy=.1, vf=1.)), {}, None, PRESETS['tiny'], **how)
+
+
+def numbers(rows): return [{k: v for k, v in r.items() if k not in ('images_per_s', 'memory_gb')} for r in rows]
+
+
+jobs = {f'{name}/{s.name}': (recipe, (name, s.name)) for name, p in PRESETS.items() if hasattr(p, 'stages') and p.config.img_size == 64 for s in p.stages}
+jobs |= {name: (flow, (p,)) for name, p in FLOW_PRESETS.items() if p.tokenizer in {k if k != 'tiny' else 'vfmvae-tiny-f8d16' for k in PRESETS}}
+jobs |= dict(discrete=(discrete, ()))
+if len(sys.argv) > 3: jobs = {k: v for k, v in jobs.items() if k in sys.argv[3].split(',')}
+for name, (f, given) in jobs.items(): found[name] = numbers(f(*given)[1])
+
+cut = [k for k in ('dit-vfmvae-tiny-f8d16', 'tiny/weak_align', 'conv-tiny-f8d16/first', 'rae-tiny-f8d128/first') if k in jobs]
+for name in cut if n > 1 else ():
+    f, given = jobs[name]
+    task, rows = f(*given, shard=True)
+    run = Run(out/f"{name.replace('/', '-')}-{n}")
+    f(*given, shard=True, run=run, images=8*(steps//2), save_every=1)
+    again, _ = f(*given, shard=True, run=run)
+    found[f'{name} sharded'] = numbers(rows)
+    a, b = (t.ema.net.state_dict() for t in (task, again))
+    found[f'{name} resumed'] = all(torch.equal(a[k], b[k]) for k in a) and {type(v) for v in a.values()} == {torch.Tensor}
+    found[f'{name} files'] = sorted(p.name for p in run.dir.iterdir())
+if acc.is_main_process: (out/f'losses-{n}.json').write_text(json.dumps(found))
+leave()

@@ -1,0 +1,105 @@
+"""Several processes do what one does: the same losses for every bundled recipe, whole and sharded, the same files; by `torchrun` on gloo."""
+import json
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vfmvae.core import Draws, UserError
+from vfmvae.data import World, loader
+from vfmvae.train import fit, load_shards, save_shard, shard
+from vfmvae.vfm import VFM
+
+SCRIPT, STEPS = Path(__file__).with_name('processes.py'), 3
+# an absolute difference (L1) has a kink where it is 0, a LeakyReLU and a hinge too: rounding that tips one pixel of 98,304 over it moves a
+# gradient by 1e-4, and with it the adaptive weight in the loss; the others are smooth
+SMOOTH = ('dit-vfmvae-tiny-f8d16', 'dit-conv-tiny-f8d16', 'dit-conv-f8d16', 'conv-f8d16/first', 'rae-tiny-f8d128/first', 'tiny/first')
+
+FOUR = ('dit-vfmvae-tiny-f8d16', 'tiny/weak_align', 'rae-tiny-f8d128/first', 'discrete')
+
+
+def torchrun(n, *args):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--master_port', str(port), '--nproc_per_node', str(n)]
+    done = subprocess.run([*launch, *map(str, args)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f'{done.stderr[:3000]}\n...\n{done.stderr[-2000:]}'     # who aborts says why at its start
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp('processes')
+    for n in (1, 2): torchrun(n, SCRIPT, out, STEPS)
+    torchrun(4, SCRIPT, out, STEPS, ','.join(FOUR))
+    return {n: json.loads((out/f'losses-{n}.json').read_text()) for n in (1, 2, 4)}
+
+
+def apart(a, b, keys): return max(abs(x[k]-y[k])/max(1e-3, abs(x[k])) for x, y in zip(a, b, strict=True) for k in keys if k in x)
+
+
+@pytest.mark.parametrize('n', (2, 4))
+def test_every_recipe_has_the_losses_of_one_process(found, n):
+    one, many = found[1], {k: v for k, v in found[n].items() if ' ' not in k}
+    assert many.keys() == ({*one} if n == 2 else {*FOUR}) and len(one) >= 12
+    for name, rows in many.items():
+        assert len(rows) == STEPS and all(r.keys() == o.keys() for r, o in zip(rows, one[name], strict=True))
+        terms = [k for k in rows[0] if k not in ('grad_norm', 'grad_norm_d', 'vf_scale', 'lr', 'step', 'images', 'gan')]
+        assert apart(one[name][:1], rows[:1], terms) < 1e-5, name                  # before a weight has moved, all of it
+        assert apart(one[name], rows, ['loss']) < (1e-5 if name in SMOOTH else 1e-3), name
+        assert len({r['loss'] for r in rows}) == STEPS                             # each step is another one
+
+
+@pytest.mark.parametrize('n', (2, 4))
+def test_sharded_nets_learn_the_same_stop_and_go_on(found, n):
+    names = [k.removesuffix(' sharded') for k in found[n] if k.endswith(' sharded')]
+    assert len(names) == (4 if n == 2 else 3)
+    for name in names:
+        assert apart(found[1][name], found[n][f'{name} sharded'], ['loss']) < (1e-5 if name in SMOOTH else 1e-3), name
+        assert found[n][f'{name} resumed'] is True, name
+        parts = [f for f in found[n][f'{name} files'] if f.startswith('shard-')]
+        assert {f'shard-{STEPS:08d}-{r+1}-of-{n}.safetensors' for r in range(n)} <= {*parts} and len(parts) == 2*n
+
+
+def test_parts_are_put_together_and_one_that_is_missing_is_named(tmp_path):
+    t = torch.randn(5, 3)
+    paths = [save_shard(tmp_path/f'{i}.safetensors', dict(w=part)) for i, part in enumerate(t.chunk(2))]
+    assert torch.equal(load_shards(paths)['w'], t) and load_shards([]) == {}
+    paths[1].unlink()
+    with pytest.raises(UserError, match='1.safetensors'): load_shards(paths)
+    paths[1].write_bytes(paths[0].read_bytes()[:50])
+    with pytest.raises(UserError, match='all 2 parts'): load_shards(paths)
+
+
+def test_one_process_has_nothing_to_shard_and_accelerates_fsdp_on_a_cpu_is_refused(monkeypatch):
+    from vfmvae.tok_train import TINY, Stage, TokenizerTask
+    from vfmvae.vae import VFMVAE
+    task = TokenizerTask(VFMVAE(TINY, VFM('tiny')), Stage('a', dict(l1=1.)))
+    with pytest.raises(UserError, match='nothing to shard'): shard(task, 'cpu')
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    with pytest.raises(UserError, match='plain data parallelism'): fit(task, loader(World(8), 4), 4, show=lambda h: None)
+
+
+def test_draws_depend_on_seed_image_and_use_alone():
+    a, b = Draws(5, range(40)), Draws(5, [39, 3])
+    for ask in (lambda d: d.normal('x', (7,)), lambda d: d.uniform('x', (7,)), lambda d: d.integers('x', 0, 10**6, (7,)),
+                lambda d: d.named('p').normal('x', (3,))):
+        assert torch.equal(ask(a)[[39, 3]], ask(b))
+    assert not torch.equal(a.normal('x', (7,)), Draws(6, range(40)).normal('x', (7,)))
+    assert not torch.equal(a.normal('x', (7,)), a.named('p').normal('x', (7,)))
+    assert torch.equal(Draws(5, [1], step=3).shared.uniform('w', (2,)), Draws(5, [2, 9], step=3).shared.uniform('w', (2,)))
+    assert not torch.equal(Draws(5, [1], step=3).shared.uniform('w', (2,)), Draws(5, [1], step=4).shared.uniform('w', (2,)))
+    assert torch.equal(Draws(-1, [2**63]).uniform('x', (2,)), Draws(-1, [-2**63]).uniform('x', (2,)))
+
+
+def test_draws_of_neighbours_are_not_alike():
+    from scipy.stats import kstest
+    u, z = Draws(0, range(2000)).uniform('x', (8,)).double(), Draws(0, range(2000)).normal('x', (8,)).double()
+    assert kstest(u.flatten().numpy(), 'uniform').pvalue > 1e-4 and kstest(z.flatten().numpy(), 'norm').pvalue > 1e-4
+    for x in (u-.5, z):
+        x = x/x.std()
+        for shifted in (x.roll(1, 0), x.roll(1, 1)): assert abs((x*shifted).mean()) < 5/math.sqrt(x.numel())
