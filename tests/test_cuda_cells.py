@@ -106,6 +106,12 @@ def published_crop(space):
 AFTER = {'table2_generation': precision_and_recall, 'figure5_stages': own_scale, 'latent_diffusion': published_crop,
          'figure4_layers': lambda space: space['tok'].stats.std.eq(2).all() or pytest.fail('the statistics were forgotten')}
 
+@pytest.mark.parametrize('notebook', ['figure4_layers', 'figure5_stages', 'figure6_reconstructions', 'figures7_12_samples', 'table2_generation'])
+def test_cells_put_all_on_one_device(notebook, made, tmp_path, monkeypatch):
+    "Where there is a card, though a pretended one, that refuses to mix devices."
+    fakecuda = pytest.importorskip('fakecuda')
+    with fakecuda.cuda(): test_cells_run(notebook, made, tmp_path, monkeypatch)
+
 @pytest.mark.parametrize('notebook', CUDA)
 def test_cells_say_what_is_missing(notebook, tmp_path, monkeypatch):
     "Without files they ask for them, and start nothing."

@@ -25,6 +25,7 @@ SMOKE = {
     'jupyter lab nbs/index.ipynb': LATER,                                    # a server
     'python -m vfmvae.docs': 'python -m vfmvae.docs --help',                 # tests/test_docs.py makes pages
     **{f'python -m vfmvae.{b}': f'python -m vfmvae.{b} --help' for b in ('bench', 'bench --cknna', 'bench_flow', 'lab_bench')},      # minutes each
+    'python benchmarks/sets.py': LATER,                                      # it writes sets of ImageNet's size
     'ruff check': LATER, 'mypy': LATER, 'OMP_NUM_THREADS=1 nbdev-test --n-workers 2': LATER,                       # what runs this test
     'OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder': LATER,
     'vfmvae lab': 'vfmvae lab --dry-run --n 32',
