@@ -618,17 +618,20 @@ def _gather(members: Iterable[Iterable[tuple[str, int, int, Any]]], # chunks of 
     labels: dict[str, int | str] = {}
     known, kinds = dict[bytes, int | str](), dict[str, str]()
     for name, offset, size, source in itertools.chain.from_iterable(members):
-        stem, _, ext = (name.rpartition('/')[2] if '/' in name else name).partition('.')
-        if (kind := kinds.get(ext)) is None: kind = kinds[ext] = f'.{ext.lower()}'
-        key = name[:-len(ext)-1] if ext else name
+        key, _, ext = name.partition('.')
+        if (kind := kinds.get(ext)) is None:
+            if '/' in ext:                           # the dot is of a folder
+                ext = name.rpartition('/')[2].partition('.')[2]
+                key = name[:-len(ext)-1]
+            kind = kinds[ext] = f'.{ext.lower()}'
         if kind not in SUFFIXES and kind != '.cls': skipped[kind if ext else 'file without ending'] += 1
-        elif not stem: skipped['member without a name'] += 1
+        elif not key or key[-1] == '/': skipped['member without a name'] += 1
         elif key in (labels if kind == '.cls' else images):
             raise UserError(f"{path} holds two {'classes' if kind == '.cls' else 'pictures'} of the key {key!r}; write the shard again, one of each")
-        elif kind == '.cls':
+        elif kind != '.cls': images[key] = offset, size
+        else:
             if (label := known.get(text := read(source, size))) is None: label = known[text] = _label(text, f'{name} in {path}')
             labels[key] = label
-        else: images[key] = offset, size
     return images, labels
 
 def _by_tarfile(path: str, skipped: Counter) -> tuple[dict, dict]:
@@ -679,13 +682,13 @@ def _aside(kind: int, name: str, size: int, row: bytes) -> bool:
 def _plain_members(path: str) -> Iterator[Iterable[tuple[str, int, int, bytes]]]:
     "Chunks for `_gather` of a tar of plain files; the last entry is a head and the 512 bytes after it. ValueError: `tarfile` must look."
     with open(path, 'rb', buffering=0) as f:
-        at, begin, window, size, kinds, ended = 0, 0, b'', 2**13, b'', False
+        at, begin, end, window, size, kinds, ended = 0, 0, 0, b'', 2**13, b'', False
         while not ended:
             rows, offsets, sizes = list[bytes](), list[int](), list[int]()
-            while len(rows) < 1024:
-                if at+1024 > begin+len(window):      # what lies between small members is read with them, of large ones two heads
+            for _ in range(1024):
+                if at+1024 > end:                    # what lies between small members is read with them, of large ones two heads
                     f.seek(begin := at)
-                    window = f.read(2**16 if size < 2**13 else 2**11)
+                    end = at + len(window := f.read(2**16 if size < 2**13 else 2**11))
                 row = window[at-begin:at-begin+1024]
                 try: size = int(row[124:135], 8)
                 except ValueError:

@@ -191,7 +191,8 @@ def generate(net: str | Path | DiT,             # see `open_flow`
     """`Samples`, or with `out` the paths of the PNG files. UserError: no such net, another tokenizer, labels that the net does not know, a folder that
     cannot be written, samples that are not finite, several processes without a folder to share."""
     group = world() if out is not None and processes is None else 1
-    seed, batch_size, processes = whole(seed, 'seed', -2**63, 2**63-1), whole(batch_size, 'batch_size', 1), whole(group if processes is None else processes, 'processes', 1)
+    seed, batch_size = whole(seed, 'seed', -2**63, 2**63-1), whole(batch_size, 'batch_size', 1)
+    processes = whole(group if processes is None else processes, 'processes', 1)
     rank = whole(rank_of_this() if rank is None and group > 1 else rank or 0, 'rank', 0, processes-1)
     if out is None and processes > 1: raise UserError(f'{processes} processes share a folder of samples; give out')
     model = net if isinstance(net, DiT) else opened(net, open_flow, device)
