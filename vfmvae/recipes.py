@@ -27,7 +27,7 @@ from .baselines import ConvVAEConfig, RAEConfig
 from .core import (UserError, as_path, best_device, check_out, check_weights, device_of, home, inside, is_file, load_weights, nearest,
                          notice, progress, read_json, real, save_weights, seed_all, sidecar, whole, write_atomic)
 from .data import SUFFIXES, World, as_dataset, fingerprint, folder, loader, shards, take, to_pil
-from .features import _on_cpu
+from .features import _on_cpu, _place
 from .flow_presets import FLOW_PRESETS
 from .latents import described, latent_digest
 from .losses import latent_transform, lpips, perceptual, target_transform, vfm_taps
@@ -96,7 +96,8 @@ def opened(spec: Any,                      # a name, a file, or an object, which
           ) -> Any:
     "A net for a function that was given it or its name."
     net = by(spec)
-    return net if net is spec else net.to(best_device(device))
+    if net is not spec: _place(net, best_device(device))
+    return net
 
 def _measured(tokenizer: Any, data: Any, n: int | None, batch_size: int) -> tuple[Any, Any, int, range]:
     "(tokenizer, the images to look at, how many there were, where batches start); says so if the tokenizer does not know such images."

@@ -20,7 +20,7 @@ from torch import Tensor
 from .core import UserError, as_path, best_device, device_of, nearest, notice, progress, real, resized, whole
 from .data import (TRANSFORMS, World, as_dataset, fingerprint, folder, published_draw, published_noise, shards, stamps, take, taken,
                          to_tensor, to_uint8, transform)
-from .features import Bank, _on_cpu, as_images, batches, pool as pool_tokens
+from .features import Bank, _on_cpu, _place, as_images, batches, pool as pool_tokens
 from .tokenizer import LatentFeatures, load_tokenizer, net_digest, tokenizers, unfamiliar
 from .vfm import VFM, vfms
 
@@ -88,7 +88,7 @@ def as_source(x: Any # a FeatureSource, a Tokenizer, a name of `tokenizers` or `
              ) -> Any:
     """A FeatureSource; tokenizers become `LatentFeatures`. What is opened here by its name goes to the best device.
     UserError on anything else, and on a name that nothing or two things have."""
-    x = _named(str(x)).to(best_device()) if isinstance(x, str | Path) else x
+    if isinstance(x, str | Path): _place(x := _named(str(x)), best_device())
     if isinstance(x, type): raise UserError(f'{x.__name__} is a class, not a source; make one, such as {x.__name__}(...)')
     if hasattr(x, 'features'): return x
     if hasattr(x, 'encode'): return LatentFeatures(x)
