@@ -155,8 +155,9 @@ def _train(a) -> int:
     def said(stage, net) -> None:
         r = evaluate_tokenizer(net, held_out, 256)
         if acc.is_main_process: print(f"after {stage.name}, {kind} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
+    more = dict(save_every=a.save_every, shard=a.shard, trackers=a.log_with.split(',') if a.log_with else ())
     train_tokenizer(a.preset, a.data, vfm, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.workers, size=a.size, stages=names,
-                    start=a.start, critic=a.critic, precision=a.precision, compile=a.compile, held_out=held_out, on_stage=said, save_every=a.save_every)
+                    start=a.start, critic=a.critic, precision=a.precision, compile=a.compile, held_out=held_out, on_stage=said, **more)
     if a.out and acc.is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
@@ -241,7 +242,7 @@ def _train_flow(a) -> int:
     if a.g_kwargs and not a.tokenizer: raise UserError('--g-kwargs without the published file that it describes; give --tokenizer')
     acc = processes_on(a.device)
     train_flow(a.preset, a.data, a.cache, a.tokenizer and _tokenizer(a), a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed,
-               a.precision, a.compile, workers=a.workers, save_every=a.save_every)
+               a.precision, a.compile, workers=a.workers, save_every=a.save_every, shard=a.shard, trackers=a.log_with.split(',') if a.log_with else ())
     if a.out and acc.is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
@@ -403,7 +404,8 @@ _DRAW = (('--policy', _named, 'balanced', 'or random'), ('--steps', _STEPS, None
 _FIT = (('--images', _COUNT, None, "how many to see (default: the preset's)"), ('--batch', _AT_ONCE, None, "images a step (default: the preset's)"),
         ('--lr', _RATE, None, "learning rate (default: the preset's)"), ('--run', _named, None, 'name of the run: logs, checkpoints, resume'),
         ('--accumulate', _AT_ONCE, 1, 'micro-batches per step'), ('--workers', _THREADS, 0, 'threads that read ahead'),
-        ('--save-every', _COUNT, 500, 'steps between checkpoints'), _SEEDED)
+        ('--save-every', _COUNT, 500, 'steps between checkpoints'), ('--shard', bool, False, 'cut the nets over the processes (FSDP)'),
+        ('--log-with', _named, None, "trackers besides the run's own log: tensorboard, wandb, or both with a comma"), _SEEDED)
 _VFM = ('--vfm', _named, 'tiny', 'the reference: tiny or any timm name')
 _DEVICE = ('--device', _named, None, "where to compute: cpu, cuda, cuda:1, mps ... (default: the accelerator if there is one)")
 _WEIGHTS = ('--vfm-weights', _named, None, "a file of the VFM's weights, where there is no hub")
@@ -502,6 +504,11 @@ def _say(line: str) -> int:
     print(f'vfmvae: {line}', file=sys.stderr)
     return 2
 
+def _join(device: str | None) -> None:
+    "Among several processes: one of them, of which the first alone speaks."
+    from vfmvae.recipes import processes_on
+    if not processes_on(device).is_main_process: sys.stdout = open(os.devnull, 'w')
+
 def _run(argv: Sequence[str]) -> int:
     own = list(argv).index('--') if argv and argv[0] == 'lab' and '--' in argv else len(argv)
     a = parser().parse_args(argv[:own])
@@ -510,6 +517,7 @@ def _run(argv: Sequence[str]) -> int:
         try: from vfmvae.core import best_device
         except Exception as e: return _say(f'torch or numpy cannot be imported: {_line(e)} (vfmvae doctor says more)')
         best_device(a.device)       # a wrong name is said before any work
+        if int(os.environ.get('WORLD_SIZE') or 1) > 1: _join(a.device)
     status = a.call(a)
     if 'vfmvae.train' in sys.modules: sys.modules['vfmvae.train'].leave()     # without training there are no fellows
     return status

@@ -7,7 +7,7 @@ __all__ = ['DrawsLike', 'UserError', 'first_line', 'Notice', 'notice', 'whole', 
            'weights_at', 'device_of', 'best_device', 'world', 'rank', 'gathered', 'average', 'philox', 'box_muller',
            'Draws', 'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'resized', 'to_tokens', 'to_grid',
            'seed_all', 'progress', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json', 'parse_json',
-           'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'weights_file', 'save_weights',
+           'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'tensors_at', 'save_weights',
            'load_weights', 'check_fields', 'build_config', 'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
@@ -566,7 +566,7 @@ def sidecar(path: str | Path) -> Path: # of tensors
 
 _FORMAT = 1     # of these two files; another one is not read
 
-def weights_file(path: str | Path) -> Path:
+def tensors_at(path: str | Path) -> Path:
     "The file of tensors: in a folder of the hub `model.safetensors`, else the path itself."
     return p/'model.safetensors' if os.path.isdir(p := as_path(path, 'weights')) else p
 
@@ -578,7 +578,7 @@ def save_weights(path: str | Path,          # `*.safetensors`, or a folder; the 
     writer that dies between the two leaves nothing torn. UserError: not writable, a JSON of somebody else's at its place."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    path, side = weights_file(path), sidecar(path)
+    path, side = tensors_at(path), sidecar(path)
     if is_file(side) and not is_file(path):
         try: ours = 'pair' in read_json(side)
         except UserError: ours = False
@@ -596,7 +596,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, meta) of `save_weights`; meta is {} if there is no JSON. UserError on a missing or damaged file.
     Where the two files are of two saves, the JSON in the head of the tensors' file counts; without one, a UserError."""
     from safetensors import SafetensorError, safe_open
-    path, side = weights_file(path), sidecar(path)
+    path, side = tensors_at(path), sidecar(path)
     if not is_file(path): raise UserError(f'no weights at {path}; check the path')
     try:
         with safe_open(path, 'pt') as f: head, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}   # noqa: SIM118

@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'TEXTURES', 'BACKGROUNDS', 'CLASSES', 'SUFFIXES', 'FORMATS'
            'uniforms', 'factors', 'render', 'World', 'open_image', 'to_tensor', 'to_uint8', 'to_pil', 'check_images',
            'centre_crop', 'adm_crop', 'square_crop', 'random_crop_flip', 'Transform', 'transform', 'published_draw',
            'published_noise', 'ImageSet', 'folder', 'shards', 'stamps', 'fingerprint', 'spread', 'Subset', 'take',
-           'taken', 'TensorSet', 'as_dataset', 'Loader', 'loader']
+           'taken', 'TensorSet', 'as_dataset', 'gives_bytes', 'Loader', 'loader']
 
 # %% ../nbs/02_data.ipynb #d68a724b
 import glob, hashlib, inspect, io, itertools, json, math, os, re, tarfile, time
@@ -618,17 +618,20 @@ def _gather(members: Iterable[Iterable[tuple[str, int, int, Any]]], # chunks of 
     labels: dict[str, int | str] = {}
     known, kinds = dict[bytes, int | str](), dict[str, str]()
     for name, offset, size, source in itertools.chain.from_iterable(members):
-        stem, _, ext = (name.rpartition('/')[2] if '/' in name else name).partition('.')
-        if (kind := kinds.get(ext)) is None: kind = kinds[ext] = f'.{ext.lower()}'
-        key = name[:-len(ext)-1] if ext else name
+        key, _, ext = name.partition('.')
+        if (kind := kinds.get(ext)) is None:
+            if '/' in ext:                           # the dot is of a folder
+                ext = name.rpartition('/')[2].partition('.')[2]
+                key = name[:-len(ext)-1]
+            kind = kinds[ext] = f'.{ext.lower()}'
         if kind not in SUFFIXES and kind != '.cls': skipped[kind if ext else 'file without ending'] += 1
-        elif not stem: skipped['member without a name'] += 1
+        elif not key or key[-1] == '/': skipped['member without a name'] += 1
         elif key in (labels if kind == '.cls' else images):
             raise UserError(f"{path} holds two {'classes' if kind == '.cls' else 'pictures'} of the key {key!r}; write the shard again, one of each")
-        elif kind == '.cls':
+        elif kind != '.cls': images[key] = offset, size
+        else:
             if (label := known.get(text := read(source, size))) is None: label = known[text] = _label(text, f'{name} in {path}')
             labels[key] = label
-        else: images[key] = offset, size
     return images, labels
 
 def _by_tarfile(path: str, skipped: Counter) -> tuple[dict, dict]:
@@ -679,13 +682,13 @@ def _aside(kind: int, name: str, size: int, row: bytes) -> bool:
 def _plain_members(path: str) -> Iterator[Iterable[tuple[str, int, int, bytes]]]:
     "Chunks for `_gather` of a tar of plain files; the last entry is a head and the 512 bytes after it. ValueError: `tarfile` must look."
     with open(path, 'rb', buffering=0) as f:
-        at, begin, window, size, kinds, ended = 0, 0, b'', 2**13, b'', False
+        at, begin, end, window, size, kinds, ended = 0, 0, 0, b'', 2**13, b'', False
         while not ended:
             rows, offsets, sizes = list[bytes](), list[int](), list[int]()
-            while len(rows) < 1024:
-                if at+1024 > begin+len(window):      # what lies between small members is read with them, of large ones two heads
+            for _ in range(1024):
+                if at+1024 > end:                    # what lies between small members is read with them, of large ones two heads
                     f.seek(begin := at)
-                    window = f.read(2**16 if size < 2**13 else 2**11)
+                    end = at + len(window := f.read(2**16 if size < 2**13 else 2**11))
                 row = window[at-begin:at-begin+1024]
                 try: size = int(row[124:135], 8)
                 except ValueError:
@@ -1051,7 +1054,7 @@ def as_dataset(x: Any,                     # see below; what has `len` and `batc
     return ImageSet(read, keys, numbers, classes, size or min(read(0).size), augment, crop, name, pieces=pieces, stamp=stamp)
 
 # %% ../nbs/02_data.ipynb #a78b8266
-def _gives_bytes(ds: Any) -> bool:
+def gives_bytes(ds: Any) -> bool:
     "Whether `ds.batch` knows `as_bytes`."
     while isinstance(ds, Subset): ds = ds.ds
     return 'as_bytes' in inspect.signature(ds.batch).parameters
@@ -1082,7 +1085,7 @@ class Loader:
     def batch_at(self, step: int # counts from 0 over all epochs
                 ) -> dict:
         "The batch of `step`: image (b,3,H,W), label (b,), key, with b = batch_size/world."
-        how: dict[str, Any] = dict(as_bytes=True) if self.far and _gives_bytes(self.ds) else {}
+        how: dict[str, Any] = dict(as_bytes=True) if self.far and gives_bytes(self.ds) else {}
         if not getattr(self.ds, 'augment', False): return self.ds.batch(self.indices(step).tolist(), **how)
         parts = [self.ds.batch(i.tolist(), epoch=e, seed=self.seed, **how) for e, i in self.places(step)]
         if len(parts) == 1: return parts[0]

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/15b_latents.ipynb #5809d2d7
-from .core import (Gaussian, UserError, as_path, check_out, check_weights, device_of, first_line, home, inside,
+from .core import (Draws, Gaussian, UserError, as_path, check_out, check_weights, device_of, first_line, home, inside,
                          notice, progress, read_json, sweep, to_json, whole, write_atomic, write_json)
-from .data import World, as_dataset, fingerprint, take, taken, uniforms
+from .data import World, as_dataset, fingerprint, gives_bytes, take, taken
 from .features import _on_cpu
 from .tokenizer import LatentStats, net_digest
 from .train import provenance, world
@@ -239,12 +239,14 @@ class LatentCache:
         new.images = same
         return new
 
-    def batch(self, indices: Sequence[int], epoch: int = 0, seed: int = 0) -> dict:
+    def batch(self, indices: Sequence[int], epoch: int = 0, seed: int = 0,
+              as_bytes: bool = False # images, if there are such, as uint8
+             ) -> dict:
         "The latents of these indices; epoch and seed decide which are flipped, if flips are kept."
         at = np.asarray([whole(i, 'index', 0) for i in indices], dtype=np.int64)
         if not len(at): raise UserError('a batch of no latents; give at least one index')
         if len(at) and (at.min() < 0 or at.max() >= len(self)): raise IndexError(f'index outside 0..{len(self)-1}')
-        flip = uniforms(seed*1_000_003+epoch, at.tolist(), 1)[:, 0].numpy() < .5 if self.augment else np.zeros(len(at), dtype=bool)
+        flip = Draws(seed, at.tolist()).uniform(f'flip {epoch}').numpy() < .5 if self.augment else np.zeros(len(at), dtype=bool)
         which = np.searchsorted(self.ends, at, side='right')
         out: dict[str, Any] = {}
         for s in np.unique(which):
@@ -257,7 +259,10 @@ class LatentCache:
         if not _finite(out): self._complain(which)
         out['mean'] = (out['mean']-self.mean)/self.std
         if 'logvar' in out: out['logvar'] = (out['logvar'] - 2*self.std.log()).clamp(min=-30)
-        return dict(out, key=[f'{self.dir.name}-{i:07d}' for i in at], **({'image': self.images.batch(at.tolist())['image']} if self.images else {}))
+        return dict(out, key=[f'{self.dir.name}-{i:07d}' for i in at], **(self._pictures(at.tolist(), as_bytes) if self.images else {}))
+    def _pictures(self, at: list[int], as_bytes: bool) -> dict:
+        how = dict(as_bytes=True) if as_bytes and gives_bytes(self.images) else {}
+        return {'image': self.images.batch(at, **how)['image']}
     def _complain(self, which: np.ndarray) -> None:
         for s in np.unique(which): _open_shard(self.dir, self.manifest, int(s), values=True)
     def _put(self, out: dict, k: str, rows: Tensor, at: Tensor, n: int) -> None:
@@ -463,13 +468,13 @@ def export_latents(cache: LatentCache,
     if layout not in LAYOUTS: raise UserError(f"no layout {layout!r} (known: {', '.join(LAYOUTS)})")
     if layout == 'lightningdit' and not cache.augment: raise UserError('this layout holds mirrored images; cache with flips=True')
     folder, labels, at = check_out(folder), [], 0
-    draw = torch.Generator().manual_seed(seed)
     for s, (_, n) in enumerate(cache.manifest['shards']):
         t = cache.shard(s)
         t = {k: v if k == 'label' else v.float() for k, v in t.items()}
         g = {end: Gaussian(t['mean'+end], t.get('logvar'+end)) for end in ('', '_flip') if 'mean'+end in t}
         if layout == 'lightningdit':
-            both = dict(latents=g[''].sample(draw), latents_flip=g['_flip'].sample(draw), labels=t['label'])
+            draws = Draws(seed, range(int(cache.ends[s])-n, int(cache.ends[s])))
+            both = dict(latents=g[''].sample(draws), latents_flip=g['_flip'].sample(draws.named('flip')), labels=t['label'])
             _write_shard(folder/f'latents_rank00_shard{s:03d}.safetensors', both)
         else:
             for moments in torch.cat([g[''].mean, g[''].std], 1).numpy():

@@ -390,7 +390,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
                     compile: bool | str = False,     # torch.compile of the decoder; a string: by that backend
                     held_out: Any = None,            # data set whose first images are watched; None: the training data
                     on_stage: Callable[[Stage, Any], Any] | None = None, # called after each stage with the averaged model
-                    **fit_kwargs                     # for `fit`: log_every, save_every, show
+                    **fit_kwargs                     # for `fit`: log_every, save_every, show, trackers, shard
                    ) -> tuple[Any, list[dict]]:
     """Trains stage by stage, averages, fits the latent stats on training images; returns (tokenizer in eval mode, log rows).
     Under `accelerate launch` it uses every process. UserError: unknown preset or data, a batch that does not split."""
@@ -413,7 +413,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
         task = TokenizerTask(model, stage, perceive, p.half_life, p.betas, p.clip, critics, precision, seen)
         load_nets(task, state)
         if compile: _compile_decoder(model, compile if isinstance(compile, str) else 'inductor')
-        feed = loader(ds, batch//accumulate, seed=own_seed, rank=acc.process_index, world=acc.num_processes, workers=workers)
+        feed = loader(ds, batch//accumulate, own_seed, acc.process_index, acc.num_processes, workers, acc.device)
         steps, folder = stage.images//batch, folders[stage.name]
         here = None if folder is None else Run(f'{folder}/')
         def look(task: TokenizerTask = task) -> Any:
@@ -421,6 +421,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
         rows = fit(task, feed, stage.images, here, warm_cosine(stage.lr, steps, min(100, steps//10+1)) if p.cosine else None,
                    own_seed, accumulate, look=look, accelerator=acc, **fit_kwargs)
         history += [dict(r, stage=stage.name, images=r['images']+seen) for r in rows]
+        model, critics = task.nets['model'], {k: task.nets.get(k, c) for k, c in critics.items()}      # of a sharded training, whole again
         state, seen = {'ema': task.ema.net.own_state()}, seen + stage.images
         if on_stage: on_stage(stage, task.ema.net.eval())
     done = task.ema.net.eval()
