@@ -56,16 +56,6 @@ def other(x):
 GOOD = gpu.there
 
 
-def worse_at(batch):
-    def there(x):
-        x = GOOD(x)
-        if hasattr(x, 'decode'):
-            plain = x.decode
-            x.decode = lambda z: plain(z) + .5*(len(z) == batch)
-        return x
-    return there
-
-
 def reading(task, b):
     step = STEP(task, b)
     def more():
@@ -107,7 +97,7 @@ PATCHES = dict(
     other=lambda m: m.setattr(gpu, 'there', other), slow=lambda m: m.setattr(gpu, 'seconds', lambda f, rounds=1: 1e9),
     card=lambda m: m.setattr(gpu, 'matmul_tflops', lambda: 1e12),
     large=lambda m: m.setattr(gpu, 'peak_gb', lambda: 1e4), odd=lambda m: m.setattr(gpu, 'keyed', Odd), noise=unlike_noise,
-    reads=lambda m: m.setattr(gpu, 'step_of', reading), batch=lambda m: m.setattr(gpu, 'there', worse_at(7)), waiting=waiting,
+    reads=lambda m: m.setattr(gpu, 'step_of', reading), waiting=waiting,
     forgets=lambda m: m.setattr('vfmvae.train.load_task_state', lambda *a: None), dark=lambda m: m.setattr(gpu, 'pinned', lambda x: x//2),
     broken=lambda m: m.setattr(gpu, 'PYTHON', ['false']), plain=half_card)
 
@@ -115,7 +105,7 @@ BREAKS = (   # part, words in the line's name, what spoils it; the first that fi
     ('draws', '', 'odd'), ('nets', 'samples', 'noise'), ('alignment', '50,000', 'slow'), ('decode', 'memory', 'large'), ('decode', '', 'slow'),
     ('train', 'memory', 'large'), ('train', 'host syncs', 'reads'), ('train', 'float64', 'other'), ('train', '', 'slow'), ('flow', 'share', 'card'),
     ('flow', '', 'slow'),
-    ('resume', '', 'forgets'), ('rfid', 'batch', 'batch'), ('transfers', 'host syncs', 'waiting'), ('transfers', 'GB', 'slow'), ('transfers', 'pinned', 'slow'),
+    ('resume', '', 'forgets'), ('transfers', 'host syncs', 'waiting'), ('transfers', 'GB', 'slow'), ('transfers', 'pinned', 'slow'),
     ('transfers', '', 'dark'), ('launch', 'FSDP', 'plain'), ('launch', '', 'broken'), ('', '', 'other'))
 
 
