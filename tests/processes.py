@@ -1,6 +1,7 @@
 """What several processes must do as one does: run by `tests/test_processes.py` under torchrun. Arguments: the folder to write to, the steps,
 and names of jobs (all). Steps of every bundled recipe, at a learning rate at which Adam's first steps do not magnify rounding; the same in
-parts (sharded), stopped and gone on."""
+parts (sharded), stopped and gone on; a cache, rFID, samples, a bank."""
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -10,10 +11,15 @@ import torch
 
 from vfmvae.data import World, loader
 from vfmvae.dit import DiT
+from vfmvae.evaluate import bundled_extractor, rfid
+from vfmvae.features import banks
 from vfmvae.flow_presets import FLOW_PRESETS
 from vfmvae.flow_train import FlowTask
+from vfmvae.generate import generate
+from vfmvae.latents import cache_latents
 from vfmvae.recipes import PRESETS, build_training, plan
 from vfmvae.tok_train import TINY, Stage, TokenizerTask
+from vfmvae.tokenizer import tokenizers
 from vfmvae.train import Run, fit, leave, processes
 from vfmvae.vae import VFMVAE
 from vfmvae.vfm import VFM
@@ -76,5 +82,17 @@ for name in cut if n > 1 else ():
     a, b = (t.ema.net.state_dict() for t in (task, again))
     found[f'{name} resumed'] = all(torch.equal(a[k], b[k]) for k in a) and {type(v) for v in a.values()} == {torch.Tensor}
     found[f'{name} files'] = sorted(p.name for p in run.dir.iterdir())
+
+
+def marks(folder): return {p.name: hashlib.blake2b(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.suffix in ('.png', '.safetensors')}
+
+
+tok = tokenizers['vfmvae-tiny-f8d16']
+cache_latents(tok, World(40), out/f'cache-{n}', shard=8, batch_size=5, flips=True)
+generate('dit-vfmvae-tiny-f8d16', 10, 3, out=out/f'samples-{n}', steps=2, batch_size=4)
+record = rfid(tok, World(150, seed=3), bundled_extractor(), sample=True, batch_size=7 + n, pr_n=100)
+bank = banks(VFM('tiny'), World(20), layers=[-1], quiet=True)[-1]
+found['files'] = {k: marks(out/f'{k}-{n}') for k in ('cache', 'samples')}
+found['rfid'], found['bank'] = record.metrics, bank.features.double().sum(0).tolist()
 if acc.is_main_process: (out/f'losses-{n}.json').write_text(json.dumps(found))
 leave()

@@ -21,6 +21,8 @@ SMOOTH = ('dit-vfmvae-tiny-f8d16', 'dit-conv-tiny-f8d16', 'dit-conv-f8d16', 'con
 
 FOUR = ('dit-vfmvae-tiny-f8d16', 'tiny/weak_align', 'rae-tiny-f8d128/first', 'discrete')
 
+OTHERS = ('files', 'rfid', 'bank')
+
 
 def torchrun(n, *args):
     with socket.socket() as s:
@@ -44,7 +46,7 @@ def apart(a, b, keys): return max(abs(x[k]-y[k])/max(1e-3, abs(x[k])) for x, y i
 
 @pytest.mark.parametrize('n', (2, 4))
 def test_every_recipe_has_the_losses_of_one_process(found, n):
-    one, many = found[1], {k: v for k, v in found[n].items() if ' ' not in k}
+    one, many = {k: v for k, v in found[1].items() if k not in OTHERS}, {k: v for k, v in found[n].items() if ' ' not in k and k not in OTHERS}
     assert many.keys() == ({*one} if n == 2 else {*FOUR}) and len(one) >= 12
     for name, rows in many.items():
         assert len(rows) == STEPS and all(r.keys() == o.keys() for r, o in zip(rows, one[name], strict=True))
@@ -63,6 +65,15 @@ def test_sharded_nets_learn_the_same_stop_and_go_on(found, n):
         assert found[n][f'{name} resumed'] is True, name
         parts = [f for f in found[n][f'{name} files'] if f.startswith('shard-')]
         assert {f'shard-{STEPS:08d}-{r+1}-of-{n}.safetensors' for r in range(n)} <= {*parts} and len(parts) == 2*n
+
+
+@pytest.mark.parametrize('n', (2, 4))
+def test_caches_samples_rfid_and_banks_are_those_of_one_process(found, n):
+    one, many = found[1], found[n]
+    assert many['files'] == one['files'] and len(one['files']['cache']) == 5 and len(one['files']['samples']) == 10      # to the bit
+    assert many['rfid'].keys() == one['rfid'].keys() >= {'fd', 'precision', 'recall'}
+    for k, v in one['rfid'].items(): assert many['rfid'][k] == pytest.approx(v, rel=1e-6), k                             # the batch size differs, too
+    assert many['bank'] == pytest.approx(one['bank'], rel=1e-6)
 
 
 def test_parts_are_put_together_and_one_that_is_missing_is_named(tmp_path):
