@@ -11,7 +11,7 @@ RECIPE  := settings.ini setup.py pyproject.toml
 PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env dev demo train bench test lint notebooks pytest lab readme docs hooks export clean
+.PHONY: help env dev demo train bench gpu test lint notebooks pytest lab readme docs hooks export clean
 .DELETE_ON_ERROR:
 
 help:            ## this list
@@ -47,6 +47,11 @@ bench: $(DEV)    ## speed of the decoder, of training steps, of CKNNA (as ratios
 	$(BIN)/python -m vfmvae.bench_flow
 	$(BIN)/python -m vfmvae.lab_bench
 	$(BIN)/python benchmarks/sets.py
+
+# with the Python at hand (or PYTHON=...), in which nothing is installed; PARTS='decode flow' for some, VFMVAE_SMOKE=1 without a card
+PARTS ?=
+gpu:             ## what only a graphics card can tell, into data/results/gpu_<card>.json
+	$(PYTHON) benchmarks/gpu.py $(PARTS) $(ARGS)
 
 # one after the other even under make -j, so that pytest has the last word
 test: $(DEV)     ## everything a change must pass

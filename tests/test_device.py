@@ -25,6 +25,7 @@ from vfmvae.latents import cache_latents, cache_name, latent_digest
 from vfmvae.metrics import frechet, frechet_features, inception_score, moments, precision_recall, psnr, ssim, ssim_signed
 from vfmvae.neighbours import mutual_knn, prepare
 from vfmvae.probes import knn_accuracy, linear_probe, probe, ridge_probe
+from vfmvae.published import DiffusersVAE
 from vfmvae.recipes import decode_latents, default_perceptual, encode_images, evaluate_tokenizer, evaluate_warps, opened
 from vfmvae.robustness import layer_scores, robustness
 from vfmvae.tok_train import Stage, TokenizerTask
@@ -135,7 +136,7 @@ SOURCES = {'VFM': lambda d: VFM('tiny').to(d), 'Fitted': lambda d: Fitted(VFM('t
            'LatentFeatures': lambda d: LatentFeatures(tok(d), sample_seed=1), 'NetFeatures': lambda d: NetFeatures(dit('lightningdit', d), tok(d))}
 EXTRACTORS = {'WorldExtractor': lambda d: bundled_extractor().to(d), 'Inception': inception, 'VFMExtractor': lambda d: VFMExtractor(VFM('tiny').to(d), 32)}
 JUDGES = {'ProjectedDiscriminator': lambda d: ProjectedDiscriminator(VFM('tiny')).to(d), 'PatchGAN': lambda d: PatchGAN(8).to(d)}
-WHOLE = {*SOURCES, *EXTRACTORS, *JUDGES, 'DiT', 'VFMVAE', 'ConvVAE', 'RAE'}
+WHOLE = {*SOURCES, *EXTRACTORS, *JUDGES, 'DiT', 'VFMVAE', 'ConvVAE', 'RAE', 'DiffusersVAE'}
 # parts of the nets above, which run when these run
 PARTS = {*'''BatchNormLocal SpectralConv TokenHead ResBlock AttnBlock PatchEmbed TimeEmbed LabelEmbed RMSNorm Attention MLP SwiGLU Block FinalLayer WorldNet
              GeGLU PoolAttention ProjBlock AttnProj ConvProj EqualLinear Style Depthwise Pointwise ConvNeXt Upsample ToRGB ChannelNorm GridAttention LatentStats
@@ -191,6 +192,11 @@ def test_every_tokenizer_does(name):
     with cuda():
         for wrong in (lambda t: t.encode(images(2)), lambda t: t.decode(torch.zeros(1, t.channels, 8, 8))):
             with pytest.raises(UserError, match='move one of them'): wrong(tok(CUDA, name))
+
+
+def test_a_tokenizer_for_diffusers_does():
+    pytest.importorskip('diffusers')
+    both(lambda d: [(vae := DiffusersVAE(tok(d))).device == d, vae.decode(vae.encode(images(2).to(d)).latent_dist.mode()).sample], stays=True)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -399,7 +405,7 @@ STAYS = {'features.pool', 'views.see', 'neighbours.prepare', 'neighbours.knn_gra
 REASONS = {
     'runs as a command, below': 'generate.train_flow recipes.train_tokenizer recipes.estimate recipes.processes_on recipes.build_training',
     'names and numbers only': """views.label views.views views.image_set views.images_seen features.as_images features.batches generate.sample_labels
-        recipes.open_data recipes.training_data recipes.plan recipes.config_for recipes.chosen losses.draw_warp latents.described
+        recipes.open_data recipes.training_data recipes.start_size recipes.plan recipes.config_for recipes.chosen losses.draw_warp latents.described
         tokenizer.check_config tokenizer.register_bundled widgets.steps widgets.transform_controls widgets.middle explorer.layer_name""",
     'reads files, or makes what is moved later': """views.as_source evaluate.bundled_extractor evaluate.read_samples generate.open_flow
         recipes.open_tokenizer latents.latent_stats latents.import_latents latents.export_latents tokenizer.load_tokenizer""",

@@ -233,7 +233,7 @@ def rae_files(case, folder=None, **changed):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('case', RAES)
+@pytest.mark.parametrize('case', sorted(RAES))
 def test_autoencoder_rae_gives_the_numbers_of_diffusers(case, tmp_path):
     g, (_, c) = load_file(GOLDEN/'rae_tiny.safetensors'), rae_files(case, tmp_path)
     tok = load_tokenizer(tmp_path).double()

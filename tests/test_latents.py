@@ -160,7 +160,7 @@ def test_the_published_layouts_come_back(tmp_path):
     torch.testing.assert_close(b['logvar'], want.logvar, atol=1e-4, rtol=1e-4)
     first = np.load(tmp_path/'reg'/json.loads((tmp_path/'reg'/'dataset.json').read_text())['labels'][0][0])
     assert first.shape == (6, 8, 8) and first.dtype == np.float32 and (first[3:] > 0).all()
-    light = import_latents(export_latents(c, tmp_path/'light', 'lightningdit', seed=3), tmp_path/'l', 'lightningdit', tok.name, data.classes)
+    light = import_latents(export_latents(c, tmp_path/'light', 'lightningdit', seed=3, pickle=True), tmp_path/'l', 'lightningdit', tok.name, data.classes)
     assert light.augment and [n for _, n in light.manifest['shards']] == [20, 20, 10]
     from safetensors.torch import load_file
     t = load_file(tmp_path/'light'/'latents_rank00_shard000.safetensors')
@@ -183,7 +183,7 @@ def test_damaged_published_files_are_named(tmp_path):
     f.write_bytes(keep)
     (made/'latents_stats.pt').write_bytes(b'not a file')
     with pytest.raises(UserError, match='latents_stats.pt is not a plain torch file'): import_latents(made, tmp_path/'y', 'lightningdit', 'toy')
-    (made/'latents_stats.pt').unlink()
+    (made/'latents_stats.pt').unlink(), (made/'latents_stats.json').unlink()
     with pytest.raises(UserError, match='no latents_stats.pt'): import_latents(made, tmp_path/'z', 'lightningdit', 'toy')
     reg = export_latents(c, tmp_path/'reg', 'reg')
     next(reg.rglob('*.npy')).write_bytes(b'')

@@ -155,7 +155,7 @@ def _jobs(config: str, job: str, batch: int, device: str) -> dict[str, Callable[
 # %% ../nbs/18b_bench.ipynb #3289f5e9
 def _high_water(device: str) -> float:
     "MB of this process at its highest."
-    if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated()/1e6
+    if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated(device)/1e6
     status = Path('/proc/self/status')   # Linux: getrusage would report the parent's peak where that is higher
     if status.exists(): return int(status.read_text().split('VmHWM:')[1].split()[0])*1024/1e6
     import resource                      # there is none on Windows
@@ -163,7 +163,7 @@ def _high_water(device: str) -> float:
 
 def _lower_water(device: str) -> None:
     "The mark starts again from what is held now, where the system allows it; building a model has its own peak."
-    if torch.device(device).type == 'cuda': torch.cuda.reset_peak_memory_stats()
+    if torch.device(device).type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     elif (refs := Path('/proc/self/clear_refs')).exists(): refs.write_text('5')
 
 def _peak(config: str, job: str, form: str, device: str, threads: int, batch: int) -> None:
@@ -205,10 +205,11 @@ def bench(configs: Iterable[str] = ('tiny', 'full'), # of 'tiny', 'full'
           threads: int | None = None,    # None: as torch is set
           memory: bool = True,           # also peak memory, in processes of their own
           batch: int | None = None,      # None: `BATCH`
-          out: str | Path | None = None  # JSON file to write
+          out: str | Path | None = None, # JSON file to write
+          device: Any = None             # None: `best_device`
          ) -> dict:
-    "Measures decoding and training; {'rows': {'tiny decode': {...}, ...}, 'provenance': ...}. On the best device. UserError on an unknown name."
-    device, before = str(best_device()), torch.get_num_threads()
+    "Measures decoding and training; {'rows': {'tiny decode': {...}, ...}, 'provenance': ...}. UserError on an unknown name."
+    before, device = torch.get_num_threads(), str(best_device(device))
     configs, out = list(configs), None if out is None else check_out(out, '.json')
     for name, v in dict(rounds=rounds, threads=threads, batch=batch).items():
         if v is not None: whole(v, name, 1)
@@ -295,18 +296,19 @@ def bench_table(result: dict # of `bench`
     return '\n'.join([head, *(line(k, r) for k, r in result['rows'].items())])
 
 def main(argv: Sequence[str] | None = None) -> None:
-    "`python -m vfmvae.bench [--configs tiny full] [--full] [--threads N] [--rounds N] [--cknna [FILE]] [--out FILE]`: measures, prints, writes JSON."
+    "`python -m vfmvae.bench --help`: measures, prints, writes JSON."
     p = argparse.ArgumentParser(prog='vfmvae.bench', description='Speed of the decoder against a plain form of the same mathematics.')
     p.add_argument('--configs', nargs='+', default=['tiny', 'full'], help='of: tiny full')
     p.add_argument('--full', action='store_true', help='also a training step of the full model (minutes, 5 GB)')
     p.add_argument('--threads', type=int, help='of torch; default: as it is set')
     p.add_argument('--rounds', type=int, help='default: 9 for tiny, 3 for full')
+    p.add_argument('--device', help='such as cpu or cuda:1; default: the accelerator if there is one')
     p.add_argument('--cknna', metavar='FILE', nargs='?', const='outputs/bench_cknna.json', help='measure CKNNA instead; with --full also 50,000 images')
     p.add_argument('--out', default='outputs/bench.json', help='JSON file; default: outputs/bench.json')
     a = p.parse_args(argv)
     try:
         if not a.cknna:
-            print(bench_table(bench(a.configs, a.full, a.rounds, a.threads, out=a.out)))
+            print(bench_table(bench(a.configs, a.full, a.rounds, a.threads, out=a.out, device=a.device)))
             return
         out, rounds = check_out(a.cknna, '.json'), 2 if a.rounds is None else whole(a.rounds, 'rounds', 1)
         if a.threads is not None: torch.set_num_threads(whole(a.threads, 'threads', 1))

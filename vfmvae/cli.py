@@ -142,7 +142,7 @@ def _outputs(a) -> None:
         print('note: neither --run nor --out is given, so nothing of this training is kept', file=sys.stderr)
 
 def _train(a) -> int:
-    from vfmvae.recipes import chosen, estimate, evaluate_tokenizer, open_data, processes_on, train_tokenizer
+    from vfmvae.recipes import chosen, estimate, evaluate_tokenizer, open_data, processes_on, start_size, train_tokenizer
     from vfmvae.vfm import VFM
     names, p, acc = a.stages.split(',') if a.stages else None, chosen(a.preset), processes_on(a.device)
     vfm = VFM(a.vfm or p.config.vfm, a.vfm_weights) if a.vfm_weights else a.vfm
@@ -150,13 +150,14 @@ def _train(a) -> int:
         estimate(a.preset, vfm, a.images, a.batch, a.size, names, a.critic, a.precision)
         return 0
     _outputs(a)
-    size = a.size or p.config.img_size
+    size = a.size or start_size(a.start) or p.config.img_size
     kind, held_out = 'held-out' if a.held_out or a.data == 'world' else 'training', open_data(a.held_out or a.data, size=size, seed=8)
     def said(stage, net) -> None:
         r = evaluate_tokenizer(net, held_out, 256)
         if acc.is_main_process: print(f"after {stage.name}, {kind} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
+    more = dict(save_every=a.save_every, shard=a.shard, trackers=a.log_with.split(',') if a.log_with else ())
     train_tokenizer(a.preset, a.data, vfm, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.workers, size=a.size, stages=names,
-                    start=a.start, critic=a.critic, precision=a.precision, compile=a.compile, held_out=held_out, on_stage=said, save_every=a.save_every)
+                    start=a.start, critic=a.critic, precision=a.precision, compile=a.compile, held_out=held_out, on_stage=said, **more)
     if a.out and acc.is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
@@ -173,7 +174,7 @@ def _pictures(a, tok: Any, n: Any = 64, training: bool = False) -> tuple[Any, Ca
     from vfmvae.evaluate import _resized, _watched
     from vfmvae.recipes import open_data, training_data
     size = a.size or tok.config.img_size
-    data, seen = _watched(training_data(a.images, size, n) if training else open_data(a.images, size=size, n=n, seed=8))
+    data, seen = _watched(training_data(a.images, size, n, a.crop) if training else open_data(a.images, size=size, n=n, seed=8))
     return data, lambda: ', '.join(filter(None, (f'{size} px', _resized(seen, (size, size)))))
 
 def _reconstruct(a) -> int:
@@ -228,6 +229,7 @@ def _cache(a) -> int:
     return 0
 
 def _train_flow(a) -> int:
+    from vfmvae.core import UserError
     from vfmvae.flow_presets import FlowPreset, flow_cost
     from vfmvae.generate import train_flow
     from vfmvae.recipes import chosen, processes_on
@@ -237,9 +239,10 @@ def _train_flow(a) -> int:
               f"{c['images_per_s']:,.0f} images/s and {c['hours']:,.1f} hours on one; ImageNet's latents take {c['latents_gb']:.0f} GB of disk")
         return 0
     _outputs(a)
+    if a.g_kwargs and not a.tokenizer: raise UserError('--g-kwargs without the published file that it describes; give --tokenizer')
     acc = processes_on(a.device)
-    train_flow(a.preset, a.data, a.cache, None, a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.precision, a.compile,
-               workers=a.workers, save_every=a.save_every)
+    train_flow(a.preset, a.data, a.cache, a.tokenizer and _tokenizer(a), a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed,
+               a.precision, a.compile, workers=a.workers, save_every=a.save_every, shard=a.shard, trackers=a.log_with.split(',') if a.log_with else ())
     if a.out and acc.is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
@@ -401,7 +404,8 @@ _DRAW = (('--policy', _named, 'balanced', 'or random'), ('--steps', _STEPS, None
 _FIT = (('--images', _COUNT, None, "how many to see (default: the preset's)"), ('--batch', _AT_ONCE, None, "images a step (default: the preset's)"),
         ('--lr', _RATE, None, "learning rate (default: the preset's)"), ('--run', _named, None, 'name of the run: logs, checkpoints, resume'),
         ('--accumulate', _AT_ONCE, 1, 'micro-batches per step'), ('--workers', _THREADS, 0, 'threads that read ahead'),
-        ('--save-every', _COUNT, 500, 'steps between checkpoints'), _SEEDED)
+        ('--save-every', _COUNT, 500, 'steps between checkpoints'), ('--shard', bool, False, 'cut the nets over the processes (FSDP)'),
+        ('--log-with', _named, None, "trackers besides the run's own log: tensorboard, wandb, or both with a comma"), _SEEDED)
 _VFM = ('--vfm', _named, 'tiny', 'the reference: tiny or any timm name')
 _DEVICE = ('--device', _named, None, "where to compute: cpu, cuda, cuda:1, mps ... (default: the accelerator if there is one)")
 _WEIGHTS = ('--vfm-weights', _named, None, "a file of the VFM's weights, where there is no hub")
@@ -415,14 +419,15 @@ _TRAINING: Mapping[str, tuple] = {
         ('--preset', _named, 'tiny', 'see vfmvae.recipes.PRESETS'), _DATA,
         ('--held-out', _named, None, 'data to measure on'), ('--vfm', _named, None, "tiny or any timm name, instead of the preset's"), *_FIT,
         ('--out', _named, None, 'file of the finished tokenizer (.safetensors)'),
-        ('--size', _SIDE, None, "pixels per side (default: the preset's)"),
+        ('--size', _SIDE, None, "pixels per side (default: that of --start, else the preset's)"),
         ('--stages', _named, None, 'those to train, such as ssim,gan (default: all)'),
-        ('--start', _named, None, "continue from a stage's folder or a tokenizer's file"),
+        ('--start', _named, None, "continue from a stage's folder or a tokenizer's file, at its image size"),
         ('--critic', _named, None, 'VFM of the discriminator: tiny or any timm name'),
         ('--precision', _named, 'fp32', 'fp32, bf16, or fp16 for the last decoder blocks'), ('--compile', bool, False, 'torch.compile the decoder'),
         _WEIGHTS, _DEVICE, ('--dry-run', bool, False, 'only measure a few steps and say what the training will cost')),
     'train-flow': (_train_flow, 'train a diffusion net on latents by preset',
-        ('--preset', _named, 'dit-vfmvae-tiny-f8d16', 'see vfmvae.flow_presets'), _DATA,
+        ('--preset', _named, 'dit-vfmvae-tiny-f8d16', 'see vfmvae.flow_presets'),
+        ('--tokenizer', _named, None, f"{_TOKENIZER[0][3]} (default: the preset's)"), _TOKENIZER[1], _DATA,
         ('--cache', _named, None, 'folder of latents; made if it is not there'),
         ('--n', _COUNT, None, _ALL), *_FIT,
         ('--out', _named, None, 'file of the finished net (.safetensors)'),
@@ -439,6 +444,7 @@ _USING: Mapping[str, tuple] = {
     'cache': (_cache, 'the latents of a data set, to train on', *_TOKENIZER, _IMAGES, _SIZE,
         ('--out', _named, None, 'folder (default: in the cache of vfmvae)'),
         ('--n', _COUNT, None, _ALL),
+        ('--crop', _named, 'centre', 'of the pictures: centre, adm (what the published recipes of train-flow take) or square'),
         ('--flips', bool, False, 'mirrored images, too'), ('--half', bool, False, 'float16 on disk'), _DEVICE),
     'generate': (_generate, 'pictures from noise, class by class', _NET, ('--n', _number(1, 10**8), 16, 'how many'),
         ('--label', _number(0, 2**31-1), None, 'one class for all (default: every class in turn)'), *_DRAW,
@@ -498,6 +504,11 @@ def _say(line: str) -> int:
     print(f'vfmvae: {line}', file=sys.stderr)
     return 2
 
+def _join(device: str | None) -> None:
+    "Among several processes: one of them, of which the first alone speaks."
+    from vfmvae.recipes import processes_on
+    if not processes_on(device).is_main_process: sys.stdout = open(os.devnull, 'w')
+
 def _run(argv: Sequence[str]) -> int:
     own = list(argv).index('--') if argv and argv[0] == 'lab' and '--' in argv else len(argv)
     a = parser().parse_args(argv[:own])
@@ -506,9 +517,65 @@ def _run(argv: Sequence[str]) -> int:
         try: from vfmvae.core import best_device
         except Exception as e: return _say(f'torch or numpy cannot be imported: {_line(e)} (vfmvae doctor says more)')
         best_device(a.device)       # a wrong name is said before any work
+        if int(os.environ.get('WORLD_SIZE') or 1) > 1: _join(a.device)
     status = a.call(a)
     if 'vfmvae.train' in sys.modules: sys.modules['vfmvae.train'].leave()     # without training there are no fellows
     return status
+
+def _asked() -> int:
+    """How many processes this one should be, as `accelerate launch` was told; 0 where it was told, but not how many can be seen. On a CPU it hands
+    --num_processes to MPI alone, and else starts a single process without a word of the others: only its own command line, or its file of defaults, has it."""
+    env = os.environ
+    if env.get('ACCELERATE_USE_CPU') != 'True' or 'MASTER_ADDR' not in env or {'WORLD_SIZE', 'RANK', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE'} & {*env}: return 1
+    import shlex
+    import subprocess
+    try:
+        if (seen := Path(f'/proc/{os.getppid()}/cmdline')).exists(): words = seen.read_text().split('\0')[:-1]
+        else: words = shlex.split(subprocess.run(['ps', '-o', 'args=', '-p', str(os.getppid())], capture_output=True, text=True).stdout)
+    except (OSError, ValueError): return 0
+    begins = [i for i, w in enumerate(words) if w in ('launch', 'accelerate.commands.launch') or Path(w).name in ('accelerate-launch', 'launch.py')]
+    if not begins: return 0 if not words else 1
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+    a = launch_command_parser().parse_args(words[begins[0]+1:])
+    kept = load_config_from_file(a.config_file) if a.config_file or a.num_processes is None and Path(default_config_file).is_file() else None
+    return 0 if (a.num_machines or 1) > 1 else a.num_processes or getattr(kept, 'num_processes', None) or 1
+
+def _together(n: int) -> int:
+    """This command as n processes of one group on this machine; the first exit status that is not 0. Where one fails, or Ctrl-C was pressed, the
+    others have five seconds to say why and end."""
+    import signal
+    import socket
+    import subprocess
+    import time
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        place = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
+    def leave(*_: Any) -> None: raise SystemExit(143)
+    before, status = signal.signal(signal.SIGTERM, leave), 0
+    fellows = [subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=place | dict(RANK=str(i), LOCAL_RANK=str(i))) for i in range(n)]
+    try:
+        while not status and any(p.poll() is None for p in fellows):
+            time.sleep(.1)
+            status = next((p.returncode for p in fellows if p.poll()), 0)
+    except KeyboardInterrupt: status = 130
+    except SystemExit as e: status = int(str(e.code))
+    finally:
+        until = time.time() + 5*(status != 143)
+        while time.time() < until and any(p.poll() is None for p in fellows): time.sleep(.05)
+        for p in fellows: p.terminate()
+        for p in fellows: p.wait()
+        signal.signal(signal.SIGTERM, before)
+    return status if status >= 0 else 128-status
+
+def _launched() -> int | None:
+    "The exit status of the processes that Accelerate was asked for and did not start; None where there is nothing to start."
+    if (n := _asked()) == 1: return None
+    from torch.distributed import is_available, is_gloo_available
+    how = 'start them with torchrun --nproc_per_node N (and --nnodes for machines)'
+    if not n: print(f'vfmvae: Accelerate started one process of several on this machine\'s CPU; {how}', file=sys.stderr)
+    elif not is_available() or not is_gloo_available(): print(f'vfmvae: this torch has no gloo, so this is one process, not {n}', file=sys.stderr)
+    return _together(n) if n and is_available() and is_gloo_available() else None
 
 def _note(message: Any, kind: Any, file: str, *more: Any) -> str:
     "A warning of the library is a sentence for whoever reads the output; where in the code it stands is not."
@@ -522,7 +589,7 @@ def main(argv: Sequence[str] | None = None # without the program's name; None: s
     "The `vfmvae` command; returns the exit status: 2, after one line on the standard error, where something is wrong that is not ours."
     warnings.formatwarning = _note  # type: ignore[assignment]
     ended, status = None, 141       # as a shell calls a program whose reader left
-    try: status = _run(sys.argv[1:] if argv is None else argv)
+    try: status = _run(sys.argv[1:] if argv is None else argv) if argv is not None or (joint := _launched()) is None else joint
     except SystemExit as e: ended = e
     except BrokenPipeError: pass
     except (Exception, KeyboardInterrupt) as e:
@@ -537,3 +604,5 @@ def main(argv: Sequence[str] | None = None # without the program's name; None: s
         return status if status == 2 else _say(str(_told(e)))
     if ended: raise ended
     return status
+
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())   # a notebook has no file

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DrawsLike', 'UserError', 'first_line', 'Notice', 'notice', 'whole', 'real', 'home', 'data_dir', 'nearest', 'Registry',
            'weights_at', 'device_of', 'best_device', 'world', 'rank', 'gathered', 'average', 'philox', 'box_muller',
-           'Draws', 'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'to_tokens', 'to_grid', 'seed_all',
-           'progress', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json', 'parse_json',
-           'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'weights_file', 'save_weights',
+           'Draws', 'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'resized', 'to_tokens', 'to_grid',
+           'seed_all', 'progress', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json', 'parse_json',
+           'read_json', 'check_out', 'inside', 'digest', 'check_weights', 'sidecar', 'tensors_at', 'save_weights',
            'load_weights', 'check_fields', 'build_config', 'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
@@ -334,6 +334,14 @@ def at_least_float32(x: Tensor) -> Tensor:
     "x in float32, or in float64 if it is: for sums and differences that half precision would spoil."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+def resized(x: Tensor,                # (b,c,H,W)
+            size: Sequence[int],      # rows and columns of the result
+            mode: str = 'bilinear',   # or 'bicubic'
+            antialias: bool = True) -> Tensor:
+    "x (b,c,h,w) with half-pixel centres, in its type; computed in float32 at least, because half precision has no antialiasing on a CPU, and coarse weights."
+    y = nn.functional.interpolate(at_least_float32(x), list(size), mode=mode, align_corners=False, antialias=antialias)
+    return y.to(x.dtype) if x.is_floating_point() else y
+
 def to_tokens(x: Tensor) -> Tensor:
     "Grid (b,c,h,w) to tokens (b,h*w,c), row-major."
     return x.flatten(2).transpose(1, 2)
@@ -558,7 +566,7 @@ def sidecar(path: str | Path) -> Path: # of tensors
 
 _FORMAT = 1     # of these two files; another one is not read
 
-def weights_file(path: str | Path) -> Path:
+def tensors_at(path: str | Path) -> Path:
     "The file of tensors: in a folder of the hub `model.safetensors`, else the path itself."
     return p/'model.safetensors' if os.path.isdir(p := as_path(path, 'weights')) else p
 
@@ -570,7 +578,7 @@ def save_weights(path: str | Path,          # `*.safetensors`, or a folder; the 
     writer that dies between the two leaves nothing torn. UserError: not writable, a JSON of somebody else's at its place."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    path, side = weights_file(path), sidecar(path)
+    path, side = tensors_at(path), sidecar(path)
     if is_file(side) and not is_file(path):
         try: ours = 'pair' in read_json(side)
         except UserError: ours = False
@@ -588,7 +596,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, meta) of `save_weights`; meta is {} if there is no JSON. UserError on a missing or damaged file.
     Where the two files are of two saves, the JSON in the head of the tensors' file counts; without one, a UserError."""
     from safetensors import SafetensorError, safe_open
-    path, side = weights_file(path), sidecar(path)
+    path, side = tensors_at(path), sidecar(path)
     if not is_file(path): raise UserError(f'no weights at {path}; check the path')
     try:
         with safe_open(path, 'pt') as f: head, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}   # noqa: SIM118

@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'TEXTURES', 'BACKGROUNDS', 'CLASSES', 'SUFFIXES', 'FORMATS'
            'uniforms', 'factors', 'render', 'World', 'open_image', 'to_tensor', 'to_uint8', 'to_pil', 'check_images',
            'centre_crop', 'adm_crop', 'square_crop', 'random_crop_flip', 'Transform', 'transform', 'published_draw',
            'published_noise', 'ImageSet', 'folder', 'shards', 'stamps', 'fingerprint', 'spread', 'Subset', 'take',
-           'taken', 'TensorSet', 'as_dataset', 'Loader', 'loader']
+           'taken', 'TensorSet', 'as_dataset', 'gives_bytes', 'Loader', 'loader']
 
 # %% ../nbs/02_data.ipynb #d68a724b
 import glob, hashlib, inspect, io, itertools, json, math, os, re, tarfile, time
@@ -493,7 +493,8 @@ class ImageSet:
     def __len__(self) -> int: return len(self.keys)
     def __repr__(self) -> str:
         left = ', '.join(f'{n} {why}' for why, n in self.skipped.items())
-        return f'{len(self)} images of {len(self.classes)} classes at {self.size} px' + (f' (left out: {left})' if left else '')
+        cut = f', crop {self.crop!r}' if self.crop != 'centre' else ''
+        return f'{len(self)} images of {len(self.classes)} classes at {self.size} px{cut}' + (f' (left out: {left})' if left else '')
     def stamp(self, i: int) -> str:
         "What tells a changed image from the one of the same name."
         return self._stamp(i) if self._stamp else hashlib.blake2b(self.read(i).tobytes(), digest_size=8).hexdigest()
@@ -1053,7 +1054,7 @@ def as_dataset(x: Any,                     # see below; what has `len` and `batc
     return ImageSet(read, keys, numbers, classes, size or min(read(0).size), augment, crop, name, pieces=pieces, stamp=stamp)
 
 # %% ../nbs/02_data.ipynb #a78b8266
-def _gives_bytes(ds: Any) -> bool:
+def gives_bytes(ds: Any) -> bool:
     "Whether `ds.batch` knows `as_bytes`."
     while isinstance(ds, Subset): ds = ds.ds
     return 'as_bytes' in inspect.signature(ds.batch).parameters
@@ -1084,7 +1085,7 @@ class Loader:
     def batch_at(self, step: int # counts from 0 over all epochs
                 ) -> dict:
         "The batch of `step`: image (b,3,H,W), label (b,), key, with b = batch_size/world."
-        how: dict[str, Any] = dict(as_bytes=True) if self.far and _gives_bytes(self.ds) else {}
+        how: dict[str, Any] = dict(as_bytes=True) if self.far and gives_bytes(self.ds) else {}
         if not getattr(self.ds, 'augment', False): return self.ds.batch(self.indices(step).tolist(), **how)
         parts = [self.ds.batch(i.tolist(), epoch=e, seed=self.seed, **how) for e, i in self.places(step)]
         if len(parts) == 1: return parts[0]

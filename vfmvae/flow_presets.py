@@ -33,6 +33,7 @@ class FlowPreset:
     flips: bool = False             # learn mirrored images, too
     cosine: int = 0                 # cycles in which the learning rate is annealed, see `warm_cosine`; 0, as published: constant
     precision: str = 'fp32'
+    crop: str = 'centre'            # of pictures that are opened by name, a key of `data.CROPS`; published: 'adm'
     sampling: Mapping[str, Any] = field(default_factory=dict) # for `sample_latents`
     def __post_init__(self) -> None: check_fields(self)
 
@@ -55,11 +56,11 @@ _FLOW_REG = FlowConfig(FLOW_WEIGHTS['reg'], clip=1., **_PUBLISHED)
 
 def _light(epochs: int, guidance: float, start: float) -> FlowPreset:
     how = dict(method='euler', steps=249, shift=1/.3, guidance=guidance, channels=3, interval=(0., 1-start))
-    return FlowPreset('vfmvae-siglip2l-f16d32', _LIGHT, _FLOW_LIGHT, epochs*_EPOCH, 1024, (32, 16, 16), flips=True, precision='bf16', sampling=how)
+    return FlowPreset('vfmvae-siglip2l-f16d32', _LIGHT, _FLOW_LIGHT, epochs*_EPOCH, 1024, (32, 16, 16), flips=True, precision='bf16', crop='adm', sampling=how)
 
 def _reg(epochs: int, guidance: float = 1., high: float = 1.) -> FlowPreset:
     how = dict(method='sde', steps=250, form='linear', guidance=guidance, interval=(0., high))
-    return FlowPreset('vfmvae-siglip2l-f16d32', _REG, _FLOW_REG, epochs*_EPOCH, 1024, (32, 16, 16), ('dinov2-b',), precision='bf16', sampling=how)
+    return FlowPreset('vfmvae-siglip2l-f16d32', _REG, _FLOW_REG, epochs*_EPOCH, 1024, (32, 16, 16), ('dinov2-b',), precision='bf16', crop='adm', sampling=how)
 
 # %% ../nbs/17b_flow_presets.ipynb #b6ea2a3c
 _SMALL = DiTConfig(in_channels=16, num_classes=16, patch_size=2, hidden_size=128, depth=6, num_heads=4, qk_norm='rms', **FAMILIES['lightningdit'])

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # %% ../nbs/16_flow_train.ipynb #ffc8e726
-import torch, torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 # %% ../nbs/16_flow_train.ipynb #8ec03dc1
-from .core import Gaussian, UserError, nearest, real, uniforms_for, whole, write_atomic
+from .core import Gaussian, UserError, nearest, real, resized, uniforms_for, whole, write_atomic
 from .dit import DiT, DiTConfig, NetFeatures, Parts
 from .flow import (FLOW_WEIGHTS, KINDS, LAWS, PATHS, TERMS, ImageNoise, classifier_free, field as velocity_of, flow_loss, guide,
                          internal_guidance, part, sample, sample_t)
@@ -83,7 +83,7 @@ def vfm_targets(vfm: Any,             # a frozen `VFM`
                ) -> tuple[Tensor, Tensor]:
     "(class token (b,c), patch tokens (b,rows*columns,c)) after the final norm, float32; the image is resized to fit the grid (the VFM's filter, antialias)."
     size = tuple(n*vfm.patch for n in grid)
-    if x.shape[2:] != size: x = F.interpolate(x, size, mode=vfm.interpolation, align_corners=False, antialias=True)
+    if x.shape[2:] != size: x = resized(x, size, vfm.interpolation)
     return vfm.with_class(x)
 
 # %% ../nbs/16_flow_train.ipynb #5f1ba710

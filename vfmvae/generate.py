@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/18a_generate.ipynb #55357ead
-from .core import Registry, UserError, check_out, data_dir, device_of, nearest, progress, real, seed_all, whole, write_atomic, write_json
+from .core import Registry, UserError, check_out, data_dir, device_of, nearest, progress, rank as rank_of_this, real, seed_all, whole, world, write_atomic
+from .core import write_json
 from .data import loader, take, to_pil
 from .dit import DiT, open_net, save_net
 from .evaluate import Record, Statistics, gfid
@@ -29,6 +30,7 @@ from .flow_presets import FLOW_PRESETS, FlowPreset
 from .flow_train import FlowTask, sample_latents
 from .latents import LatentCache, cache_latents, cache_name, latent_digest
 from .recipes import chosen, opened, training_data
+from .tokenizer import tokenizers
 from .train import Run, fit, processes, provenance, warm_cosine
 from .vfm import VFM
 
@@ -63,8 +65,11 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     if batch % (acc.num_processes*accumulate):
         raise UserError(f'a batch of {batch} does not split over {acc.num_processes} processes and {accumulate} micro-batches; give a multiple')
     out = None if out is None else check_out(out, '.safetensors')
+    if tokenizer is None and p.tokenizer not in tokenizers:
+        raise UserError(f'these latents are of {p.tokenizer}, which is not bundled; give its file as tokenizer '
+                        '(--tokenizer FILE; of a published one --g-kwargs YAML, too)')
     tok = opened(p.tokenizer if tokenizer is None else tokenizer, device=acc.device)
-    ds = training_data(data, p.latent[1]*tok.stride, n)
+    ds = training_data(data, p.latent[1]*tok.stride, n, p.crop)
     if not isinstance(cache, LatentCache):
         made = cache_latents(tok, ds, cache_name(tok, take(ds, n), data, p.flips) if cache is None else cache, n, p.flips)
         if made is None: raise UserError('other processes are still caching; wait for them and call again')
@@ -79,8 +84,9 @@ def train_flow(preset: str | FlowPreset,         # a key of PRESETS, or one's ow
     precision = precision or (p.precision if acc.device.type != 'cpu' else 'fp32')
     task = FlowTask(net, flow, [VFM(v) for v in p.vfms], precision, compile)
     schedule = warm_cosine(flow.lr, steps, min(200, steps//10+1), cycles=p.cosine) if p.cosine else None
-    batches = loader(feed, batch//accumulate, seed=seed, rank=acc.process_index, world=acc.num_processes, workers=workers)
+    batches = loader(feed, batch//accumulate, seed, acc.process_index, acc.num_processes, workers, acc.device)
     here = None if run is None else Run(run, keep=fit_kwargs.pop('keep', 2))
+    if watch and fit_kwargs.get('shard'): raise UserError('a net that is sharded cannot be watched from one process; leave watch or shard out')
     if watch: fit_kwargs['show'] = watch(task)
     history = fit(task, batches, images, here, schedule, seed, accumulate, accelerator=acc, **fit_kwargs)
     done = task.ema.net.eval()
@@ -178,14 +184,16 @@ def generate(net: str | Path | DiT,             # see `open_flow`
              policy: str = 'balanced',          # of POLICIES, where labels is a number
              out: str | Path | None = None,     # a folder: PNG files as they are made, and nothing is held in memory
              batch_size: int = 64,
-             rank: int = 0, processes: int = 1, # with a folder: this process makes every processes-th batch
+             rank: int | None = None, processes: int | None = None, # with a folder: this process makes every processes-th batch; None: as they run
              device: Any = None,                # of nets that are opened by name; None: the best
              **how: Any                         # for `sample_latents`: steps, guidance, interval, weak (a net or its name) ...; else what the net's file says
             ) -> Any:
     """`Samples`, or with `out` the paths of the PNG files. UserError: no such net, another tokenizer, labels that the net does not know, a folder that
     cannot be written, samples that are not finite, several processes without a folder to share."""
-    seed, batch_size, processes = whole(seed, 'seed', -2**63, 2**63-1), whole(batch_size, 'batch_size', 1), whole(processes, 'processes', 1)
-    rank = whole(rank, 'rank', 0, processes-1)
+    group = world() if out is not None and processes is None else 1
+    seed, batch_size = whole(seed, 'seed', -2**63, 2**63-1), whole(batch_size, 'batch_size', 1)
+    processes = whole(group if processes is None else processes, 'processes', 1)
+    rank = whole(rank_of_this() if rank is None and group > 1 else rank or 0, 'rank', 0, processes-1)
     if out is None and processes > 1: raise UserError(f'{processes} processes share a folder of samples; give out')
     model = net if isinstance(net, DiT) else opened(net, open_flow, device)
     tok = tokenizer_of(model, tokenizer)
@@ -212,6 +220,7 @@ def generate(net: str | Path | DiT,             # see `open_flow`
     files: list[Path] = []
     for i, x in progress(parts(), total=-(-len(y)//batch_size), desc='generate'):
         files += [write_atomic(Path(out)/f'{i+j:06d}.png', partial(to_pil(im).save, format='PNG')) for j, im in enumerate(x)]
+    if group > 1: torch.distributed.barrier()               # who reads the folder finds all of it
     if rank == 0: write_json(Path(out)/'samples.json', dict(facts, classes=y.tolist()))
     return files
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/15b_latents.ipynb #5809d2d7
-from .core import (Gaussian, UserError, as_path, check_out, check_weights, device_of, first_line, home, inside,
+from .core import (Draws, Gaussian, UserError, as_path, check_out, check_weights, device_of, first_line, home, inside,
                          notice, progress, read_json, sweep, to_json, whole, write_atomic, write_json)
-from .data import World, as_dataset, fingerprint, take, taken, uniforms
+from .data import World, as_dataset, fingerprint, gives_bytes, take, taken
 from .features import _on_cpu
 from .tokenizer import LatentStats, net_digest
 from .train import provenance, world
@@ -239,12 +239,14 @@ class LatentCache:
         new.images = same
         return new
 
-    def batch(self, indices: Sequence[int], epoch: int = 0, seed: int = 0) -> dict:
+    def batch(self, indices: Sequence[int], epoch: int = 0, seed: int = 0,
+              as_bytes: bool = False # images, if there are such, as uint8
+             ) -> dict:
         "The latents of these indices; epoch and seed decide which are flipped, if flips are kept."
         at = np.asarray([whole(i, 'index', 0) for i in indices], dtype=np.int64)
         if not len(at): raise UserError('a batch of no latents; give at least one index')
         if len(at) and (at.min() < 0 or at.max() >= len(self)): raise IndexError(f'index outside 0..{len(self)-1}')
-        flip = uniforms(seed*1_000_003+epoch, at.tolist(), 1)[:, 0].numpy() < .5 if self.augment else np.zeros(len(at), dtype=bool)
+        flip = Draws(seed, at.tolist()).uniform(f'flip {epoch}').numpy() < .5 if self.augment else np.zeros(len(at), dtype=bool)
         which = np.searchsorted(self.ends, at, side='right')
         out: dict[str, Any] = {}
         for s in np.unique(which):
@@ -257,7 +259,10 @@ class LatentCache:
         if not _finite(out): self._complain(which)
         out['mean'] = (out['mean']-self.mean)/self.std
         if 'logvar' in out: out['logvar'] = (out['logvar'] - 2*self.std.log()).clamp(min=-30)
-        return dict(out, key=[f'{self.dir.name}-{i:07d}' for i in at], **({'image': self.images.batch(at.tolist())['image']} if self.images else {}))
+        return dict(out, key=[f'{self.dir.name}-{i:07d}' for i in at], **(self._pictures(at.tolist(), as_bytes) if self.images else {}))
+    def _pictures(self, at: list[int], as_bytes: bool) -> dict:
+        how = dict(as_bytes=True) if as_bytes and gives_bytes(self.images) else {}
+        return {'image': self.images.batch(at, **how)['image']}
     def _complain(self, which: np.ndarray) -> None:
         for s in np.unique(which): _open_shard(self.dir, self.manifest, int(s), values=True)
     def _put(self, out: dict, k: str, rows: Tensor, at: Tensor, n: int) -> None:
@@ -367,6 +372,7 @@ def _torch_file(path: Path) -> Any:
     return read_torch(path)
 
 def _read_scale(folder: Path) -> dict:
+    if (ours := folder/'latents_stats.json').is_file() and not (folder/'latents_stats.pt').exists(): return read_json(ours)
     d = _torch_file(folder/'latents_stats.pt')
     if not isinstance(d, dict) or not all(isinstance(d.get(k), Tensor) for k in ('mean', 'std')):
         raise UserError(f'{folder}/latents_stats.pt holds no mean and std; it is of another layout')
@@ -423,14 +429,15 @@ def import_latents(folder: str | Path,      # of published latents
                    tokenizer: str,          # name of the tokenizer that made them
                    classes: Sequence[str] | None = None # None: numbers, as many as there are
                   ) -> LatentCache:
-    "A cache from a published layout (spec/vfm_vae.md section 15), `latents_stats.pt` being the scale. UserError: files missing, damaged, of another layout."
+    "A cache from a published layout (spec/vfm_vae.md section 15) with its scale, `latents_stats.pt` or `.json`. UserError: files missing, damaged, of another."
     if layout not in LAYOUTS: raise UserError(f"no layout {layout!r} (known: {', '.join(LAYOUTS)})")
     folder, out = Path(folder), check_out(_folder(path))
     if (out/'manifest.json').exists(): raise UserError(f'{out} holds a cache already; choose another path or delete it')
     scale, top = _read_scale(folder), 0
     kinds: set[frozenset[str]] = set()
     shards: list[list[Any]] = []
-    c = len(_scale_of(scale, f'scale in {folder}/latents_stats.pt', len(scale['mean'])).mean)
+    many = len(scale['mean']) if isinstance(scale.get('mean'), list) else 0
+    c = len(_scale_of(scale, f'scale in {folder}/latents_stats.pt or .json', many).mean)
     shape: list[int] = []
     for k, (where, t) in enumerate(_read_lightningdit(folder) if layout == 'lightningdit' else _read_reg(folder)):
         shape = shape or [c, *t['mean'].shape[2:]]
@@ -453,19 +460,21 @@ def _save_npy(path: Path, a: np.ndarray) -> None:
 def export_latents(cache: LatentCache,
                    folder: str | Path,  # to write into
                    layout: str,         # of LAYOUTS; 'lightningdit' draws a sample of each posterior
-                   seed: int = 0        # of the samples
+                   seed: int = 0,       # of the samples
+                   pickle: bool = False # also their form of the scale, `latents_stats.pt`, which only a pickle can be
                   ) -> Path:
-    "Writes a published layout (spec/vfm_vae.md section 15) that their trainers read; returns the folder. UserError: 'lightningdit' needs flips in the cache."
+    """Writes a published layout (spec/vfm_vae.md section 15); returns the folder. The scale is `latents_stats.json`, {'mean': [...], 'std': [...]}; their
+    trainers want it as `latents_stats.pt`, a pickle of two tensors (1,c,1,1): ask for it with `pickle`. UserError: 'lightningdit' needs flips in the cache."""
     if layout not in LAYOUTS: raise UserError(f"no layout {layout!r} (known: {', '.join(LAYOUTS)})")
     if layout == 'lightningdit' and not cache.augment: raise UserError('this layout holds mirrored images; cache with flips=True')
     folder, labels, at = check_out(folder), [], 0
-    draw = torch.Generator().manual_seed(seed)
     for s, (_, n) in enumerate(cache.manifest['shards']):
         t = cache.shard(s)
         t = {k: v if k == 'label' else v.float() for k, v in t.items()}
         g = {end: Gaussian(t['mean'+end], t.get('logvar'+end)) for end in ('', '_flip') if 'mean'+end in t}
         if layout == 'lightningdit':
-            both = dict(latents=g[''].sample(draw), latents_flip=g['_flip'].sample(draw), labels=t['label'])
+            draws = Draws(seed, range(int(cache.ends[s])-n, int(cache.ends[s])))
+            both = dict(latents=g[''].sample(draws), latents_flip=g['_flip'].sample(draws.named('flip')), labels=t['label'])
             _write_shard(folder/f'latents_rank00_shard{s:03d}.safetensors', both)
         else:
             for moments in torch.cat([g[''].mean, g[''].std], 1).numpy():
@@ -475,5 +484,8 @@ def export_latents(cache: LatentCache,
                 at += 1
     if layout == 'reg': write_json(folder/'dataset.json', dict(labels=labels))
     stats = {k: getattr(cache, k)[None].clone() for k in ('mean', 'std')}
-    write_atomic(folder/'latents_stats.pt', lambda p: torch.save(stats, p))     # their format: the one file of this library that is no safetensors
+    # no *.safetensors: LightningDiT takes every such file in the folder for latents
+    write_json(folder/'latents_stats.json', {k: v.flatten().tolist() for k, v in stats.items()})
+    if pickle: write_atomic(folder/'latents_stats.pt', lambda p: torch.save(stats, p))
+    else: (folder/'latents_stats.pt').unlink(missing_ok=True)                   # of an earlier export, perhaps of another scale
     return folder

@@ -135,8 +135,8 @@ def cpu32(x: Tensor) -> bool:
     return x.device.type == 'cpu' and x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
 
 def lean(x: Tensor) -> bool:
-    "Whether a layer may run in its form without gradients: none are wanted, and x is `cpu32`."
-    return not torch.is_grad_enabled() and cpu32(x)
+    "Whether a layer may run in its form without gradients: none are wanted, x is `cpu32`, and no compiler looks on, which makes better of the plain form."
+    return not torch.is_grad_enabled() and cpu32(x) and not torch.compiler.is_compiling()
 
 # %% ../nbs/04_layers.ipynb #3c85ee61
 def modulated(x: Tensor,                # (b,i,h,w)
@@ -273,6 +273,12 @@ def binomial(taps: int) -> Tensor:
     row = torch.tensor([float(comb(taps-1, i)) for i in range(taps)])
     return torch.outer(row, row)/row.sum()**2
 
+def _edges(x: Tensor, n: int) -> Tensor:
+    "n pixels more on each side of (b,c,h,w), copies of its edge. Put together where a compiler looks on: it mistakes the layout of padding's gradient."
+    if not torch.compiler.is_compiling(): return F.pad(x, (n,)*4, mode='replicate')
+    x = torch.cat([*[x[..., :1]]*n, x, *[x[..., -1:]]*n], -1)
+    return torch.cat([*[x[..., :1, :]]*n, x, *[x[..., -1:, :]]*n], -2)
+
 class Upsample(nn.Module):
     "Norm, depthwise 3x3, 1x1 to 4*cout, pixel shuffle, binomial blur with replicated edges: (b,cin,h,w) to (b,cout,2h,2w) (spec section 6 A)."
     blur_weight: Tensor
@@ -290,7 +296,7 @@ class Upsample(nn.Module):
         if not self.first: x = self.norm(channels_last(x) if lean(x) else x)
         x = self._lean(self.depthwise(x)) if lean(x) else F.pixel_shuffle(self.pointwise(self.depthwise(x)), 2)
         if self.first: x = self.norm(x)
-        return depthwise(F.pad(x, self.pad, mode='replicate'), self.blur_weight.to(x.dtype))
+        return depthwise(_edges(x, self.pad[0]), self.blur_weight.to(x.dtype))
 
     def _lean(self, x: Tensor) -> Tensor:
         # the shuffle moves whole runs of channels once the weight's rows are ordered (dy,dx,c) and not (c,dy,dx)

@@ -17,7 +17,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/09_losses.ipynb #8b2eeec2
-from .core import Draws, UserError, at_least_float32, average, check_weights
+from .core import Draws, UserError, at_least_float32, average, check_weights, resized
 from .vae import complain
 from .vfm import _read
 
@@ -33,7 +33,7 @@ def resize(x: Tensor,                                  # (b,c,H,W), any range: r
     h, w = x.shape[-2:]
     to = (int(h*scale+1e-6), int(w*scale+1e-6)) if size is None else (size, size) if isinstance(size, int) else size
     if min(to) < 1: raise UserError(f'an image of {h}x{w} cannot become {to[0]}x{to[1]}; ask for a larger size')
-    return x if to == (h, w) else F.interpolate(x, to, mode=mode, align_corners=False, antialias=to[0] < h or to[1] < w)
+    return x if to == (h, w) else resized(x, to, mode, to[0] < h or to[1] < w)
 
 # %% ../nbs/09_losses.ipynb #332347d8
 def target_transform(x: Tensor,               # images (b,3,H,W)

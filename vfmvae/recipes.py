@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WARPS', 'PRESETS', 'open_data', 'training_data', 'open_tokenizer', 'opened', 'evaluate_tokenizer', 'evaluate_warps',
            'Preset', 'plan', 'config_for', 'default_perceptual', 'chosen', 'build_training', 'processes_on',
-           'train_tokenizer', 'estimate', 'encode_images', 'decode_latents']
+           'start_size', 'train_tokenizer', 'estimate', 'encode_images', 'decode_latents']
 
 # %% ../nbs/18_recipes.ipynb #eea65592
 import copy, math, time
@@ -19,15 +19,15 @@ from typing import Any
 
 # %% ../nbs/18_recipes.ipynb #df3bffd7
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/18_recipes.ipynb #fe90f76b
 from .adversarial import PatchGAN, ProjectedDiscriminator
 from .baselines import ConvVAEConfig, RAEConfig
-from .core import (UserError, as_path, best_device, check_out, check_weights, device_of, inside, is_file, load_weights, nearest,
+from .core import (UserError, as_path, best_device, check_out, check_weights, device_of, home, inside, is_file, load_weights, nearest,
                          notice, progress, read_json, real, save_weights, seed_all, sidecar, whole, write_atomic)
 from .data import SUFFIXES, World, as_dataset, fingerprint, folder, loader, shards, take, to_pil
-from .features import _on_cpu
+from .features import _on_cpu, _place
 from .flow_presets import FLOW_PRESETS
 from .latents import described, latent_digest
 from .losses import latent_transform, lpips, perceptual, target_transform, vfm_taps
@@ -44,11 +44,13 @@ def open_data(spec: Any,             # 'world', a folder of images, WebDataset s
               size: int | None = 64, # pixels per side; None: the short side of the first picture (of the world: 64)
               augment: bool = False, # random crops and flips (not for the world)
               n: int = 1_000_000,    # images of the world
-              seed: int = 0          # of the world; train and held-out worlds differ in it
+              seed: int = 0,         # of the world; train and held-out worlds differ in it
+              crop: str = 'centre'   # without augmentation: a key of `data.CROPS` (not for the world, nor for a set that is open)
              ) -> Any:
     """A data set by name, or of what a user has at hand: paths, pictures, a torchvision data set, a split of `datasets`. One of ours is itself.
     UserError if there is nothing under that name."""
     sized: dict[str, Any] = {} if size is None else dict(size=whole(size, 'size', 1, 16_384))
+    how: dict[str, Any] = dict(augment=augment, crop=crop)
     named, several = isinstance(spec, str | Path), list(spec) if isinstance(spec, list | tuple) else [spec]
     if named and not str(spec).strip():
         raise UserError("no data named ''; give 'world', a folder of images or shards (*.tar)")
@@ -56,20 +58,21 @@ def open_data(spec: Any,             # 'world', a folder of images, WebDataset s
     paths = bool(several) and all(isinstance(p, str | Path) for p in several)
     if paths and len({str(p).endswith('.tar') for p in several}) > 1:
         raise UserError('a list of shards (*.tar) and other files; give one kind')
-    if paths and str(several[0]).endswith('.tar'): ds = shards(several, augment=augment, **sized)
+    if paths and str(several[0]).endswith('.tar'): ds = shards(several, **how, **sized)
     elif named and Path(spec).suffix.lower() in SUFFIXES and is_file(as_path(spec)):
-        ds = as_dataset([spec], size, augment)
-    elif named: ds = folder(spec, augment=augment, **sized)
-    else: return as_dataset(spec, size, augment)
+        ds = as_dataset([spec], size, **how)
+    elif named: ds = folder(spec, **how, **sized)
+    else: return as_dataset(spec, size, **how)
     if size is None: ds.size = min(ds.read(0).size)
     return ds
 
 def training_data(spec: Any,          # see `open_data`
                   size: int,          # pixels per side
-                  n: int | None = None # images, if not all
+                  n: int | None = None, # images, if not all
+                  crop: str = 'centre' # see `open_data`
                  ) -> Any:
     "What nets are trained on and caches are made of: the set of that name; 'world' is the world of seed 100, its first 50,000 images unless told otherwise."
-    return open_data(spec, size, n=50_000 if n is None else whole(n, 'n', 1), seed=100)
+    return open_data(spec, size, n=50_000 if n is None else whole(n, 'n', 1), seed=100, crop=crop)
 
 # %% ../nbs/18_recipes.ipynb #07cf7f79
 def open_tokenizer(name: Any,                        # a registered name, a file of `save_tokenizer`, or a published checkpoint (.pth, .pt, .ckpt, a folder)
@@ -93,7 +96,8 @@ def opened(spec: Any,                      # a name, a file, or an object, which
           ) -> Any:
     "A net for a function that was given it or its name."
     net = by(spec)
-    return net if net is spec else net.to(best_device(device))
+    if net is not spec: _place(net, best_device(device))
+    return net
 
 def _measured(tokenizer: Any, data: Any, n: int | None, batch_size: int) -> tuple[Any, Any, int, range]:
     "(tokenizer, the images to look at, how many there were, where batches start); says so if the tokenizer does not know such images."
@@ -193,9 +197,12 @@ _VA_STAGES = (Stage('first', dict(_PERCEIVED, kl=1e-6, vf=.5), (), 1e-4, images=
               Stage('weak', dict(_PERCEIVED, kl=1e-6, vf=.1), (), 1e-4, images=83_000_000),
               Stage('margins', dict(_PERCEIVED, kl=1e-6, vf=.1), (), 1e-4, images=13_000_000, cos_margin=.5, dist_margin=.25))
 _RAE = (Stage('first', dict(l1=1., perceptual=1., gan=.75), (), 2e-4, images=20_000_000),)
+# at 512 px SigLIP2 sees the picture as it is, the size it was made for: one token a latent pixel instead of four, so each layer keeps four times the width
+_512 = VFMVAEConfig(img_size=512, scale=1., out_dims=(256,)*3)
 PRESETS: dict[str, Any] = {
     'tiny': Preset(TINY, _TINY, 16, 4_000, (.9, .99), 1., True, 'tiny', 16),   # data/results/tiny_vfmvae.json
     'f16d32': Preset(VFMVAEConfig(), STAGES, 512),   # published: rFID .52, PSNR 22.99, SSIM .593, LPIPS .221 (ImageNet 256, 44M images); not run here
+    'f16d32-512': Preset(_512, STAGES, 512),         # 512 px; the paper names no settings of it, these are ours; not run here
     **{c.name: Preset(c, s, b, 4_000, (.9, .99), 1., True) for c, s, b in _SMALL},               # data/results/baselines.json
     'conv-f8d4': Preset(ConvVAEConfig(), _SD, 256),                                             # published rFID .62; losses and length are ours, not run
     'conv-dinov2l-f16d32': Preset(replace(_VA, vfm='dinov2-l', patch=14), _VA_STAGES, 256),      # published rFID .28, 160M images; not run here
@@ -331,11 +338,30 @@ def processes_on(device: Any = None # None: where Accelerate puts them
     return acc
 
 @contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    "No TF32 in convolutions, as published (matrix products do not use it by default); afterwards as it was."
+def _settings() -> Iterator[None]:
+    "No TF32 in convolutions, as published. What is compiled keeps its graph, because the adaptive weight goes back through it first. Afterwards as it was."
+    import torch._functorch.config as compiled
     was, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try: yield
+    try:
+        with compiled.patch(donated_buffer=False): yield
     finally: torch.backends.cudnn.allow_tf32 = was
+
+def _compile_decoder(model: Any, backend: str = 'inductor') -> None:
+    "torch.compile, in place, of what decodes: by the names that the families of this library give it. Once for each size: few, in equivariance training."
+    part = next((p for k in ('synthesis', 'decoder', 'blocks') if isinstance(p := getattr(model, k, None), nn.Module)), None)
+    if part is None: raise UserError(f'{model.name} has no decoder that can be compiled; leave compile out')
+    for m in part if isinstance(part, nn.ModuleList) else [part]: m.compile(backend=backend, dynamic=False)
+
+def start_size(start: str | Path | None # as for `train_tokenizer`
+              ) -> int | None:
+    "Side, in pixels, of the images that a finished tokenizer or a run's checkpoint was trained on; None where nothing says it."
+    if not start: return None
+    path = as_path(start)
+    if path.suffix != '.safetensors': path = next(reversed(checkpoints(path if path.is_dir() else home()/'runs'/path)), path)
+    meta = read_json(side) if is_file(side := sidecar(path)) else load_weights(path)[1] if is_file(path) else {}
+    config = meta.get('config')
+    said = [c.get('img_size') for c in (config, config.get('model')) if isinstance(c, dict)] if isinstance(config, dict) else []
+    return next((s for s in said if isinstance(s, int)), None)
 
 def _still(ds: Any) -> Any:
     "The set without crops and flips that are drawn anew at every visit."
@@ -344,7 +370,7 @@ def _still(ds: Any) -> Any:
     plain.augment = False
     return plain
 
-@_exact_convolutions()
+@_settings()
 def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's own
                     data: Any = 'world',             # see `open_data`
                     vfm: str | VFM | None = None,    # another VFM than the preset's; 'tiny' or any timm name
@@ -356,16 +382,16 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
                     accumulate: int = 1,             # micro-batches per step
                     seed: int = 0,
                     workers: int = 0,                # threads that read images
-                    size: int | None = None,         # image side, pixels
+                    size: int | None = None,         # image side, pixels; None: that of `start`, else the preset's
                     stages: Sequence[str] | None = None, # names of the stages to train; None: all
                     start: str | Path | None = None, # continue from a stage's folder, or from a finished tokenizer (`*.safetensors`)
                     critic: str | VFM | None = None, # VFM of the projected discriminator
                     perceive: Callable[[Tensor, Tensor], Tensor] | None = None, # perceptual loss (x', x) -> scalar; None: `default_perceptual`
                     precision: str = 'fp32',         # 'bf16' or 'fp16' on a GPU
-                    compile: bool = False,           # torch.compile of the decoder
+                    compile: bool | str = False,     # torch.compile of the decoder; a string: by that backend
                     held_out: Any = None,            # data set whose first images are watched; None: the training data
                     on_stage: Callable[[Stage, Any], Any] | None = None, # called after each stage with the averaged model
-                    **fit_kwargs                     # for `fit`: log_every, save_every, show
+                    **fit_kwargs                     # for `fit`: log_every, save_every, show, trackers, shard
                    ) -> tuple[Any, list[dict]]:
     """Trains stage by stage, averages, fits the latent stats on training images; returns (tokenizer in eval mode, log rows).
     Under `accelerate launch` it uses every process. UserError: unknown preset or data, a batch that does not split."""
@@ -374,9 +400,9 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
     workers, seed = whole(workers, 'workers', 0), whole(seed, 'seed', -2**40, 2**40)
     out = None if out is None else check_out(out, '.safetensors')
     todo = plan(p, images, lr, stages, batch)
-    model, critics, perceive = build_training(p, todo, vfm, size, critic, seed, perceive)
     folders = {s.name: None if run is None else Run(run).dir/(s.name if len(p.stages) > 1 else '') for s in p.stages}
     start = start or _before(p, todo[0], folders)
+    model, critics, perceive = build_training(p, todo, vfm, start_size(start) if size is None else size, critic, seed, perceive)
     state, seen = read_nets(start) if start else ({}, 0)
     _check_plan(model, todo, folders, seen, batch, accumulate, acc.num_processes, bool(critics))
     ds = open_data(data, size=model.config.img_size, augment=True)
@@ -387,8 +413,8 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
         own_seed = seed + 1000*[s.name for s in p.stages].index(stage.name)      # a branch draws what the straight run draws
         task = TokenizerTask(model, stage, perceive, p.half_life, p.betas, p.clip, critics, precision, seen)
         load_nets(task, state)
-        if compile: model.synthesis.compile()
-        feed = loader(ds, batch//accumulate, seed=own_seed, rank=acc.process_index, world=acc.num_processes, workers=workers)
+        if compile: _compile_decoder(model, compile if isinstance(compile, str) else 'inductor')
+        feed = loader(ds, batch//accumulate, own_seed, acc.process_index, acc.num_processes, workers, acc.device)
         steps, folder = stage.images//batch, folders[stage.name]
         here = None if folder is None else Run(f'{folder}/')
         def look(task: TokenizerTask = task) -> Any:
@@ -396,6 +422,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS or one's
         rows = fit(task, feed, stage.images, here, warm_cosine(stage.lr, steps, min(100, steps//10+1)) if p.cosine else None,
                    own_seed, accumulate, look=look, accelerator=acc, **fit_kwargs)
         history += [dict(r, stage=stage.name, images=r['images']+seen) for r in rows]
+        model, critics = task.nets['model'], {k: task.nets.get(k, c) for k, c in critics.items()}      # of a sharded training, whole again
         state, seen = {'ema': task.ema.net.own_state()}, seen + stage.images
         if on_stage: on_stage(stage, task.ema.net.eval())
     done = task.ema.net.eval()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 # %% ../nbs/06_tokenizer.ipynb #b53f4562
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from .core import (Draws, Gaussian, Registry, UserError, as_path, build_config, check_fields, check_out, data_dir, device_of, digest,
-                         first_line, is_file, load_weights, read_json, save_weights, sidecar, to_tokens, weights_file)
+                         first_line, is_file, load_weights, read_json, save_weights, sidecar, tensors_at, to_tokens)
 from .data import World, as_dataset, check_images, take, to_uint8
 from .features import batches
 
@@ -196,7 +196,7 @@ def save_tokenizer(path: str | Path,  # `*.safetensors`, or a folder
 def _ours(path: Path) -> bool: # a file or a folder
     "Was this written by `save_weights`? What it holds is said by who opens it."
     from safetensors import SafetensorError, safe_open
-    file = weights_file(path)
+    file = tensors_at(path)
     if file.suffix != '.safetensors' or not is_file(file): return False
     if is_file(side := sidecar(path)): return bool({'family', 'pair'} & {*read_json(side)})
     try:

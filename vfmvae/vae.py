@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/07_vae.ipynb #6c7b9145
-from .core import Draws, Gaussian, UserError, at_least_float32, average, to_grid, to_tokens
+from .core import Draws, Gaussian, UserError, at_least_float32, average, resized, to_grid, to_tokens
 from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, EqualLinear, GridAttention, ToRGB, Upsample, dwsep,
                            norm_groups, pointwise, unit_moment)
 from .data import check_images as check_meaning
@@ -330,7 +330,7 @@ def scaled_features(vfm: Any, x: Tensor, scale: float, layers: Sequence[int]) ->
     "Features {layer: (b,n,c)} of images (b,3,H,W) in [-1,1], resized by `scale` the VFM's way first (spec section 1)."
     if scale != 1:
         size = [round(s*scale) for s in x.shape[2:]]
-        x = F.interpolate(at_least_float32(x), size, mode=vfm.interpolation, align_corners=False, antialias=scale < 1)
+        x = resized(at_least_float32(x), size, vfm.interpolation, scale < 1)
     return vfm.features(x, list(layers))
 
 class VFMVAE(Pretrained, CarriesVFM):

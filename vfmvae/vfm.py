@@ -18,7 +18,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/05_vfm.ipynb #fe1bdebe
-from .core import Registry, UserError, check_weights, data_dir, load_weights, nearest, weights_at, whole
+from .core import Registry, UserError, check_weights, data_dir, load_weights, nearest, resized, weights_at, whole
 from .data import check_images
 
 # %% ../nbs/05_vfm.ipynb #41ccf8de
@@ -418,7 +418,7 @@ class VFM(nn.Module):
         "Images (b,3,H,W) smaller by `scale`, as the published training shrinks them before this VFM: EVA and MAE bilinear without antialias (spec section 1)."
         plain = self.family in ('eva', 'mae')
         size = [int(s*scale+1e-6) for s in x.shape[2:]]
-        return F.interpolate(x, size, mode='bilinear' if plain else self.interpolation, align_corners=False, antialias=not plain)
+        return resized(x, size, 'bilinear' if plain else self.interpolation, not plain)
 
     def features(self,
                  x: Tensor,                                  # image (b,3,H,W) in [-1,1]; H, W multiples of `patch`; never resized here
@@ -474,7 +474,7 @@ class CarriesVFM(nn.Module):
     def shrink(self, x: Tensor, scale: float) -> Tensor:
         "Images (b,3,H,W) smaller by `scale`, as `VFM.shrink`; without a VFM bilinear, antialiased."
         if getattr(self, 'vfm', None) is not None: return self.vfm.shrink(x, scale)
-        return F.interpolate(x, [int(s*scale+1e-6) for s in x.shape[2:]], mode='bilinear', align_corners=False, antialias=True)
+        return resized(x, [int(s*scale+1e-6) for s in x.shape[2:]])
     def trainable(self) -> dict[str, nn.Parameter]:
         "Named parameters outside the VFM."
         return {k: p for k, p in self.named_parameters() if not k.startswith('vfm.')}

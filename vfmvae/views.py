@@ -17,10 +17,10 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/12c_views.ipynb #d0cc4a8c
-from .core import UserError, as_path, best_device, device_of, nearest, notice, progress, real, whole
+from .core import UserError, as_path, best_device, device_of, nearest, notice, progress, real, resized, whole
 from .data import (TRANSFORMS, World, as_dataset, fingerprint, folder, published_draw, published_noise, shards, stamps, take, taken,
                          to_tensor, to_uint8, transform)
-from .features import Bank, _on_cpu, as_images, batches, pool as pool_tokens
+from .features import Bank, _on_cpu, _place, as_images, batches, pool as pool_tokens
 from .tokenizer import LatentFeatures, load_tokenizer, net_digest, tokenizers, unfamiliar
 from .vfm import VFM, vfms
 
@@ -88,7 +88,7 @@ def as_source(x: Any # a FeatureSource, a Tokenizer, a name of `tokenizers` or `
              ) -> Any:
     """A FeatureSource; tokenizers become `LatentFeatures`. What is opened here by its name goes to the best device.
     UserError on anything else, and on a name that nothing or two things have."""
-    x = _named(str(x)).to(best_device()) if isinstance(x, str | Path) else x
+    if isinstance(x, str | Path): _place(x := _named(str(x)), best_device())
     if isinstance(x, type): raise UserError(f'{x.__name__} is a class, not a source; make one, such as {x.__name__}(...)')
     if hasattr(x, 'features'): return x
     if hasattr(x, 'encode'): return LatentFeatures(x)
@@ -209,7 +209,7 @@ class Fitted:
                 ) -> dict:
         "Layer -> tokens (b,n,c), those of the padding included, as published."
         h, w = (max(1, round(s*self.ratio)) for s in x.shape[2:])
-        if (h, w) != tuple(x.shape[2:]): x = F.interpolate(x, (h, w), mode=self.vfm.interpolation, antialias=self.ratio < 1).clamp(-1, 1)
+        if (h, w) != tuple(x.shape[2:]): x = resized(x, (h, w), self.vfm.interpolation, self.ratio < 1).clamp(-1, 1)
         more = -w % self.vfm.patch, -h % self.vfm.patch
         if more[0] >= w or more[1] >= h: raise UserError(f'{w} x {h} pixels are too few for {self.name}, whose patches have {self.vfm.patch}; enlarge them')
         return self.vfm.features(F.pad(x, (0, more[0], 0, more[1]), mode='reflect'), layers)

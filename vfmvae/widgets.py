@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../nbs/19_widgets.ipynb #b32cb644
-from .core import UserError, best_device, nearest, progress, real, to_grid, to_tokens, whole, write_atomic
+from .core import UserError, best_device, device_of, nearest, progress, real, to_grid, to_tokens, whole, write_atomic
 from .data import TRANSFORMS, Subset, World, check_images, spread, take, transform
 from .features import pool
 from .metrics import psnr
 from .plots import WIDTHS, _style, blank, save_figure
-from .recipes import open_data
+from .recipes import open_data, opened
 from .tokenizer import tokenizers, unfamiliar
 from .vae import VFMVAE
 from .vfm import VFM
@@ -586,7 +586,7 @@ def _fit(x: Tensor, unit: int) -> Tensor:
 def _world() -> World: return World(seed=8)
 
 @lru_cache(4)
-def _tokenizer(name: str, device: Any) -> Any: return tokenizers[name].to(device)
+def _tokenizer(name: str, device: Any) -> Any: return opened(name, device=device)
 
 @lru_cache(1)
 def _tiny(device: Any) -> VFM: return VFM('tiny').to(device)
@@ -594,7 +594,7 @@ def _tiny(device: Any) -> VFM: return VFM('tiny').to(device)
 def _look(tokenizer: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Of images (b,3,H,W), in one pass: latents (b,c,h,w); and, pooled, the latents (b,c) and the last features (b,d) of the VFM
     that the tokenizer looks through (else of the tiny one). All on the CPU."""
-    x = x.to(at := tokenizer.device)
+    x = x.to(at := device_of(tokenizer))
     if isinstance(tokenizer, VFMVAE):
         code = tokenizer.encode_parts(x)
         z, h = code.posterior.mode(), code.features[tokenizer.config.layers[-1]]

@@ -1,0 +1,253 @@
+"""Small faults that were found and mended, each with what it did wrong: compiled decoders, a forgotten image size, a pickle, half precision, launches."""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from test_latents import Toy
+
+from vfmvae.baselines import ConvVAEConfig
+from vfmvae.core import UserError, at_least_float32, resized
+from vfmvae.data import World
+from vfmvae.flow_train import vfm_targets
+from vfmvae.latents import cache_latents, export_latents, import_latents
+from vfmvae.losses import multiscale, perceptual, resize, target_transform, vfm_taps
+from vfmvae.layers import Pointwise
+from vfmvae.recipes import Preset, start_size, train_tokenizer
+from vfmvae.tok_train import Stage
+from vfmvae.tokenizer import load_tokenizer, save_tokenizer
+from vfmvae.vfm import VFM, CarriesVFM
+from vfmvae.views import Fitted
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+# resizing ----------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', HALVES)
+def test_every_resize_takes_half_precision(dtype):
+    g = torch.Generator().manual_seed(0)
+    x, vfm = torch.rand(2, 3, 64, 64, generator=g)*2-1, VFM('tiny')
+    h = x.to(dtype)
+    forms = dict(
+        core=lambda v: resized(v, (40, 24)), bicubic=lambda v: resized(v, (40, 24), 'bicubic'), plain=lambda v: resized(v, (90, 70), antialias=False),
+        losses=lambda v: resize(v, 40), target=lambda v: target_transform(v, .5, 1), shrink=lambda v: vfm.shrink(v, .5),
+        without_vfm=lambda v: CarriesVFM().shrink(v, .5))
+    for name, f in forms.items():
+        half, whole = f(h), f(h.float())
+        assert half.dtype == dtype, name
+        assert torch.equal(half, whole.to(dtype)), name           # as if the numbers had been float32: nothing is lost but the last rounding
+    net = perceptual(h, x, features=vfm_taps(vfm, size=32))
+    values = [vfm_targets(vfm, h, (4, 4))[1], Fitted(vfm, .75).features(h, [-1])[-1], net, torch.stack(multiscale([h], x[..., ::2, ::2]))]
+    wanted = [vfm_targets(vfm, h.float(), (4, 4))[1], Fitted(vfm, .75).features(h.float(), [-1])[-1], perceptual(h.float(), x, features=vfm_taps(vfm, size=32)),
+              torch.stack(multiscale([h.float()], x[..., ::2, ::2]))]
+    for a, b in zip(values, wanted, strict=True): torch.testing.assert_close(at_least_float32(a), b, atol=.05, rtol=.05)
+
+
+def test_float64_and_gradients_pass_through():
+    x = torch.rand(1, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: resized(v, (7, 9)), x)
+    ramp = torch.arange(8.).expand(1, 1, 8, 8)
+    torch.testing.assert_close(resized(ramp, (4, 4))[0, 0, 0, 1:3], torch.tensor([2.5, 4.5]))       # pixel centres, not corners
+    assert resized((ramp*20).to(torch.uint8), (4, 4)).dtype == torch.float32
+
+
+# --compile ---------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('preset, named, compiled', [
+    ('tiny', 'synthesis', 1), ('conv-f8d16', 'decoder', 1), ('conv-tiny-f8d16', 'decoder', 1), ('rae-tiny-f8d128', 'blocks', 4)])
+def test_every_family_trains_compiled(preset, named, compiled, monkeypatch):
+    seen = []
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda m, *a, **k: (seen.append(m), plain(m, *a, **k))[1])
+    how = dict(images=8, batch=4, stages=['first'])
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters['stats']
+    counted.clear()
+    _, fast = train_tokenizer(preset, compile='eager', **how)
+    assert len(seen) == compiled and counted['unique_graphs'] >= 1              # it was compiled, and what was compiled ran
+    _, slow = train_tokenizer(preset, **how)
+    assert fast[-1]['loss'] == pytest.approx(slow[-1]['loss'], rel=1e-4)
+
+
+def test_a_compiled_decoder_can_be_balanced_against_the_alignment():
+    # the adaptive weight asks the compiled graph for gradients twice, so a backward may not write into what the forward kept
+    import torch._functorch.config as compiled
+    torch._dynamo.reset()
+    shape = ConvVAEConfig(4, 4, (1, 1), 1, 1, img_size=16, vfm='tiny', patch=8, dim=128)
+    recipe = Preset(shape, (Stage('first', dict(l1=1., vf=1.), (), images=4),), 4)
+    during, before = [], compiled.donated_buffer
+    def look(rows): during.append(compiled.donated_buffer)
+    (_, fast), (_, slow) = (train_tokenizer(recipe, compile=c, show=look) for c in ('aot_eager', False))
+    assert during == [False]*2 and compiled.donated_buffer is before
+    assert fast[-1]['loss'] == pytest.approx(slow[-1]['loss'], rel=1e-4) and fast[-1]['vf_scale'] == pytest.approx(slow[-1]['vf_scale'], rel=1e-3)
+
+
+def test_a_compiler_never_meets_the_lean_forms():
+    x, layer = torch.randn(1, 4, 8, 8), Pointwise(4, 6)
+    torch._dynamo.reset()
+    graphs = []
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+    with torch.no_grad(): torch.testing.assert_close(torch.compile(layer, backend=keep)(x), layer(x))
+    assert len(graphs) == 1 and 'conv2d' in graphs[0] and '_linear_pointwise' not in graphs[0]
+
+
+def test_what_cannot_be_compiled_is_said():
+    from vfmvae.recipes import _compile_decoder
+    with pytest.raises(UserError, match='no decoder that can be compiled'): _compile_decoder(Toy())
+
+
+# --start -----------------------------------------------------------------------------------------------------------------------------------
+
+def test_start_keeps_the_size_of_what_it_starts_from(tmp_path):
+    how = dict(batch=4, stages=['first'])
+    first, _ = train_tokenizer('conv-f8d16', World(16, seed=1, size=32), images=4, size=32, run=tmp_path/'run', out=tmp_path/'a.safetensors', **how)
+    assert first.config.img_size == 32 and start_size(None) is None
+    for start in (tmp_path/'a.safetensors', tmp_path/'run'):
+        assert start_size(start) == 32
+        assert train_tokenizer('conv-f8d16', images=4, start=start, **how)[0].config.img_size == 32
+        assert train_tokenizer('conv-f8d16', images=4, start=start, size=48, **how)[0].config.img_size == 48
+    (tmp_path/'a.json').unlink()                                         # the head of the tensors' file says it, too
+    assert start_size(tmp_path/'a.safetensors') == 32
+    plain = save_tokenizer(tmp_path/'b.safetensors', load_tokenizer(Path('data/weights/conv-f8d16.safetensors')))
+    assert start_size(plain) == 64
+
+
+# latents_stats -----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('layout', ['lightningdit', 'reg'])
+def test_an_export_holds_no_pickle_unless_asked_and_comes_back(layout, tmp_path):
+    c = cache_latents(Toy(), World(20, seed=1), tmp_path/'c', flips=True)
+    plain = export_latents(c, tmp_path/'plain', layout)
+    assert not [p for p in plain.rglob('*') if p.suffix in ('.pt', '.pth', '.pkl') or p.is_file() and p.read_bytes()[:2] in (b'PK', b'\x80\x02')]
+    assert len([*plain.glob('*.safetensors')]) == (1 if layout == 'lightningdit' else 0)       # LightningDiT takes every one for latents
+    both = export_latents(c, tmp_path/'both', layout, pickle=True)
+    theirs, ours = torch.load(both/'latents_stats.pt', weights_only=True), json.loads((both/'latents_stats.json').read_text())
+    for k in ('mean', 'std'):
+        assert theirs[k].shape == (1, 3, 1, 1) and torch.equal(theirs[k].flatten(), torch.tensor(ours[k]))
+    back = [import_latents(f, tmp_path/f'{f.name}-back', layout, 'toy') for f in (plain, both)]
+    for b in back: assert torch.equal(b.scale().mean, c.scale().mean) and torch.equal(b.scale().std, c.scale().std)
+    export_latents(c, both, layout)
+    assert not (both/'latents_stats.pt').exists()                        # a scale of an earlier export does not stay
+
+
+@pytest.mark.parametrize('text, said', [('{"mean": [0, 0, 0]}', 'no mean and std'), ('{"mean": 3, "std": 1}', 'no mean and std'),
+                                        ('{"mean": [0,0,0], "std": [1,0,1]}', 'no mean and std'), ('[1]', 'list, not an object'), ('{', 'not JSON')])
+def test_a_scale_that_is_none_is_said(text, said, tmp_path):
+    made = export_latents(cache_latents(Toy(), World(20, seed=1), tmp_path/'c', flips=True), tmp_path/'light', 'lightningdit')
+    (made/'latents_stats.json').write_text(text)
+    with pytest.raises(UserError, match=said): import_latents(made, tmp_path/'x', 'lightningdit', 'toy')
+
+
+# accelerate launch ---------------------------------------------------------------------------------------------------------------------------
+
+_SCRIPT = '''
+import os, sys, time
+import vfmvae.cli as cli
+def run(argv):
+    import torch.distributed as d
+    alone = 'WORLD_SIZE' not in os.environ
+    if argv[0] == 'talk':
+        n = 1
+        if not alone:
+            d.init_process_group('gloo')
+            import torch
+            t = torch.ones(1); d.all_reduce(t); n = int(t)
+        os.write(1, f"rank {os.environ.get('RANK')} of {n}\\n".encode())
+        if not alone: d.barrier(); d.destroy_process_group()
+    if argv[0] == 'fail' and os.environ.get('RANK') == '1': return 7
+    if argv[0] in ('fail', 'wait'):
+        print('waiting', flush=True)
+        time.sleep(120)
+    return 0
+cli._run = run
+if argv := sys.argv[2:]: sys.argv[1:] = argv
+sys.exit(cli.main())
+'''
+_MPI = ('MASTER_ADDR', 'MASTER_PORT', 'WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'ACCELERATE_USE_CPU')
+
+
+def launch(tmp_path, *more, wait=True):
+    script = tmp_path/'script.py'
+    script.write_text(_SCRIPT)
+    env = {k: v for k, v in os.environ.items() if k not in _MPI} | dict(HF_HOME=str(tmp_path))      # no file of defaults of this machine
+    words = [sys.executable, '-m', 'accelerate.commands.launch', *more]
+    words = words[:-1] + [str(script), '--', words[-1]]
+    p = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    if not wait: return p
+    out, err = p.communicate(timeout=300)
+    return p.returncode, out, err
+
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_accelerate_starts_as_many_processes_as_it_was_told(n, tmp_path):
+    status, out, err = launch(tmp_path, '--cpu', '--num_processes', str(n), 'talk')
+    ranks = [None] if n == 1 else list(range(n))
+    assert status == 0 and sorted(out.split('\n')[:-1]) == [f'rank {r} of {n}' for r in ranks], err
+
+
+def test_a_file_of_defaults_says_how_many(tmp_path):
+    file = tmp_path/'c.yaml'
+    file.write_text('compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\nmachine_rank: 0\n'
+                    "mixed_precision: 'no'\n")
+    status, out, err = launch(tmp_path, '--config_file', str(file), 'talk')
+    assert status == 0 and sorted(out.split('\n')[:-1]) == ['rank 0 of 2', 'rank 1 of 2'], err
+
+
+def test_one_that_fails_ends_all(tmp_path):
+    begin = time.monotonic()
+    status, out, err = launch(tmp_path, '--cpu', '--num_processes', '2', 'fail')
+    assert status and 'exit status 7' in err and out.count('waiting') == 1 and time.monotonic()-begin < 110
+
+
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_all(how, tmp_path):
+    p = launch(tmp_path, '--cpu', '--num_processes', '2', 'wait', wait=False)
+    assert [p.stdout.readline() for _ in range(2)] == ['waiting\n']*2
+    os.killpg(p.pid, how)                                                # as a terminal does
+    p.communicate(timeout=60)
+    until = time.monotonic()+20
+    while time.monotonic() < until and alive(p.pid): time.sleep(.1)
+    assert not alive(p.pid)
+
+
+def alive(group: int) -> bool:
+    try: os.killpg(group, 0)
+    except ProcessLookupError: return False
+    return True
+
+
+def test_the_module_is_the_command_too():
+    # accelerate launch -m vfmvae.cli ...: it did nothing, and said nothing
+    out = subprocess.run([sys.executable, '-m', 'vfmvae.cli', 'encode', '--tokenizer', 'no-such'], capture_output=True, text=True)
+    assert out.returncode == 2 and 'required: --images' in out.stderr
+
+
+def test_benches_take_a_device():
+    from vfmvae.bench import bench
+    from vfmvae.bench_flow import bench_flow
+    for run in (bench, bench_flow):
+        with pytest.raises(UserError, match="no device 'cuda:9'"): run(device='cuda:9')
+    assert bench_flow(batch=2, rounds=1, device='cpu')['ours']['images_per_s'] > 0
+
+
+def test_where_gloo_is_missing_a_line_says_so(monkeypatch, capsys):
+    import vfmvae.cli as cli
+    monkeypatch.setattr(cli, '_asked', lambda: 2)
+    monkeypatch.setattr(torch.distributed, 'is_gloo_available', lambda: False)
+    assert cli._launched() is None and 'no gloo, so this is one process, not 2' in capsys.readouterr().err
+    monkeypatch.setattr(cli, '_asked', lambda: 0)
+    assert cli._launched() is None and 'torchrun --nproc_per_node' in capsys.readouterr().err
+
+
+def test_nobody_else_is_taken_for_accelerate(monkeypatch):
+    import vfmvae.cli as cli
+    for k in _MPI: monkeypatch.delenv(k, raising=False)
+    assert cli._asked() == 1
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'True')
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+    assert cli._asked() == 1                                             # the parent is pytest
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert cli._asked() == 1
