@@ -121,7 +121,8 @@ def main():
         if not (root/'shards').is_dir(): make_shards(root/'shards', a.images, a.shards)
         rows = measure({**({'before': a.before} if a.before else {}), 'after': '.'}, root, a.turns)
     from vfmvae.train import provenance
-    got = dict(files=a.files, images=a.images, shards=a.shards, turns=a.turns, processor_seconds={k: summary(r) for k, r in rows.items()}, made=provenance())
+    got = dict(what='processor seconds (cpu), seconds (wall), bytes of memory an image; the trees and openings in turns', files=a.files,
+               images=a.images, shards=a.shards, turns=a.turns, processor_seconds={k: summary(r) for k, r in rows.items()}, made=provenance())
     Path(a.out).write_text(json.dumps(got, indent=1)+'\n')
     print(json.dumps(got['processor_seconds'], indent=1))
 
