@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/16_flow_train.ipynb #8ec03dc1
-from .core import Gaussian, UserError, nearest, real, resized, uniforms_for, whole, write_atomic
+from .core import Gaussian, UserError, device_of, nearest, real, resized, uniforms_for, whole, write_atomic
 from .dit import DiT, DiTConfig, NetFeatures, Parts
 from .flow import (FLOW_WEIGHTS, KINDS, LAWS, PATHS, TERMS, ImageNoise, classifier_free, field as velocity_of, flow_loss, guide,
                          internal_guidance, part, sample, sample_t)
@@ -227,20 +227,23 @@ def sample_latents(net: DiT,
         if weak != 'base' or not c.base_depth:
             raise UserError(f"no weaker net {weak!r}; give a DiT, or 'base' where the net has a second final layer (base_depth)")
     elif weak is not None and weak.config.in_channels != c.in_channels: raise UserError('the weaker net must be of the same latent; it has other channels')
-    w, was = net.x_embedder.proj.weight, net.training
+    low, high = (v.item() for v in y.cpu().aminmax())       # once, here: a net on a device does not look
+    if not 0 <= low <= high <= c.num_classes:
+        raise UserError(f'labels from {low} to {high}: this net knows 0 to {c.num_classes-1}, and {c.num_classes} for no class')
+    here, was = device_of(net), net.training
     net.eval()
     done = []
     try:
         for i in range(0, len(y), batch_size):
-            labels, joint = y[i:i+batch_size].to(w.device), tuple(shape) if c.cls_dim else None
+            labels, joint = y[i:i+batch_size].to(here), tuple(shape) if c.cls_dim else None
             size = (math.prod(shape)+c.cls_dim,) if joint else tuple(shape)
             if weak is None: f = classifier_free(net, labels, c.num_classes, guidance, channels, interval, joint, cls_guidance)
             elif isinstance(weak, str): f = internal_guidance(_both(net, labels), guidance, interval)
             else:
                 asked = torch.full_like(labels, weak.config.num_classes) if weak_null else labels
                 f = guide(velocity_of(net, labels), velocity_of(weak.eval(), asked), guidance, interval)
-            noise = ImageNoise(seed, index[i:i+batch_size], size, device=w.device)
-            state = torch.float64 if w.device.type in ('cpu', 'cuda') else torch.float32
+            noise = ImageNoise(seed, index[i:i+batch_size], size, device=here)
+            state = torch.float64 if here.type in ('cpu', 'cuda') else torch.float32
             out = sample(f, noise, steps, method, states=states, **dict(dtype=state) | how)
             out = out if states else (out,)
             out = [part(z.flatten(0, -2), shape)[0].unflatten(0, z.shape[:-1]) for z in out] if joint else out
@@ -260,7 +263,7 @@ def loss_by_level(task: FlowTask, data: Any,      # a LatentCache, best held-out
     levels, batch_size = whole(levels, 'levels', 1), whole(batch_size, 'batch_size', 1)
     net, n, ts = net or task.ema.net, min(whole(n, 'n', 1), len(data)), [(k+.5)/levels for k in range(levels)]
     found: list[list[Tensor]] = [[] for _ in ts]
-    was, device = net.training, net.x_embedder.proj.weight.device
+    was, device = net.training, device_of(net)
     net.eval()
     try:
         for i in range(0, n, batch_size):
@@ -312,7 +315,7 @@ class Watch:
     def grid(self) -> Any:
         "Figure: decoded samples of the average, one for each label, from the same noise every time."
         z = sample_latents(self.task.ema.net, self.labels, self.data.shape, self.seed, steps=self.steps, guidance=self.guidance)
-        with torch.no_grad(): x = self.tokenizer.decode(z.to(self.tokenizer.stats.mean.device)).cpu()
+        with torch.no_grad(): x = self.tokenizer.decode(z.to(device_of(self.tokenizer))).cpu()
         return show_images(x.clamp(-1, 1), ncols=8, size=.9)
     def alignment(self) -> list[dict]:
         "Rows `t`, `layer`, `value`, `null`: CKNNA of every layer of the average with the VFM's last layer."
