@@ -217,7 +217,7 @@ def _words(v: int) -> tuple[int, int]: return v & _WORD, (v >> 32) & _WORD
 class Draws:
     """Random numbers of images, a pure function of (seed, number of the image, what they are for): a batch, a process or an order changes nothing.
     `use` names what they are for; asked twice for one use, it gives the same numbers. `step`: draws that a whole batch shares, see `shared`."""
-    def __init__(self, seed: int,                    # any integer
+    def __init__(self, seed: int,                    # from -2**63 to 2**64-1
                  index: 'Sequence[int]|Tensor',      # (b,) numbers of the images, any integers: of a run, the how many-th image that it sees
                  device: Any = 'cpu',                # where the numbers are wanted
                  step: int = 0,                      # what `shared` depends on beside the seed
@@ -225,7 +225,7 @@ class Draws:
                 ):
         at = index.tolist() if isinstance(index, Tensor) else [int(i) for i in index]
         if not at: raise UserError('random numbers for no image; give at least one number')
-        self.seed, self.index, self.device, self.step = whole(seed, 'seed') % 2**64, [i % 2**64 for i in at], torch.device(device), int(step)
+        self.seed, self.index, self.device, self.step = whole(seed, 'seed', -2**63, 2**64-1) % 2**64, [i % 2**64 for i in at], torch.device(device), int(step)
         self.prefix = prefix
         self._at: Tensor|None = None
     def __len__(self) -> int: return len(self.index)

@@ -188,7 +188,8 @@ class Bank:
         return 'bank ' + (' '.join(str(self.meta[k]) for k in ('source', 'layer', 'transform') if k in self.meta) or 'without meta')
 
     def save(self, path: str | Path) -> Path:
-        "Writes `path` (.safetensors) and the names and meta as JSON beside it."
+        "Writes `path` (.safetensors) and the names and meta as JSON beside it. UserError: a folder, which would get files of its own."
+        if Path(path).is_dir(): raise UserError(f'{path} is a folder; give the name of a file in it (.safetensors)')
         return save_weights(path, {'features': self.features}, dict(names=self.names, meta=self.meta, stamps=self.stamps))
 
     @classmethod
