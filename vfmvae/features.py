@@ -6,6 +6,7 @@
 __all__ = ['FeatureSource', 'pool', 'as_images', 'batches', 'extract', 'Bank', 'banks']
 
 # %% ../nbs/03_features.ipynb #d9da22f9
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -189,7 +190,7 @@ class Bank:
 
     def save(self, path: str | Path) -> Path:
         "Writes `path` (.safetensors) and the names and meta as JSON beside it. UserError: a folder, which would get files of its own."
-        if Path(path).is_dir(): raise UserError(f'{path} is a folder; give the name of a file in it (.safetensors)')
+        if os.path.isdir(path): raise UserError(f'{path} is a folder; give the name of a file in it (.safetensors)')
         return save_weights(path, {'features': self.features}, dict(names=self.names, meta=self.meta, stamps=self.stamps))
 
     @classmethod
