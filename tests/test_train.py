@@ -448,7 +448,7 @@ def test_a_compiled_decoder_trains_the_same_model():
         torch.manual_seed(1)
         out.append(t.step([data().batch_at(0)], lambda x: x.backward(), lambda ok=True: ok, 4))
         assert not [k for k in t.model.own_state() if '_orig_mod' in k]
-    assert out[0] == out[1]
+    assert out[1] == pytest.approx(out[0], rel=1e-6)        # traced, a decoder takes the plain forms of its blocks, which round otherwise
 
 
 # what a run is known by -------------------------------------------------------------------------------------------------------------------------
