@@ -175,7 +175,9 @@ def launch(tmp_path, *more, wait=True):
     env = {k: v for k, v in os.environ.items() if k not in _MPI} | dict(HF_HOME=str(tmp_path))      # no file of defaults of this machine
     words = [sys.executable, '-m', 'accelerate.commands.launch', *more]
     words = words[:-1] + [str(script), '--', words[-1]]
-    p = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # where the tests run in the background, a shell has told them to ignore Ctrl-C, and they would hand that down
+    p = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     if not wait: return p
     out, err = p.communicate(timeout=300)
     return p.returncode, out, err
