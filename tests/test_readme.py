@@ -17,7 +17,7 @@ LATER = ''              # not run here, for the reason beside it; that make woul
 # a line of README, or what its make says that it would run -> what runs instead; None: the line itself
 SMOKE = {
     'make demo': None, 'make demo IMAGES=folder/of/pictures': None, 'make train IMAGES=folder/of/pictures ARGS=\'--size 128 --images 50000 --run mine\'': None,
-    'make lab': None, 'make docs': None, 'make test': None, 'make bench': None,
+    'make lab': None, 'make docs': None, 'make test': None, 'make bench': None, 'make gpu': None,
     'vfmvae demo': LATER,                                                    # the same with images, below
     'vfmvae demo --images "folder/of/pictures"': 'vfmvae demo --images "folder/of/pictures" --train-images 32',
     'vfmvae train-tokenizer --data "folder/of/pictures" --out outputs/tokenizer.safetensors --size 128 --images 50000 --run mine':
@@ -25,6 +25,7 @@ SMOKE = {
     'jupyter lab nbs/index.ipynb': LATER,                                    # a server
     'python -m vfmvae.docs': 'python -m vfmvae.docs --help',                 # tests/test_docs.py makes pages
     **{f'python -m vfmvae.{b}': f'python -m vfmvae.{b} --help' for b in ('bench', 'bench --cknna', 'bench_flow', 'lab_bench')},      # minutes each
+    'python3 benchmarks/gpu.py': LATER,                                      # tests/test_gpu.py runs its smoke size
     'python benchmarks/sets.py': LATER,                                      # it writes sets of ImageNet's size
     'ruff check': LATER, 'mypy': LATER, 'OMP_NUM_THREADS=1 nbdev-test --n-workers 2': LATER,                       # what runs this test
     'OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder': LATER,
