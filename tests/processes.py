@@ -49,9 +49,10 @@ def tokenizer(model, stage, critics, perceive, p, **how):
     return task, fit(task, loader(World(48), 8, 5, rank, n), how.pop('images', 8*steps), lr=1e-4, seed=7, **quiet, **how)
 
 
-def recipe(name, stage, **how):
+def recipe(name, stage, smooth=False, **how):
     p = PRESETS[name]
     todo = plan(p, None, None, [stage], 8)
+    if smooth: todo = [replace(todo[0], weights={k: w for k, w in todo[0].weights.items() if k not in ('l1', 'multiscale')} | dict(l2=1.))]
     model, critics, perceive = build_training(p, todo, None, None, None, 0, None)
     return tokenizer(model, todo[0], critics, perceive, p, **how)
 
@@ -67,11 +68,11 @@ def numbers(rows): return [{k: v for k, v in r.items() if k not in ('images_per_
 
 jobs = {f'{name}/{s.name}': (recipe, (name, s.name)) for name, p in PRESETS.items() if hasattr(p, 'stages') and p.config.img_size == 64 for s in p.stages}
 jobs |= {name: (flow, (p,)) for name, p in FLOW_PRESETS.items() if p.tokenizer in {k if k != 'tiny' else 'vfmvae-tiny-f8d16' for k in PRESETS}}
-jobs |= dict(discrete=(discrete, ()))
+jobs |= {'discrete': (discrete, ()), 'smooth/strong_align': (recipe, ('tiny', 'strong_align', True))}       # without absolute differences
 if len(sys.argv) > 3: jobs = {k: v for k, v in jobs.items() if k in sys.argv[3].split(',')}
 for name, (f, given) in jobs.items(): found[name] = numbers(f(*given)[1])
 
-cut = [k for k in ('dit-vfmvae-tiny-f8d16', 'tiny/weak_align', 'conv-tiny-f8d16/first', 'rae-tiny-f8d128/first') if k in jobs]
+cut = [k for k in ('dit-vfmvae-tiny-f8d16', 'smooth/strong_align', 'conv-tiny-f8d16/first', 'rae-tiny-f8d128/first') if k in jobs]
 for name in cut if n > 1 else ():
     f, given = jobs[name]
     task, rows = f(*given, shard=True)

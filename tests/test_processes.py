@@ -17,9 +17,10 @@ from vfmvae.vfm import VFM
 SCRIPT, STEPS = Path(__file__).with_name('processes.py'), 3
 # an absolute difference (L1) has a kink where it is 0, a LeakyReLU and a hinge too: rounding that tips one pixel of 98,304 over it moves a
 # gradient by 1e-4, and with it the adaptive weight in the loss; the others are smooth
-SMOOTH = ('dit-vfmvae-tiny-f8d16', 'dit-conv-tiny-f8d16', 'dit-conv-f8d16', 'conv-f8d16/first', 'rae-tiny-f8d128/first', 'tiny/first')
+SMOOTH = ('dit-vfmvae-tiny-f8d16', 'dit-conv-tiny-f8d16', 'dit-conv-f8d16', 'conv-f8d16/first', 'rae-tiny-f8d128/first', 'tiny/first',
+          'smooth/strong_align')
 
-FOUR = ('dit-vfmvae-tiny-f8d16', 'tiny/weak_align', 'rae-tiny-f8d128/first', 'discrete')
+FOUR = ('dit-vfmvae-tiny-f8d16', 'smooth/strong_align', 'rae-tiny-f8d128/first', 'discrete')
 
 OTHERS = ('files', 'rfid', 'bank')
 
