@@ -85,6 +85,9 @@ for name in cut if n > 1 else ():
     found[f'{name} files'] = sorted(p.name for p in run.dir.iterdir())
 
 
+flow(FLOW_PRESETS['dit-vfmvae-tiny-f8d16'], images=24, run=Run(out/f'told-{n}'), trackers='tensorboard', save_every=99)   # the group goes on
+
+
 def marks(folder): return {p.name: hashlib.blake2b(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.suffix in ('.png', '.safetensors')}
 
 

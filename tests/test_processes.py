@@ -35,8 +35,11 @@ def torchrun(n, *args):
 
 
 @pytest.fixture(scope='module')
-def found(tmp_path_factory):
-    out = tmp_path_factory.mktemp('processes')
+def out(tmp_path_factory): return tmp_path_factory.mktemp('processes')
+
+
+@pytest.fixture(scope='module')
+def found(out):
     for n in (1, 2): torchrun(n, SCRIPT, out, STEPS)
     torchrun(4, SCRIPT, out, STEPS, ','.join(FOUR))
     return {n: json.loads((out/f'losses-{n}.json').read_text()) for n in (1, 2, 4)}
@@ -75,6 +78,25 @@ def test_caches_samples_rfid_and_banks_are_those_of_one_process(found, n):
     assert many['rfid'].keys() == one['rfid'].keys() >= {'fd', 'precision', 'recall'}
     for k, v in one['rfid'].items(): assert many['rfid'][k] == pytest.approx(v, rel=1e-6), k                             # the batch size differs, too
     assert many['bank'] == pytest.approx(one['bank'], rel=1e-6)
+
+
+@pytest.mark.parametrize('n', (1, 2))
+def test_tensorboard_has_the_rows_of_the_log(found, out, n):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder = out/f'told-{n}'
+    rows = [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines()]
+    assert len(list((folder/folder.name).glob('events*'))) == 1                          # one process writes
+    told = EventAccumulator(str(folder/folder.name))
+    told.Reload()
+    assert [(s.step, s.value) for s in told.Scalars('loss')] == [(r['images'], pytest.approx(r['loss'])) for r in rows] and len(rows) == 3
+
+
+def test_a_tracker_that_is_not_there_is_one_line():
+    from vfmvae.tok_train import TINY, Stage, TokenizerTask
+    from vfmvae.vae import VFMVAE
+    task = TokenizerTask(VFMVAE(TINY, VFM('tiny')), Stage('a', dict(l1=1.)))
+    with pytest.raises(UserError, match="no tracker 'tensorbord'; nearest: tensorboard"):
+        fit(task, loader(World(8), 4), 4, trackers='tensorbord', show=lambda h: None)
 
 
 def test_parts_are_put_together_and_one_that_is_missing_is_named(tmp_path):

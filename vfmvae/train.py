@@ -692,8 +692,8 @@ class Trackers:
         "One row of the log, at its number of images."
         if self.acc: self.acc.log({k: v for k, v in row.items() if k != 'images'}, step=int(row['images']))
     def close(self) -> None:
-        "Ends them, so that nothing is lost."
-        if self.acc: self.acc.end_training()
+        "Ends them, so that nothing is lost; not by Accelerate's `end_training`, which ends the group of processes, too."
+        for t in self.acc.trackers if self.acc else (): t.finish()
 
 # %% ../nbs/10_train.ipynb #16d1a012
 def _sharding(wanted: bool, acc: Any) -> bool:
