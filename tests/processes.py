@@ -87,6 +87,10 @@ for name in cut if n > 1 else ():
 
 flow(FLOW_PRESETS['dit-vfmvae-tiny-f8d16'], images=24, run=Run(out/f'told-{n}'), trackers='tensorboard', save_every=99)   # the group goes on
 
+# what two processes began, four go on with; one does it straight
+found['grows'] = numbers(flow(FLOW_PRESETS['dit-vfmvae-tiny-f8d16'], images=24 if n == 2 else 48,
+                              **(dict(shard=True, run=Run(out/'grows')) if n > 1 else {}))[1])
+
 
 def marks(folder): return {p.name: hashlib.blake2b(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.suffix in ('.png', '.safetensors')}
 

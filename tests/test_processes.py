@@ -22,7 +22,7 @@ SMOOTH = ('dit-vfmvae-tiny-f8d16', 'dit-conv-tiny-f8d16', 'dit-conv-f8d16', 'con
 
 FOUR = ('dit-vfmvae-tiny-f8d16', 'smooth/strong_align', 'rae-tiny-f8d128/first', 'discrete')
 
-OTHERS = ('files', 'rfid', 'bank')
+OTHERS = ('files', 'rfid', 'bank', 'grows')
 
 
 def torchrun(n, *args):
@@ -99,6 +99,11 @@ def test_a_tracker_that_is_not_there_is_one_line():
         fit(task, loader(World(8), 4), 4, trackers='tensorbord', show=lambda h: None)
 
 
+def test_four_processes_go_on_with_what_two_began(found):
+    assert len(found[2]['grows']) == 3 and len(found[4]['grows']) == 6
+    assert apart(found[1]['grows'], found[4]['grows'], ['loss']) < 1e-5
+
+
 def test_parts_are_put_together_and_one_that_is_missing_is_named(tmp_path):
     t = torch.randn(5, 3)
     paths = [save_shard(tmp_path/f'{i}.safetensors', dict(w=part)) for i, part in enumerate(t.chunk(2))]
@@ -128,6 +133,32 @@ def test_draws_depend_on_seed_image_and_use_alone():
     assert torch.equal(Draws(5, [1], step=3).shared.uniform('w', (2,)), Draws(5, [2, 9], step=3).shared.uniform('w', (2,)))
     assert not torch.equal(Draws(5, [1], step=3).shared.uniform('w', (2,)), Draws(5, [1], step=4).shared.uniform('w', (2,)))
     assert torch.equal(Draws(-1, [2**63]).uniform('x', (2,)), Draws(-1, [-2**63]).uniform('x', (2,)))
+
+
+def test_long_rows_are_numpys_philox_and_short_ones_the_same_by_torch():
+    import zlib
+    import numpy as np
+    from vfmvae.core import philox
+    seed, at = 2**63+11, [3, 2**63+5, 9, 2**40]
+    mine = Draws(seed, at).normal('x', (5, 7), torch.float64)
+    for row, i in zip(mine, at, strict=True):
+        stream = np.random.Philox(key=np.array([seed, i], np.uint64), counter=np.array([0, 0, zlib.crc32(b'x'), 0], np.uint64))
+        assert np.array_equal(np.random.Generator(stream).standard_normal(35), row.flatten().numpy())
+    halves = lambda v: (v & 0xffffffff, v >> 32)
+    words = philox((torch.arange(3)[None], zlib.crc32(b'x'), *torch.tensor([halves(i) for i in at]).T[:, :, None]), halves(seed))   # as on a card
+    words = torch.stack(torch.broadcast_tensors(*words), -1).flatten(1)[:, :10]
+    assert torch.equal((words >> 8).float()/2**24, Draws(seed, at).uniform('x', (10,)))
+    assert torch.equal(words*9 >> 32, Draws(seed, at).integers('x', 0, 9, (10,)))
+
+
+@pytest.mark.parametrize('most', (math.inf, 1e9, 1., .01))
+def test_gradients_are_clipped_as_torch_does(most):
+    from vfmvae.train import clip_gradients
+    g = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(n, 3)) for n in (4, 1, 50)] + [torch.nn.Parameter(torch.zeros(2))] for _ in range(2))
+    for a, b in zip(ours[:3], theirs[:3], strict=True): a.grad, b.grad = (x := torch.randn(a.shape, generator=g)), x.clone()     # the last has none
+    assert torch.equal(clip_gradients(ours, most), torch.nn.utils.clip_grad_norm_(theirs, most, foreach=True))
+    for a, b in zip(ours[:3], theirs[:3], strict=True): assert torch.equal(a.grad, b.grad)
 
 
 def test_draws_of_neighbours_are_not_alike():

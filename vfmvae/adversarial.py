@@ -290,7 +290,7 @@ class PatchGAN(_Judge):
         for j in range(self.layers+2): out.append(self.get_submodule(f'scale{i}_layer{j}')(out[-1]))
         return out[1:]
 
-    def forward(self, x: Tensor, draws: Draws | None = None) -> list[list[Tensor]]:
+    def forward(self, x: Tensor) -> list[list[Tensor]]:
         if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'a discriminator takes images (b,3,H,W), not {tuple(x.shape)}')
         sizes = [at_least_float32(x)]
         for _ in range(self.scales-1): sizes.append(F.avg_pool2d(sizes[-1], 3, 2, 1, count_include_pad=False))

@@ -141,6 +141,10 @@ def _outputs(a) -> None:
     if not a.run and not a.out:
         print('note: neither --run nor --out is given, so nothing of this training is kept', file=sys.stderr)
 
+def _fit_words(a) -> dict[str, Any]:
+    "What both trainings hand on to `fit`."
+    return dict(save_every=a.save_every, shard=a.shard, trackers=a.log_with.split(',') if a.log_with else ())
+
 def _train(a) -> int:
     from vfmvae.recipes import chosen, estimate, evaluate_tokenizer, open_data, processes_on, start_size, train_tokenizer
     from vfmvae.vfm import VFM
@@ -155,9 +159,8 @@ def _train(a) -> int:
     def said(stage, net) -> None:
         r = evaluate_tokenizer(net, held_out, 256)
         if acc.is_main_process: print(f"after {stage.name}, {kind} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
-    more = dict(save_every=a.save_every, shard=a.shard, trackers=a.log_with.split(',') if a.log_with else ())
     train_tokenizer(a.preset, a.data, vfm, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed, a.workers, size=a.size, stages=names,
-                    start=a.start, critic=a.critic, precision=a.precision, compile=a.compile, held_out=held_out, on_stage=said, **more)
+                    start=a.start, critic=a.critic, precision=a.precision, compile=a.compile, held_out=held_out, on_stage=said, **_fit_words(a))
     if a.out and acc.is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 
@@ -242,7 +245,7 @@ def _train_flow(a) -> int:
     if a.g_kwargs and not a.tokenizer: raise UserError('--g-kwargs without the published file that it describes; give --tokenizer')
     acc = processes_on(a.device)
     train_flow(a.preset, a.data, a.cache, a.tokenizer and _tokenizer(a), a.n, a.images, a.batch, a.lr, a.run, a.out, a.accumulate, a.seed,
-               a.precision, a.compile, workers=a.workers, save_every=a.save_every, shard=a.shard, trackers=a.log_with.split(',') if a.log_with else ())
+               a.precision, a.compile, workers=a.workers, **_fit_words(a))
     if a.out and acc.is_main_process: print(f'written: {Path(a.out).resolve()}')
     return 0
 

@@ -11,7 +11,7 @@ __all__ = ['DrawsLike', 'UserError', 'first_line', 'Notice', 'notice', 'whole', 
            'load_weights', 'check_fields', 'build_config', 'Table']
 
 # %% ../nbs/00_core.ipynb #460b0f70
-import dataclasses, difflib, hashlib, importlib, itertools, json, math, operator, os, platform, random, shutil, sys
+import copy, dataclasses, difflib, hashlib, importlib, itertools, json, math, operator, os, platform, random, shutil, sys
 import tempfile, threading, time, types, typing, uuid, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,13 +160,13 @@ def best_device(name: Any = None # 'cpu', 'cuda', 'cuda:1', 'mps' ...; None: the
         raise UserError(f"no device {str(name)[:40]!r} here ({first_line(e, 80)}); this machine computes on {f'{has} and ' if has else ''}cpu") from None
 
 # %% ../nbs/00_core.ipynb #16d0a021
-def _together() -> bool: return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _grouped() -> bool: return torch.distributed.is_available() and torch.distributed.is_initialized()
 def world() -> int:
     "Number of processes that work together; 1 if this one is alone."
-    return torch.distributed.get_world_size() if _together() else 1
+    return torch.distributed.get_world_size() if _grouped() else 1
 def rank() -> int:
     "Number of this process among them, from 0."
-    return torch.distributed.get_rank() if _together() else 0
+    return torch.distributed.get_rank() if _grouped() else 0
 
 class _Sum(torch.autograd.Function):
     @staticmethod
@@ -234,7 +234,9 @@ class Draws:
         return self if torch.device(device) == self.device else Draws(self.seed, self.index, device, self.step, self.prefix)
     def named(self, prefix: str) -> 'Draws':
         "Other numbers for the same uses: those of a second pass over the images."
-        return Draws(self.seed, self.index, self.device, self.step, f'{self.prefix}{prefix}/')
+        new = copy.copy(self)       # the numbers of the images are checked, and copied to the device, once
+        new.prefix = f'{self.prefix}{prefix}/'
+        return new
     def _word(self, use: str) -> int: return zlib.crc32((self.prefix+use).encode())
     @property
     def shared(self) -> 'Draws':

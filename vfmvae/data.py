@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'TEXTURES', 'BACKGROUNDS', 'CLASSES', 'SUFFIXES', 'FORMATS', 'PIXELS', 'CROPS', 'TRANSFORMS', 'SPLITS',
-           'uniforms', 'factors', 'render', 'World', 'open_image', 'to_tensor', 'to_uint8', 'to_pil', 'check_images',
-           'centre_crop', 'adm_crop', 'square_crop', 'random_crop_flip', 'Transform', 'transform', 'published_draw',
-           'published_noise', 'ImageSet', 'folder', 'shards', 'stamps', 'fingerprint', 'spread', 'Subset', 'take',
-           'taken', 'TensorSet', 'as_dataset', 'gives_bytes', 'Loader', 'loader']
+           'uniforms', 'factors', 'render', 'World', 'open_image', 'to_tensor', 'from_uint8', 'to_uint8', 'to_pil',
+           'check_images', 'centre_crop', 'adm_crop', 'square_crop', 'random_crop_flip', 'Transform', 'transform',
+           'published_draw', 'published_noise', 'ImageSet', 'folder', 'shards', 'stamps', 'fingerprint', 'spread',
+           'Subset', 'take', 'taken', 'TensorSet', 'as_dataset', 'gives_bytes', 'Loader', 'loader']
 
 # %% ../nbs/02_data.ipynb #d68a724b
 import glob, hashlib, inspect, io, itertools, json, math, os, re, tarfile, time
@@ -226,11 +226,14 @@ def open_image(path: str | Path | io.BytesIO, # a file, or its bytes
 def to_tensor(im: Image.Image | np.ndarray # RGB; an array is uint8 (H,W,3)
              ) -> Tensor:
     "(3,H,W) float32 in [-1,1]."
-    return _floats(_bytes(im))
+    return from_uint8(_bytes(im))
 
 def _bytes(im: Image.Image | np.ndarray) -> Tensor: return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
 
-def _floats(x: Tensor) -> Tensor: return x.float().div_(127.5).sub_(1)
+def from_uint8(x: Tensor # uint8, any shape
+              ) -> Tensor:
+    "float32 of the same shape in [-1,1]; `to_uint8` gives the bytes back."
+    return x.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 def to_uint8(x: Tensor # any shape, [-1,1]; clamped
             ) -> Tensor:
@@ -518,7 +521,7 @@ class ImageSet:
         at = [int(i) for i in indices]
         drawn = Draws(seed, at).uniform(f'crop/{epoch}', (4,)).tolist() if self.augment else [()]*len(at)
         x = torch.stack([self._pixels(i, u) for i, u in zip(at, drawn, strict=True)])
-        return dict(image=x if as_bytes else _floats(x), label=torch.tensor([self.labels[i] for i in at]), key=[self.keys[i] for i in at])
+        return dict(image=x if as_bytes else from_uint8(x), label=torch.tensor([self.labels[i] for i in at]), key=[self.keys[i] for i in at])
 
 # %% ../nbs/02_data.ipynb #3bc53ece
 _PICTURES = frozenset('.gif .heic .heif .avif .jp2 .j2k .jxl .svg .eps .exr .hdr .dng .cr2 .nef .arw .raw .tga .ico .psd .npy .npz .pgm .pnm'.split())
@@ -962,7 +965,7 @@ class TensorSet:
         "dict of image (b,3,H,W), label (b,) int64, key; `as_bytes` gives uint8 where that says the same."
         at = [int(i) for i in indices]
         x = self.images[at]
-        if as_bytes and x.dtype == torch.float32 and torch.equal(_floats(b := to_uint8(x)), x): x = b
+        if as_bytes and x.dtype == torch.float32 and torch.equal(from_uint8(b := to_uint8(x)), x): x = b
         return dict(image=x, label=torch.zeros(len(at), dtype=torch.int64), key=[self.keys[i] for i in at])
 
 def _parts(item: Any) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/16b_evaluate.ipynb #6772c87c
 from .core import Draws, Table, UserError, first_line, data_dir, load_weights, nearest, rank, to_json, weights_at, whole, world, write_atomic
-from .data import ImageSet, World, check_images, spread, take, taken, to_uint8, transform
+from .data import ImageSet, World, check_images, from_uint8, spread, take, taken, to_uint8, transform
 from .features import _on_cpu, _place, _samples, as_images, batches
 from .metrics import frechet, inception_score, precision_recall
 from .tokenizer import image_seeds
@@ -301,7 +301,7 @@ def _npz(path: str | Path, numbers: Sequence[str], words: Sequence[str]) -> dict
 # %% ../nbs/16b_evaluate.ipynb #2f5e265d
 _BLOCK = 32     # images that a net sees together on a CPU
 
-def _together(place: torch.device, batch_size: int) -> int:
+def _at_once(place: torch.device, batch_size: int) -> int:
     """How many images go through a net at once. A product of matrices rounds by the number of its rows: so on a CPU blocks are cut by an image's place in
     the set, and neither the batch size nor the number of processes changes a number; elsewhere by what memory allows."""
     return _BLOCK if place.type == 'cpu' else whole(batch_size, 'batch_size', 1)
@@ -370,7 +370,7 @@ def _statistics(mine: Any, extractor: Extractor, batch_size: int, keep: bool, de
     sizes: set[tuple[int, ...]] = set()
     try:
         whole(batch_size, 'batch_size', 1)
-        for batch in batches(mine, _together(place, batch_size)):
+        for batch in batches(mine, _at_once(place, batch_size)):
             x = batch['image']
             sizes.add(tuple(x.shape[2:]))
             if len(sizes) > 1: break              # said below, when every process has come that far
@@ -461,7 +461,7 @@ class SampleFile:
                 if len(raw := f.read(b*one)) < b*one: raise UserError(f'{self.path} ends within sample {i+len(raw)//one} of {shape[0]}; copy it again')
                 yield np.frombuffer(raw, np.uint8).reshape(b, *shape[1:])
     def __iter__(self) -> Iterator[Tensor]:
-        for p in self.pixels(): yield torch.from_numpy(p.copy()).permute(0, 3, 1, 2).float()/127.5 - 1
+        for p in self.pixels(): yield from_uint8(torch.from_numpy(p.copy()).permute(0, 3, 1, 2))
 
 def read_samples(path: str | Path) -> SampleFile: # written by `write_samples`, ADM, SiT, REPA ...
     "The samples of an npz, without loading them. UserError: missing, damaged, pickled, not uint8 (N,H,W,3)."
@@ -572,13 +572,13 @@ def rfid(tokenizer: Any,                 # encode and decode
     name = name or getattr(data, 'name', None) or type(data).__name__
     data, seen = _watched(data)
     chosen, taken = _some(data, None if n is None else whole(n, 'n', 2))
-    def originals() -> Iterator[Tensor]: return (b['image'] for b in batches(_part(chosen, rank(), world()), _together(place, batch_size)))
+    def originals() -> Iterator[Tensor]: return (b['image'] for b in batches(_part(chosen, rank(), world()), _at_once(place, batch_size)))
     def rebuilt() -> Iterator[Tensor]:
         for x in originals():
             posterior = tokenizer.encode(x.to(place))
             y = tokenizer.decode(posterior.sample(Draws(seed, image_seeds(x))) if sample else posterior.mode())
             if not y.isfinite().all(): raise UserError(f'{tokenizer.name} decodes to NaN or infinity; look at its weights and precision')
-            yield to8(y).cpu().float()/127.5 - 1
+            yield from_uint8(to8(y).cpu())
     real, fake = (_statistics(f(), extractor, batch_size, pr_n > 0 or f is rebuilt, device, name, seen) for f in (originals, rebuilt))
     if n is not None and real.n < n: raise UserError(f'{n-real.n} images too few for n = {n}; lower n')
     return _record('rFID', fake, real, neighbours, pr_n, preprocessing=f'{extractor.preprocessing}; reconstructions to 8 bits by {conversion}',
@@ -610,7 +610,7 @@ def gfid(samples: Any,                 # tensor (n,3,H,W) in [-1,1], dataset-lik
         to8, way = _conversion(conversion or 'round'), conversion or 'round'
         samples, seen = _watched(samples)
         mine = batches(_part(samples, rank(), world()), whole(batch_size, 'batch_size', 1))
-        images = (to8(check_images(b['image'].cpu(), 'samples')).float()/127.5 - 1 for b in mine)     # a GPU's NaN would be black
+        images = (from_uint8(to8(check_images(b['image'].cpu(), 'samples'))) for b in mine)     # a GPU's NaN would be black
     got = _statistics(images, extractor, batch_size, True, device, None, seen)
     return _record('gFID', got, ref, neighbours, pr_n, preprocessing=f'{extractor.preprocessing}; samples to 8 bits by {way}', **how)
 

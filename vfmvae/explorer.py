@@ -22,7 +22,7 @@ from torch import Tensor, nn
 # %% ../nbs/19b_explorer.ipynb #778cb259
 from .align import Graph, cknna, cknna_null, knn_graph, mutual_knn, prepare
 from .core import UserError, best_device, device_of, digest, home, load_weights, nearest, save_weights, sidecar, whole
-from .data import CROPS, TRANSFORMS, Subset, World, open_image, take, taken, to_tensor, to_uint8
+from .data import CROPS, TRANSFORMS, Subset, World, open_image, take, taken, to_tensor, from_uint8, to_uint8
 from .features import extract, pool
 from .measures import METRICS, compare
 from .metrics import psnr
@@ -67,7 +67,7 @@ class Shelf:
     def batch(self, indices: Sequence[int]) -> dict:
         "dict(image (b,3,s,s) in [-1,1], key), as `extract_views` reads it."
         at = list(indices)
-        return dict(image=self.pixels[at].float()/127.5-1, key=[self.names[i] for i in at])
+        return dict(image=from_uint8(self.pixels[at]), key=[self.names[i] for i in at])
 
 # %% ../nbs/19b_explorer.ipynb #392bff92
 _DRAW = ('noise', 'colour', 'occlusion', 'translation', 'crop')    # of TRANSFORMS: those that listen to the seed

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 # %% ../nbs/15b_latents.ipynb #5809d2d7
 from .core import (Draws, Gaussian, UserError, as_path, check_out, check_weights, device_of, first_line, home, inside,
-                         notice, progress, read_json, sweep, to_json, whole, write_atomic, write_json)
+                         notice, progress, read_json, sweep, to_json, whole, write_atomic, write_json, rank as rank_of_this, world)
 from .data import World, as_dataset, fingerprint, gives_bytes, take, taken
 from .features import _on_cpu
 from .tokenizer import LatentStats, net_digest
-from .train import provenance, world
+from .train import provenance
 from .vfm import read_torch
 
 # %% ../nbs/15b_latents.ipynb #6cf5a337
@@ -336,7 +336,7 @@ def cache_latents(tokenizer: Any,                # a Tokenizer
     UserError: a cache of something else there, a disk that is full or cannot be written, an image that the tokenizer cannot take, latents that are NaN."""
     group = world()
     processes = group if processes is None else whole(processes, 'processes', 1)
-    rank = (torch.distributed.get_rank() if group > 1 else 0) if rank is None else whole(rank, 'rank', 0, processes-1)
+    rank = rank_of_this() if rank is None else whole(rank, 'rank', 0, processes-1)
     shard, batch_size = whole(shard, 'shard', 1), whole(batch_size, 'batch_size', 1)
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(f'latents cannot be kept as {dtype}; use torch.float32 or torch.float16')

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 # %% ../nbs/10_train.ipynb #c113c6d2
 from .core import (Draws, UserError, gathered, as_path, check_out, check_weights, digest, home, inside, load_weights, nearest,
                          progress, real, save_weights, sidecar, sweep, to_json, whole, rank, seed_all, world, write_atomic, write_json)
-from .data import fingerprint
+from .data import fingerprint, from_uint8
 from .plots import curves, panels, to_png
 
 # %% ../nbs/10_train.ipynb #eec3455d
@@ -166,8 +166,8 @@ def shared_out(state: Mapping[str, Tensor],      # whole tensors
     def part(t: Tensor, to: Any) -> Tensor:
         if not sharded(to) or sharded(t) or t.shape != to.shape: return t
         from torch.distributed.tensor import DTensor
-        own = [c for c in t.chunk(to.device_mesh.size())][to.device_mesh.get_local_rank():][:1]
-        local = own[0] if own else t[:0]
+        parts, own = t.chunk(to.device_mesh.size()), to.device_mesh.get_local_rank()
+        local = parts[own] if own < len(parts) else t[:0]         # of a short tensor the last processes hold nothing
         return DTensor.from_local(local.to(to.device), to.device_mesh, to.placements, shape=t.shape, stride=t.stride())
     return {k: part(t, like if isinstance(like, Tensor) else like.get(k)) for k, t in state.items()}
 
@@ -520,7 +520,7 @@ def _same_start(task: Task, accelerator: Any) -> None:
 def to_device(batch: dict, device: Any) -> dict:
     "A batch on a device; images that travelled as bytes become numbers in [-1,1] there."
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    if (x := moved.get('image')) is not None and x.dtype == torch.uint8: moved['image'] = x.float().div_(127.5).sub_(1)
+    if (x := moved.get('image')) is not None and x.dtype == torch.uint8: moved['image'] = from_uint8(x)
     return moved
 
 def _numbered(micro: list[dict], loader: Any, step: int, seed: int, acc: Any) -> list[dict]:
