@@ -34,18 +34,15 @@ env: $(CORE)     ## the virtualenv with the library
 dev: $(DEV)      ## the same with all that tests and notebooks need
 
 demo: $(CORE)    ## a first look, on your images with IMAGES=folder
-	$(BIN)/vfmvae demo $(if $(IMAGES),--images "$(IMAGES)")
+	$(BIN)/vfmvae demo $(if $(IMAGES),--data "$(IMAGES)")
 
-# more words for the command, such as ARGS='--vfm siglip2-b --size 256 --images 100000 --dry-run'
+# more words for the command, such as ARGS='--vfm siglip2-b --size 256 --num-images 100000 --dry-run'
 ARGS ?=
 train: $(CORE)   ## train a tokenizer, on your images with IMAGES=folder
 	$(BIN)/vfmvae train-tokenizer $(if $(IMAGES),--data "$(IMAGES)") --out outputs/tokenizer.safetensors $(ARGS)
 
 bench: $(DEV)    ## speed of the decoder, of training steps, of CKNNA (as ratios), of the labs and of opening large sets
-	$(BIN)/python -m vfmvae.bench $(ARGS)
-	$(BIN)/python -m vfmvae.bench --cknna $(ARGS)
-	$(BIN)/python -m vfmvae.bench_flow
-	$(BIN)/python -m vfmvae.lab_bench
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 	$(BIN)/python benchmarks/sets.py
 
 # with the Python at hand (or PYTHON=...), in which nothing is installed; PARTS='decode flow' for some, VFMVAE_SMOKE=1 without a card
@@ -81,10 +78,10 @@ readme: $(DEV)   ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --NbConvertApp.output_files_dir=data/readme --log-level WARN \
 	  --RegexRemovePreprocessor.patterns='^#\|\s*hide' \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input nbs/index.ipynb
-	sed -E 's#\(../data/#(data/#g; s#!\[(jpeg|png)\]#![picture made by the code of nbs/index.ipynb]#' README.md > README.md.new && mv README.md.new README.md
+	sed -E 's#\(\.\./(data/|docs/|CONTRIBUTING)#(\1#g; s#\]\(([0-9]+_[a-z_]+\.ipynb)\)#](nbs/\1)#g; s#!\[(jpeg|png)\]#![picture made by the code of nbs/index.ipynb]#' README.md > README.md.new && mv README.md.new README.md
 
-docs: $(DEV)     ## a page for each notebook and module in _docs, made without a network
-	$(BIN)/python -m vfmvae.docs $(ARGS)
+docs: $(DEV)     ## a page for each notebook and module in _docs, with a search box and an index of names, made without a network
+	$(BIN)/python docs/build.py $(ARGS)
 
 hooks: $(DEV)    ## before each commit: export, clean, ruff
 	@printf '%s\n' '#!/bin/sh' '# made by: make hooks' 'before=$$(git diff | cksum)' '$(abspath $(BIN))/nbdev-export && $(abspath $(BIN))/nbdev-clean && $(abspath $(BIN))/ruff check --quiet || exit 1' \

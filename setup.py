@@ -10,9 +10,9 @@ ini.read(root/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 version = re.search(r'__version__ = "([^"]+)"', (root/'vfmvae/__init__.py').read_text(encoding='utf-8'))[1]
 
-extras = {k: shlex.split(cfg[f'{k}_requirements']) for k in ('widgets', 'notebooks', 'eval', 'scale', 'hf', 'diffusers', 'ode', 'dev')}
+extras = {k.removesuffix('_requirements'): shlex.split(v) for k, v in cfg.items() if k.endswith('_requirements')}
 # [dev] is everything that tests and notebooks need; torch-fidelity fetches its own weights only when an Inception is made
-extras['dev'] += extras['widgets'] + extras['notebooks'] + extras['eval'] + extras['scale'] + extras['hf'] + extras['diffusers'] + extras['ode']
+extras['dev'] = [r for packages in extras.values() for r in packages]
 
 setup(name=cfg['name'], version=version, description=cfg['description'], author=cfg['author'],
       license=cfg['license'], keywords=cfg['keywords'].split(), python_requires=f">={cfg['min_python']}",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT/'benchmarks')]
 PYTHON = [sys.executable]
 SMOKE = False
 PARTS: dict[str, Callable] = {}
@@ -45,7 +45,7 @@ def pick(full: Any, small: Any) -> Any: return small if SMOKE else full
 # what the lines share; the tests spoil these to see the lines fail ------------------------------------------------------------------------------
 
 def device() -> Any:
-    from vfmvae.core import best_device
+    from vfmvae.runtime import best_device
     return best_device()
 
 def on_card() -> bool: return device().type != 'cpu'
@@ -55,8 +55,9 @@ def there(x: Any) -> Any:
     return copy.deepcopy(x).to(device())
 
 def seconds(f: Callable, rounds: int = 10) -> float:
-    from vfmvae.bench import take_turns
-    return take_turns({'f': f}, pick(rounds, 1))['f']['wall']
+    import torch
+    from torch.utils.benchmark import Timer
+    return Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads()).timeit(pick(rounds, 1)).mean
 
 def backend() -> str:
     "inductor takes a minute for each net on one CPU core; the smoke size asks for the graph alone."
@@ -138,7 +139,7 @@ def bundled() -> dict[str, Any]:
 def families() -> dict[str, Any]:
     "Every kind of velocity net, small, by name."
     from vfmvae.core import build_config
-    from vfmvae.dit import FAMILIES, DiT, DiTConfig
+    from vfmvae.dit import DiT, DiTConfig, FAMILIES
     small = dict(in_channels=4, num_classes=10, patch_size=2, hidden_size=48, depth=2, num_heads=2, encoder_depth=1, projector_dim=32)
     fitted = dict(z_dims=(16,), cls_dim=16, head_hidden_size=64, head_depth=1, head_num_heads=2)
     def make(f: dict) -> Any:
@@ -161,32 +162,33 @@ def answered(net: Any, how: Callable | None = None) -> Any:
     return torch.cat([o.flatten(1) for o in out], 1) if isinstance(out, tuple) else out
 
 def worlds(n: int, size: int = 64) -> Any:
-    from vfmvae.data import World
+    from vfmvae.world import World
     return World(n, 8, size=size).batch(range(n))['image']
 
 def f16d32() -> Any:
     "The paper's tokenizer with random weights, decoder alone; the bundled tiny one at the smoke size."
-    from vfmvae.bench import _model
-    return _model(pick('full', 'tiny'), device())
+    from speed import decoder_model
+    return decoder_model(pick('full', 'tiny'), device())
 
 def task_of(full: bool, compile: bool = False, precision: str = 'bf16') -> tuple[Any, dict]:
     "A tokenizer's training task with all its losses and a batch: of f16d32, or of the tiny one."
     import torch
-    from vfmvae.core import seed_all
+    from vfmvae.runtime import seed_all
     from vfmvae.losses import perceptual, vfm_taps
-    from vfmvae.recipes import PRESETS, _compile_decoder, build_training
-    from vfmvae.tok_train import TokenizerTask
+    from vfmvae.presets import PRESETS
+    from vfmvae.recipes import build_training, compile_decoder
+    from vfmvae.tokenizer_task import TokenizerTask
     from vfmvae.vfm import VFM
     p = PRESETS['f16d32' if full else 'tiny']
     stage = next(s for s in p.stages if s.name == 'strong_align')
     if SMOKE: stage = replace(stage, equivariance=())      # each scale is compiled
     # without a hub: the shapes count, not the weights
-    vfm, critic = (VFM(p.config.vfm, False), VFM(p.critic, False)) if full else (None, None)
+    vfm, critic = (VFM(p.config.vfm, False), VFM(p.discriminator, False)) if full else (None, None)
     seen = partial(perceptual, features=vgg()) if full else partial(perceptual, features=vfm_taps(VFM('tiny').to(device())))
-    model, critics, perceive = build_training(p, [stage], vfm, critic=critic, perceive=seen)
-    task = TokenizerTask(model, stage, perceive, p.half_life, p.betas, p.clip, critics, precision)
+    model, discriminators, perceive = build_training(p, [stage], vfm, discriminator=critic, perceptual_loss=seen)
+    task = TokenizerTask(model, stage, perceive, p.half_life, p.betas, p.clip, discriminators, precision)
     for net in (*task.nets.values(), task.ema.net): net.to(device())
-    if compile: _compile_decoder(model, backend())
+    if compile: compile_decoder(model, backend())
     seed_all(0)
     n, side = 16 if full else 4, p.config.img_size
     return task, dict(image=torch.rand(n, 3, side, side, device=device())*2-1)
@@ -199,11 +201,12 @@ def vgg() -> Callable:
 def flow_task(name: str, compile: bool, precision: str = 'bf16') -> tuple[Any, dict, Any]:
     "A velocity net's training task, a batch, and the net's preset."
     import torch
-    from vfmvae.bench_flow import _latents
-    from vfmvae.core import build_config, seed_all
-    from vfmvae.dit import SIZES, DiT, DiTConfig
-    from vfmvae.flow_presets import FLOW_PRESETS
-    from vfmvae.flow_train import FlowTask
+    from speed import latents
+    from vfmvae.core import build_config
+    from vfmvae.runtime import seed_all
+    from vfmvae.dit import DiT, DiTConfig, SIZES
+    from vfmvae.presets import FLOW_PRESETS
+    from vfmvae.flow_task import FlowTask
     light, reg = FLOW_PRESETS['lightningdit-64ep'], FLOW_PRESETS['reg-80ep']
     p = dict(xl=light, reg=reg, b=replace(light, net=replace(light.net, **SIZES['B'])))[name]
     if SMOKE:
@@ -213,7 +216,7 @@ def flow_task(name: str, compile: bool, precision: str = 'bf16') -> tuple[Any, d
     task = FlowTask(DiT(p.net).to(device()), p.flow, [Still() for _ in p.net.z_dims], precision, compile)
     if compile: task._forward = torch.compile(task.net, backend=backend())
     task.ema.net.to(device())
-    b = _latents(p, pick(128, 4), device())
+    b = latents(p, pick(128, 4), device())
     if p.net.z_dims: b['image'] = torch.rand(len(b['label']), 3, 64, 64, device=device())*2-1
     return task, b, p
 
@@ -293,8 +296,9 @@ def nets() -> Iterator[Line]:
         with autocast(): fast = answered(there(make()))
         return off(fast, answered(make()))
     def sampled(make: Callable, batch: int) -> Any:
-        from vfmvae.flow_train import sample_latents
-        return sample_latents(there(make()), [0, 1, 2, 3], (4, 8, 8), seed=1, steps=4, guidance=1.5, batch_size=batch)
+        from vfmvae.samplers import Sampler
+        from vfmvae.samplers import sample_latents
+        return sample_latents(there(make()), [0, 1, 2, 3], (4, 8, 8), sampler=Sampler(4, guidance=1.5), seed=1, batch_size=batch)
     for name, make in families().items():
         yield Line(f'{name} as on the CPU', partial(velocity, make), high=1e-4, unit='of the velocity')
         yield Line(f'{name} in bf16', partial(half, make), high=.05, unit='of the velocity')
@@ -305,11 +309,11 @@ def nets() -> Iterator[Line]:
 def alignment() -> Iterator[Line]:
     "CKNNA: against the CPU, of bf16 features, and at the size of ImageNet's validation set."
     import torch
+    from speed import two_views
     from vfmvae.align import cknna
-    from vfmvae.bench import _sets
     from vfmvae.neighbours import prepare
     n, d = pick((4000, 512), (300, 32))
-    def both() -> Any: return _sets(n, d)
+    def both() -> Any: return two_views(n, d)
     def agree() -> float: return abs(cknna(*map(there, both())) - cknna(*both()))
     yield Line('CKNNA as on the CPU', agree, high=1e-4)
     def rounded() -> float: return abs(cknna(*(prepare(there(x).bfloat16()) for x in both())) - cknna(*(prepare(x) for x in both())))
@@ -371,7 +375,7 @@ def train() -> Iterator[Line]:
             conv = torch.nn.Conv2d(64, 64, 3, bias=False)
             x = torch.randn(2, 64, 16, 16)
             with torch.no_grad(): found.append(off(there(conv)(x.to(device())), copy.deepcopy(conv).double()(x.double())))
-        train_tokenizer('conv-f8d16', images=4, batch=4, show=look)
+        train_tokenizer('conv-f8d16', num_images=4, batch_size=4, show=look)
         return found[0]
     yield Line('convolutions in training, against float64 (no TF32)', exact, high=1e-5, unit='of the result')
     def waits(task: Any, b: dict) -> int:
@@ -385,7 +389,7 @@ def train() -> Iterator[Line]:
 @part
 def flow() -> Iterator[Line]:
     "LightningDiT-XL/1, REG SiT-XL/1 and LightningDiT-B/1: images a second, and the share of what the card's matrix product can do."
-    from vfmvae.flow_presets import forward_gflop
+    from vfmvae.presets import forward_gflop
     known: dict[tuple, tuple] = {}
     def run(name: str, compile: bool) -> tuple[float, dict]:
         if (name, compile) not in known:
@@ -410,11 +414,11 @@ def flow() -> Iterator[Line]:
 def compile() -> Iterator[Line]:
     "What is compiled says what it said before."
     import torch
-    from vfmvae.recipes import _compile_decoder
+    from vfmvae.recipes import compile_decoder
     def tokenizer(make: Callable) -> float:
         plain = there(make())
         fast = there(make())
-        _compile_decoder(fast, backend())
+        compile_decoder(fast, backend())
         z = torch.randn(2, plain.channels, 8, 8, device=device())
         grads = []
         for net in (fast, plain):
@@ -423,7 +427,7 @@ def compile() -> Iterator[Line]:
         return off(*grads)
     def net(make: Callable) -> float:
         plain = there(make())
-        plain.places(4, 4, device(), torch.float32)
+        plain.position_tables(4, 4, device(), torch.float32)
         return off(answered(plain, torch.compile(plain, backend=backend())), answered(make()))
     for name, make in bundled().items(): yield Line(f'{name} decodes, compiled', partial(tokenizer, make), high=1e-3, unit='of pictures and gradients')
     for name, make in families().items(): yield Line(f'{name}, compiled', partial(net, make), high=1e-3, unit='of the velocity')
@@ -434,7 +438,8 @@ def resume() -> Iterator[Line]:
     "A run that stops and goes on is the run that never stopped."
     import torch
     def halves(make: Callable) -> Any:
-        from vfmvae.train import Run, fit
+        from vfmvae.run import Run
+        from vfmvae.train import fit
         def weights(stops: tuple[int, ...]) -> Any:
             with tempfile.TemporaryDirectory() as tmp:
                 for images in stops:
@@ -448,7 +453,8 @@ def resume() -> Iterator[Line]:
         finally: torch.use_deterministic_algorithms(False)
         return differing(straight, resumed), dict(straight_twice=differing(straight, again), of=straight.numel())
     def tokenizer() -> Any:
-        from vfmvae.data import World, loader
+        from vfmvae.world import World
+        from vfmvae.data import loader
         return task_of(False, precision='fp32')[0], loader(World(64, 0), 4, seed=0)
     def net() -> Any:
         from vfmvae.data import loader
@@ -465,8 +471,9 @@ def resume() -> Iterator[Line]:
 def rfid() -> Iterator[Line]:
     "rFID by a small extractor: as on the CPU, and whatever the batch."
     def score(name: str, on: Callable, batch: int) -> float:
-        from vfmvae.data import World
-        from vfmvae.evaluate import bundled_extractor, rfid
+        from vfmvae.world import World
+        from vfmvae.extractors import bundled_extractor
+        from vfmvae.evaluate import rfid
         record = rfid(on(bundled()[name]()), World(pick(512, 20), 8), on(bundled_extractor()), batch_size=batch, pr_n=0)
         return record.value
     def apart(name: str, *ways: tuple) -> float:
@@ -521,14 +528,14 @@ def launched(words: list[str], flags: list[str], tmp: str) -> str:
 def launch() -> Iterator[Line]:
     "Both trainers, and Accelerate's FSDP, under `accelerate launch`."
     def trained(name: str, *words: str) -> Any:
-        from vfmvae.core import load_weights
+        from vfmvae.files import load_weights
         with tempfile.TemporaryDirectory() as tmp:
             launched(['-m', 'vfmvae.cli', name, *words, '--out', f'{tmp}/made.safetensors'], [], tmp)
             tensors, _ = load_weights(f'{tmp}/made.safetensors')
             return sum(t.isfinite().all().item() for t in tensors.values()), dict(of=len(tensors))
     n = pick('4096', '32')
-    yield Line('train-tokenizer', lambda: trained('train-tokenizer', '--preset', 'conv-f8d16', '--images', n, '--batch', '16'), low=1, unit='tensors')
-    yield Line('train-flow', lambda: trained('train-flow', '--preset', 'dit-conv-f8d16', '--n', n, '--images', n, '--batch', '16'), low=1, unit='tensors')
+    yield Line('train-tokenizer', lambda: trained('train-tokenizer', '--preset', 'conv-f8d16', '--num-images', n, '--batch-size', '16'), low=1, unit='tensors')
+    yield Line('train-flow', lambda: trained('train-flow', '--preset', 'dit-conv-f8d16', '--n', n, '--num-images', n, '--batch-size', '16'), low=1, unit='tensors')
     def sharded() -> int:
         if not on_card(): raise Skip('on a CPU Accelerate gives plain DDP and not FSDP, which is not taken for it')
         with tempfile.TemporaryDirectory() as tmp:
@@ -636,7 +643,8 @@ def card_of() -> str:
 
 def load_early() -> None:
     "What the parts import, once for all of them; what is missing is the business of the lines that need it."
-    for name in ('torch._dynamo', *(f'vfmvae.{m}' for m in ('train', 'align', 'bench', 'bench_flow', 'recipes', 'evaluate', 'generate', 'flow_presets', 'tokenizer'))):
+    modules = ('train', 'align', 'recipes', 'evaluate', 'generation', 'presets', 'tokenizer')
+    for name in ('torch._dynamo', *(f'vfmvae.{m}' for m in modules), 'speed'):
         try: importlib.import_module(name)
         except Exception: continue
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context('forkserver')   # children begin with everything imported and nothing computed
-PRELOAD = ['torch', 'torch._dynamo', 'torchvision', 'timm', 'accelerate', 'torchmetrics', 'vfmvae.generate', 'vfmvae.demo',
+PRELOAD = ['torch', 'torch._dynamo', 'torchvision', 'timm', 'accelerate', 'torchmetrics', 'vfmvae.generation', 'vfmvae.demo',
            'safetensors.torch', 'matplotlib.pyplot', 'matplotlib.backends.backend_agg']
 VOLATILE = {'made', 'date', 'images_per_s', 'memory_gb', 'pair'}    # true of one run, not of its numbers
 
@@ -16,32 +16,32 @@ VOLATILE = {'made', 'date', 'images_per_s', 'memory_gb', 'pair'}    # true of on
 def tokenizer(folder: Path) -> None:
     from vfmvae.recipes import train_tokenizer
     out = folder/'net.safetensors'
-    train_tokenizer('conv-f8d16', 'world', images=8, batch=4, run=folder/'run', out=out, log_every=1, save_every=1)
+    train_tokenizer('conv-f8d16', 'world', num_images=8, batch_size=4, run=folder/'run', out=out, log_every=1, save_every=1)
 
 
 def flow(folder: Path) -> None:
-    from vfmvae.data import World
-    from vfmvae.flow_presets import FLOW_PRESETS
-    from vfmvae.flow_train import Watch
-    from vfmvae.generate import train_flow
+    from vfmvae.world import World
+    from vfmvae.presets import FLOW_PRESETS
+    from vfmvae.flow_task import FlowMonitor
+    from vfmvae.generation import train_flow
     from vfmvae.latents import LatentCache
-    from vfmvae.train import Run
+    from vfmvae.run import Run
     p = FLOW_PRESETS['dit-conv-f8d16']
     p = replace(p, net=replace(p.net, hidden_size=32, depth=1, num_heads=2))
-    def watch(task: Any) -> Watch: return Watch(task, LatentCache(folder/'latents'), 16, Run(folder/'run'), n=4)
-    train_flow(p, World(16, seed=2), folder/'latents', images=48, batch=8, run=folder/'run', out=folder/'net.safetensors',
-               watch=watch, log_every=1, save_every=2, keep=1)
+    def watch(task: Any) -> FlowMonitor: return FlowMonitor(task, LatentCache(folder/'latents'), 16, Run(folder/'run'), n=4)
+    train_flow(p, World(16, seed=2), folder/'latents', num_images=48, batch_size=8, run=folder/'run', out=folder/'net.safetensors',
+               monitor=watch, log_every=1, save_every=2, keep=1)
 
 
 def cache(folder: Path) -> None:
-    from vfmvae.data import World
+    from vfmvae.world import World
     from vfmvae.latents import cache_latents
     from vfmvae.tokenizer import tokenizers
-    cache_latents(tokenizers['conv-f8d16'], World(40, seed=3), folder/'latents', shard=16, batch_size=8)
+    cache_latents(tokenizers['conv-f8d16'], World(40, seed=3), folder/'latents', shard_size=16, batch_size=8)
 
 
 def extraction(folder: Path) -> None:
-    from vfmvae.data import World
+    from vfmvae.world import World
     from vfmvae.features import banks
     from vfmvae.vfm import VFM
     made = banks(VFM('tiny'), World(32, seed=4), layers=(0, 2, -1))
@@ -49,17 +49,19 @@ def extraction(folder: Path) -> None:
 
 
 def sampling(folder: Path) -> None:
-    from vfmvae.generate import generate
+    from vfmvae.generation import generate
     generate('dit-conv-f8d16', 6, seed=5, out=folder/'pictures', steps=2, batch_size=2)
 
 
 def evaluation(folder: Path) -> None:
-    from vfmvae.core import write_json
-    from vfmvae.data import World
-    from vfmvae.evaluate import bundled_extractor, gfid, reference, rfid
+    from vfmvae.files import write_json
+    from vfmvae.world import World
+    from vfmvae.extractors import bundled_extractor
+    from vfmvae.statistics import compute_statistics
+    from vfmvae.evaluate import gfid, rfid
     from vfmvae.tokenizer import tokenizers
     data, eye = World(48, seed=6), bundled_extractor()
-    reference(data, eye, name='world').save(folder/'world.npz')
+    compute_statistics(data, eye, name='world').save(folder/'world.npz')
     write_json(folder/'gfid.json', gfid(World(48, seed=7), folder/'world.npz', eye).json())
     write_json(folder/'rfid.json', rfid(tokenizers['conv-f8d16'], data, eye).json())
 
@@ -78,7 +80,7 @@ def state(folder: Path) -> dict[str, Any]:
     "Every file below a folder by its content."
     import numpy as np
     from safetensors import safe_open
-    from vfmvae.core import digest
+    from vfmvae.files import digest
     found: dict[str, Any] = {}
     for p in sorted(q for q in folder.rglob('*') if q.is_file()):
         if p.suffix == '.safetensors':
@@ -112,7 +114,7 @@ def strike(pattern: str, when: str, nth: int = 1) -> None:
         unlink(self, *a, **kw)
     os.replace, Path.unlink = rename, delete  # type: ignore[assignment]
     if when == 'log':
-        from vfmvae.train import Run
+        from vfmvae.run import Run
         log = Run.log
         def half(self: Any, row: dict, file: str = 'log.jsonl') -> None:
             log(self, row, file)
@@ -151,8 +153,8 @@ def torn(folder: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     "Kills, goes on, compares; 1 if one differed or left a file."
-    from vfmvae.core import write_json
-    from vfmvae.train import provenance
+    from vfmvae.files import write_json
+    from vfmvae.runtime import provenance
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument('--n', type=int, default=100)
     a.add_argument('--seed', type=int, default=0)

@@ -12,14 +12,17 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from PIL import Image
-from vfmvae.data import World, folder, loader, to_pil
-from vfmvae.features import extract
-from vfmvae.tokenizer import tokenizers, reconstruct
-from vfmvae.vfm import VFM
-from vfmvae import align, evaluate, generate, latents, recipes, core
+import importlib, pkgutil, vfmvae
+modules = [importlib.import_module(f'vfmvae.{m.name}') for m in pkgutil.iter_modules(vfmvae.__path__) if not m.name.startswith('_') and 'bench' not in m.name]
+def named(name):
+    "A name of the library, in whichever module this tree has it: modules are split and renamed."
+    return next(getattr(m, name) for m in modules if name in getattr(m, '__all__', ()))
+for name in """World folder loader to_pil extract tokenizers reconstruct VFM bundled_extractor cache_latents train_tokenizer train_flow generate save_weights load_weights
+               evaluate_tokenizer rfid cknna_score prepare cka linear_probe se_cknna""".split(): globals()[name] = named(name)
+renamed = any('TrainOptions' in getattr(m, '__all__', ()) for m in modules)     # the other tree may have the words of before
 tmp = Path(tempfile.mkdtemp())
 os.environ['VFMVAE_HOME'] = str(tmp/'home')
-world, tok, vfm, eye = World(512, seed=8), tokenizers['vfmvae-tiny-f8d16'], VFM('tiny'), evaluate.bundled_extractor()
+world, tok, vfm, eye = World(512, seed=8), tokenizers['vfmvae-tiny-f8d16'], VFM('tiny'), bundled_extractor()
 for i in range(96):
     at = tmp/'pics'/f'c{i//24}'
     at.mkdir(parents=True, exist_ok=True)
@@ -27,21 +30,20 @@ for i in range(96):
 pics, x = folder(tmp/'pics', size=64), world.batch(range(64))['image']
 a, b = (torch.randn(2000, 64, generator=torch.Generator().manual_seed(i)) for i in range(2))
 y, count = torch.arange(2000) % 10, iter(range(10**9))
-bank = core.save_weights(tmp/'w.safetensors', dict(w=torch.randn(1000, 1000)), {})
-def cache(): latents.cache_latents(tok, pics, tmp/f'cache{next(count)}')
-def train_tokenizer(): recipes.train_tokenizer('tiny', world, images=16*6, stages=['first'])
-def train_flow():
-    recipes_ = dict(images=64*6, batch=64, cache=flow)
-    generate.train_flow('dit-vfmvae-tiny-f8d16', world, **recipes_)
-flow = latents.cache_latents(tok, world, tmp/'flow')
+bank = save_weights(tmp/'w.safetensors', dict(w=torch.randn(1000, 1000)), {})
+def cache(): cache_latents(tok, pics, tmp/f'cache{next(count)}')
+def lasts(num_images, batch_size): return dict(num_images=num_images, batch_size=batch_size) if renamed else dict(images=num_images, batch=batch_size)
+flow = cache_latents(tok, world, tmp/'flow')
 steps = dict(
     extract=lambda: extract(vfm, world, [-1], quiet=True), decode=lambda: torch.no_grad()(reconstruct)(tok, x),
     read_folder=lambda: [pics.batch(range(96)) for _ in range(4)], open_folder=lambda: [folder(tmp/'pics', size=64) for _ in range(20)],
-    cache=cache, evaluate=lambda: recipes.evaluate_tokenizer(tok, world, 128), rfid=lambda: evaluate.rfid(tok, World(128, seed=8), eye, pr_n=0),
-    cknna=lambda: align.cknna_score(align.prepare(a), align.prepare(b), times=50), cka=lambda: align.cka(a, b),
-    probe=lambda: align.linear_probe(a[:1500], y[:1500], a[1500:], y[1500:]), se_cknna=lambda: align.se_cknna(tok, vfm, World(64, seed=8), 'axes', times=20),
-    sample=lambda: generate.generate('dit-vfmvae-tiny-f8d16', 16, steps=4), weights=lambda: [core.load_weights(bank) for _ in range(20)],
-    open_tokenizer=lambda: tokenizers['vfmvae-tiny-f8d16'], train_tokenizer=train_tokenizer, train_flow=train_flow)
+    cache=cache, evaluate=lambda: evaluate_tokenizer(tok, world, 128), rfid=lambda: rfid(tok, World(128, seed=8), eye, pr_n=0),
+    cknna=lambda: cknna_score(prepare(a), prepare(b), times=50), cka=lambda: cka(a, b),
+    probe=lambda: linear_probe(a[:1500], y[:1500], a[1500:], y[1500:]), se_cknna=lambda: se_cknna(tok, vfm, World(64, seed=8), 'axes', times=20),
+    sample=lambda: generate('dit-vfmvae-tiny-f8d16', 16, steps=4), weights=lambda: [load_weights(bank) for _ in range(20)],
+    open_tokenizer=lambda: tokenizers['vfmvae-tiny-f8d16'],
+    train_tokenizer=lambda: train_tokenizer('tiny', world, stages=['first'], **lasts(16*6, 16)),
+    train_flow=lambda: train_flow('dit-vfmvae-tiny-f8d16', world, cache=flow, **lasts(64*6, 64)))
 out = sys.stdout
 print(' '.join(steps), flush=True)
 for line in sys.stdin:

@@ -11,7 +11,8 @@ from PIL import Image
 OPEN = '''
 import json, os, sys, time, tracemalloc
 what, root, traced = sys.argv[1], sys.argv[2], sys.argv[3] == 'memory'
-from vfmvae.data import fingerprint, folder, loader, shards
+from vfmvae.folders import folder, shards
+from vfmvae.data import fingerprint, loader
 from torchvision.datasets import ImageFolder
 calls = dict(ImageFolder=lambda: ImageFolder(root+'/files'), folder=lambda: folder(root+'/files', size=8),
              shards=lambda: shards(root+'/shards/*.tar', size=8))
@@ -120,7 +121,7 @@ def main():
         if not (root/'files').is_dir(): make_files(root/'files', a.files)
         if not (root/'shards').is_dir(): make_shards(root/'shards', a.images, a.shards)
         rows = measure({**({'before': a.before} if a.before else {}), 'after': '.'}, root, a.turns)
-    from vfmvae.train import provenance
+    from vfmvae.runtime import provenance
     got = dict(what='processor seconds (cpu), seconds (wall), bytes of memory an image; the trees and openings in turns', files=a.files,
                images=a.images, shards=a.shards, turns=a.turns, processor_seconds={k: summary(r) for k, r in rows.items()}, made=provenance())
     Path(a.out).write_text(json.dumps(got, indent=1)+'\n')

@@ -46,13 +46,12 @@ def inputs(rng: random.Random, box: Path) -> Case:
     "Commands that read pictures, given others or nothing."
     pictures(box/'pics', rng, 2, 64)
     prepare(box)
-    what = rng.choice(['encode', 'evaluate', 'reconstruct', 'cache', 'align', 'lab'])
+    what = rng.choice(['encode', 'evaluate', 'reconstruct', 'align', 'lab'])
     given = rng.choice([*PATHS[:-1], 'pics', 'empty'])
-    out = {'encode': ['--out', str(box.parent/'cwd'/'z.safetensors')],
-           'reconstruct': ['--out', str(box.parent/'cwd'/'rec')], 'cache': ['--out', str(box.parent/'cwd'/'cache'),
-            '--n', '2'], 'align': ['--n', '20', '--times', '20', '--transforms', 'hflip'],
+    out = {'encode': ['--out', str(box.parent/'cwd'/'z'), '--n', '2'],
+           'reconstruct': ['--out', str(box.parent/'cwd'/'rec'), '--n', '2'], 'align': ['--n', '20', '--times', '20', '--transforms', 'hflip'],
            'evaluate': ['--n', '2'], 'lab': ['--dry-run', '--n', '16']}[what]
-    argv = [what, '--images', str(box/given) if given in ('file', 'folder', 'loop', 'pics', 'empty', 'missing')
+    argv = [what, '--data', str(box/given) if given in ('file', 'folder', 'loop', 'pics', 'empty', 'missing')
             else given, *out]
     good = given in ('pics', 'world')
     def right(said: str) -> bool: return good and 'nan' not in said.lower() and bool(said.strip())
@@ -71,7 +70,7 @@ def outs(rng: random.Random, box: Path) -> Case:
     pictures(box/'pics', rng, 2, 64)
     prepare(box)
     os.symlink(box/'file', box/'link')
-    what = rng.choice(['encode', 'reconstruct', 'cache', 'decode', 'generate', 'evaluate-samples', 'train-tokenizer',
+    what = rng.choice(['encode', 'reconstruct', 'decode', 'generate', 'evaluate-samples', 'train-tokenizer',
                        'train-flow', 'align', 'demo'])
     given = rng.choice([*PATHS, 'folder/a.safetensors', 'folder/a.json', 'file/a.safetensors', '/proc/a.safetensors',
                         'a.pth', 'x'*300+'.safetensors', 'empty', 'link', '/dev/full/a.json', 'folder.safetensors',
@@ -81,16 +80,15 @@ def outs(rng: random.Random, box: Path) -> Case:
                                      'folder/a.json', 'file/a.safetensors', 'sub/dir/new',
                                      'folder.safetensors') else given
     if what == 'decode': small_latents(box)
-    argv = {'encode': ['encode', '--images', str(box/'pics')], 'reconstruct': ['reconstruct', '--images',
-            str(box/'pics')], 'cache': ['cache', '--images', str(box/'pics')], 'decode': ['decode', '--latents',
-            str(box/'z.safetensors')],
+    argv = {'encode': ['encode', '--data', str(box/'pics')], 'reconstruct': ['reconstruct', '--data',
+            str(box/'pics')], 'decode': ['decode', '--latents', str(box/'z')],
             'generate': ['generate', '--n', '1', '--steps', '1'], 'evaluate-samples': ['evaluate-samples',
-            '--samples', str(box/'pics'), '--reference', str(box/'pics')], 'align': ['align', '--images',
+            '--samples', str(box/'pics'), '--reference', str(box/'pics')], 'align': ['align', '--data',
             str(box/'pics'), '--transforms', 'hflip', '--times', '20', '--k', '1'],
             'train-tokenizer': ['train-tokenizer', '--data', str(box/'pics'), '--held-out', str(box/'pics'),
-                                '--images', '2', '--batch', '1', '--stages', 'first', '--preset', 'conv-f8d16'],
-            'train-flow': ['train-flow', '--data', str(box/'pics'), '--images', '2', '--batch', '2', '--n', '2'],
-            'demo': ['demo', '--images', str(box/'pics'), '--train-images', '1']}[what]
+                                '--num-images', '2', '--batch-size', '1', '--stages', 'first', '--preset', 'conv-f8d16'],
+            'train-flow': ['train-flow', '--data', str(box/'pics'), '--num-images', '2', '--batch-size', '2', '--n', '2'],
+            'demo': ['demo', '--data', str(box/'pics'), '--num-images', '1']}[what]
     if what == 'demo' and given in ('sub/dir/new', 'empty', 'folder', './c', '-', '*', 'world', 'missing', '.',
                                     'a\nb', 'a.pth', './a.safetensors', '~nosuchuser/x', 'folder.safetensors',
                                     'folder/a.safetensors', 'folder/a.json'):
@@ -104,9 +102,10 @@ def outs(rng: random.Random, box: Path) -> Case:
                      f'{box}/loop*'), detail=short(given))
 
 def small_latents(box: Path) -> Path:
-    from vfmvae.core import save_weights
-    return save_weights(box/'z.safetensors', dict(mean=torch.zeros(2, 16, 8, 8), labels=torch.zeros(2).long()),
-                        dict(tokenizer='vfmvae-tiny-f8d16', names=['a', 'b']))
+    from vfmvae.world import World
+    from vfmvae.latents import cache_latents
+    from vfmvae.tokenizer import tokenizers
+    return cache_latents(tokenizers['vfmvae-tiny-f8d16'], World(2, seed=8), box/'z').dir
 
 @cases('cli', 6)
 def options(rng: random.Random, box: Path) -> Case:
@@ -115,31 +114,30 @@ def options(rng: random.Random, box: Path) -> Case:
     pics = str(box/'pics')
     cwd = box.parent/'cwd'
     base, keys = rng.choice([
-        (['encode', '--images', pics, '--out', str(cwd/'z.safetensors')], ['--size', '--tokenizer']),
-        (['evaluate', '--images', pics], ['--n', '--size', '--tokenizer']),
-        (['cache', '--images', pics, '--out', str(cwd/'c')], ['--n', '--size']),
+        (['encode', '--data', pics, '--out', str(cwd/'z')], ['--n', '--size', '--tokenizer', '--batch-size']),
+        (['evaluate', '--data', pics], ['--n', '--size', '--tokenizer']),
         (['generate', '--n', '1', '--steps', '1', '--out', str(cwd/'g')], ['--n', '--label', '--steps', '--guidance',
-            '--method', '--batch', '--seed', '--policy', '--net']),
-        (['train-tokenizer', '--data', pics, '--held-out', pics, '--images', '2', '--batch', '1', '--stages', 'first',
-          '--preset', 'conv-f8d16'], ['--images', '--batch', '--lr', '--accumulate', '--workers', '--save-every',
-                                      '--size', '--stages', '--start', '--critic', '--precision', '--seed',
+            '--method', '--batch-size', '--seed', '--policy', '--net']),
+        (['train-tokenizer', '--data', pics, '--held-out', pics, '--num-images', '2', '--batch-size', '1', '--stages', 'first',
+          '--preset', 'conv-f8d16'], ['--num-images', '--batch-size', '--lr', '--accumulate', '--workers', '--save-every',
+                                      '--size', '--stages', '--start', '--discriminator', '--precision', '--seed',
                                       '--preset', '--vfm', '--run']),
-        (['train-flow', '--data', pics, '--images', '4', '--batch', '2', '--n', '4'], ['--images', '--batch', '--lr',
+        (['train-flow', '--data', pics, '--num-images', '4', '--batch-size', '2', '--n', '4'], ['--num-images', '--batch-size', '--lr',
             '--accumulate', '--workers', '--save-every', '--n', '--precision', '--seed', '--preset', '--cache',
             '--run']),
-        (['align', '--images', pics, '--transforms', 'hflip', '--times', '20', '--k', '1'], ['--n', '--k', '--times',
+        (['align', '--data', pics, '--transforms', 'hflip', '--times', '20', '--k', '1'], ['--n', '--k', '--times',
             '--vfm-ratio', '--seed', '--transforms', '--reference', '--vfm', '--size']),
         (['evaluate-samples', '--samples', pics, '--reference', pics], ['--size', '--n', '--reference-n',
                                                                         '--extractor', '--seed', '--samples',
                                                                         '--reference']),
-        (['lab', '--dry-run', '--images', pics, '--n', '4'], ['--n', '--size', '--vfm', '--tokenizers']),
-        (['demo', '--images', pics, '--out', str(cwd/'d')], ['--train-images'])])
+        (['lab', '--dry-run', '--data', pics, '--n', '4'], ['--n', '--size', '--vfm', '--tokenizers']),
+        (['demo', '--data', pics, '--out', str(cwd/'d')], ['--num-images'])])
     key, v = rng.choice(keys), rng.choice(NUMBERS)
     if key == '--vfm-ratio' and v == '7': v = '.5'
     if base[0] == 'demo': v = rng.choice(['-1', '0', '', 'x', '-inf', 'nan'])
-    if key == '--images' and base[0] == 'train-tokenizer' and v in ('10'+'0'*30,
+    if key == '--num-images' and base[0] == 'train-tokenizer' and v in ('10'+'0'*30,
                                                                     str(2**70)) or base[0] in ('train-tokenizer',
-                                                                            'train-flow') and key in ('--images',
+                                                                            'train-flow') and key in ('--num-images',
                                                                                     '--workers',
                                                                                     '--n') and len(v) > 20 and v.isdigit() and rng.random() < 2:
         v = '-7'   # it would train for ever, as asked
@@ -147,15 +145,15 @@ def options(rng: random.Random, box: Path) -> Case:
         if 'nan' in said.lower() or 'inf' in said.lower().replace('info', ''): return False
         try: number = float(v.replace('_', 'x'))
         except ValueError: number = None
-        if key in ('--n', '--size', '--steps', '--batch', '--k', '--times', '--images', '--accumulate',
-                   '--save-every', '--reference-n', '--train-images'):
+        if key in ('--n', '--size', '--steps', '--batch-size', '--k', '--times', '--accumulate',
+                   '--save-every', '--reference-n', '--num-images'):
             return number is not None and number >= 1 and (number < 10**9 or key == '--n'
                                                            and base[0] not in ('generate',))
         if key in ('--lr', '--vfm-ratio'): return number is not None and 1e-320 < number < 1e3
         if key == '--guidance': return number is not None and abs(number) < 1e6
         if key in ('--workers', '--label', '--seed'):
             return number is not None and (number >= 0 or key == '--seed') and number == int(number)
-        return key in ('--run', '--cache', '--critic') and v not in ('',)
+        return key in ('--run', '--cache', '--discriminator') and v not in ('',)
     return Case(f'{base[0]} {key}', command([*base, key, v]), right, names=('',), out=(cwd,), detail=short(v))
 
 @cases('cli', 3)
@@ -163,26 +161,26 @@ def files_given(rng: random.Random, box: Path) -> Case:
     "Tokenizers, nets, latents and statistics that are missing, spoiled or of another kind."
     pictures(box/'pics', rng, 2, 64)
     prepare(box)
-    key, base = rng.choice([('--tokenizer', ['evaluate', '--images', str(box/'pics')]),
+    key, base = rng.choice([('--tokenizer', ['evaluate', '--data', str(box/'pics')]),
                             ('--latents', ['decode', '--out', str(box.parent/'cwd'/'d')]),
                             ('--net', ['generate', '--n', '1', '--steps', '1', '--out', str(box.parent/'cwd'/'g')]),
                             ('--reference', ['evaluate-samples', '--samples', str(box/'pics')]),
                             ('--samples', ['evaluate-samples', '--reference', str(box/'pics')]),
-                            ('--g-kwargs', ['evaluate', '--images', str(box/'pics'), '--tokenizer',
+                            ('--g-kwargs', ['evaluate', '--data', str(box/'pics'), '--tokenizer',
                                             str(box/'a.pth')]), ('--start', ['train-tokenizer', '--data',
-            str(box/'pics'), '--images', '2', '--batch', '1', '--stages', 'first', '--preset', 'conv-f8d16']),
-                            ('--vfm-weights', ['align', '--images', str(box/'pics')]),
-                            ('--cache', ['train-flow', '--data', str(box/'pics'), '--images', '2', '--batch', '2',
-                                         '--n', '2']), ('--g-kwargs', ['evaluate', '--images', str(box/'pics')])])
+            str(box/'pics'), '--num-images', '2', '--batch-size', '1', '--stages', 'first', '--preset', 'conv-f8d16']),
+                            ('--vfm-weights', ['align', '--data', str(box/'pics')]),
+                            ('--cache', ['train-flow', '--data', str(box/'pics'), '--num-images', '2', '--batch-size', '2',
+                                         '--n', '2']), ('--g-kwargs', ['evaluate', '--data', str(box/'pics')])])
     torch.save({'a': 1}, box/'a.pth')
     small_latents(box)
     what = rng.choice(['missing', 'empty', 'noise', 'html', 'folder', 'pipe', 'loop', 'latents', 'other net',
                        'torch file', 'cut', 'npz', 'long', 'null byte', 'no suffix'])
-    ext = {'--reference': '.npz', '--samples': '.npz', '--g-kwargs': '.yaml', '--latents': '.safetensors',
+    ext = {'--reference': '.npz', '--samples': '.npz', '--g-kwargs': '.yaml', '--latents': '',
            '--cache': ''}.get(key, rng.choice(['.safetensors', '.pth']))
     if what == 'no suffix': ext = ''
     p = box/f'x{ext}'
-    b = (box/'z.safetensors').read_bytes()
+    b = next((box/'z').glob('*.safetensors')).read_bytes()
     if what in ('empty', 'noise', 'html', 'cut'):
         put(p, {'empty': b'', 'noise': T.noise(3000, rng), 'html': b'<html>', 'cut': b[:500]}[what])
     if what == 'folder': p.mkdir()
@@ -203,16 +201,16 @@ def files_given(rng: random.Random, box: Path) -> Case:
 @cases('cli')
 def words(rng: random.Random, box: Path) -> Case:
     "Commands that are none."
-    argv = rng.choice([[], ['nothing'], ['--nothing'], ['encode'], ['encode', '--images'], ['decode'], [''],
-                       ['evaluate', '--images', 'x', 'y'], ['generate', '--n'], ['-h', 'x'],
-                       ['encode', '--image', 'world', '--n', '1'], ['train-flow', '--preset', 'tiny'],
+    argv = rng.choice([[], ['nothing'], ['--nothing'], ['encode'], ['encode', '--data'], ['decode'], [''],
+                       ['evaluate', '--data', 'x', 'y'], ['generate', '--n'], ['-h', 'x'],
+                       ['encode', '--images', 'world', '--n', '1'], ['train-flow', '--preset', 'tiny'],
                        ['train-tokenizer', '--preset', 'nothing'],
-                       ['generate', '--net', 'nothing'], ['evaluate', '--images', 'world', '--tokenizer', 'nothing'],
-                       ['align', '--images', 'world', '--vfm', 'nothing'], ['align', '--images', 'world',
+                       ['generate', '--net', 'nothing'], ['evaluate', '--data', 'world', '--tokenizer', 'nothing'],
+                       ['align', '--data', 'world', '--vfm', 'nothing'], ['align', '--data', 'world',
             '--transforms', 'nothing'], ['lab', '--tokenizers', ',', '--dry-run'],
                        ['lab', '--tokenizers', 'a,b,c,d,e', '--dry-run'],
                        ['train-tokenizer', '--stages', ',', '--dry-run'], ['train-tokenizer', '--precision', 'fp8',
-            '--images', '96', '--batch', '16'], ['evaluate-samples', '--extractor', 'nothing'],
+            '--num-images', '96', '--batch-size', '16'], ['evaluate-samples', '--extractor', 'nothing'],
                        ['generate', '--method', 'nothing', '--n', '1']])
     return Case(' '.join(argv)[:60], command(argv), (lambda said: 'usage' in said) if argv[:1] == ['-h'] else None,
                 names=('',), out=(box.parent/'cwd',))
@@ -224,10 +222,10 @@ def environment(rng: random.Random, box: Path) -> Case:
     v = rng.choice([str(box/'file'), '/proc/x', '/dev/null/x', str(box/'a\nb'), str(box/('x'*300)), '~nosuchuser/x', '',
                     str(box/'new')])
     pictures(box/'pics', rng, 2, 64)
-    argv = rng.choice([['cache', '--images', str(box/'pics')], ['train-flow', '--data', str(box/'pics'), '--n', '2',
-                                                                '--images', '2', '--batch', '2'],
-                       ['train-tokenizer', '--run', 'r', '--data', str(box/'pics'), '--images', '2', '--batch', '1',
-                        '--stages', 'first', '--preset', 'conv-f8d16'], ['lab', '--dry-run', '--images',
+    argv = rng.choice([['encode', '--data', str(box/'pics')], ['train-flow', '--data', str(box/'pics'), '--n', '2',
+                                                                '--num-images', '2', '--batch-size', '2'],
+                       ['train-tokenizer', '--run', 'r', '--data', str(box/'pics'), '--num-images', '2', '--batch-size', '1',
+                        '--stages', 'first', '--preset', 'conv-f8d16'], ['lab', '--dry-run', '--data',
             str(box/'pics'), '--n', '4']])
     inner = command(argv)
     def call() -> Any:
@@ -244,10 +242,10 @@ def processes(rng: random.Random, box: Path) -> Case:
     if rng.random() < .8:                # few: each takes seconds
         return Case('version', command(['--version']), lambda said: True, control=True)
     pictures(box/'pics', rng, 1, 64)
-    argv, good = rng.choice([(['evaluate', '--images', str(box/'pics')], True),
-                             (['evaluate', '--images', str(box/'nothing')], False),
-                             (['decode', '--latents', str(box/'nothing.safetensors')], False),
-                             (['encode', '--images', str(box/'pics'), '--out', '/proc/x.safetensors'], False)])
+    argv, good = rng.choice([(['evaluate', '--data', str(box/'pics')], True),
+                             (['evaluate', '--data', str(box/'nothing')], False),
+                             (['decode', '--latents', str(box/'nothing')], False),
+                             (['encode', '--data', str(box/'pics'), '--out', '/proc/x'], False)])
     inner = command(argv, alone=True)
     return Case('alone', inner, (lambda said: '"psnr"' in said) if good else None, control=good,
                 names=('nothing', '/proc/x'), detail=argv[0], seconds=60, out=(box.parent/'cwd',))

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 import fuzz_tools as T
 from fuzz_nets import parts, rewrite
 from fuzz_tools import BAD_JSON, JUNK, TYPED, Case, Plain, Set, cases, cut, finite, header_bomb, put, short, spoil_file, spoil_tensors
-from vfmvae.core import save_weights
-from vfmvae.evaluate import Statistics, compare_statistics, gfid, read_samples, reference, write_samples
+from vfmvae.files import save_weights
+from vfmvae.statistics import compute_statistics, read_samples, Statistics, write_samples
+from vfmvae.evaluate import compare_statistics, gfid
 from vfmvae.features import Bank
-from vfmvae.latents import LatentCache, cache_latents, export_latents, import_latents
+from vfmvae.latents import cache_latents, LatentCache
+from vfmvae.layouts import export_latents, import_latents
 
 # banks ------------------------------------------------------------------------------------------------------------------------------------------------
 
@@ -120,7 +122,7 @@ def sound_cache(flips: bool, width: bool, scaled: bool) -> tuple[Path, dict]:
     d = Path(tempfile.mkdtemp(dir=Path(tempfile.gettempdir()).parent.parent))
     tok = Plain('plain', .1 if width else 0)
     if scaled: tok.stats.set(torch.tensor([.1, 0., -.1]), torch.tensor([.5, 2., 1.]))
-    c: Any = cache_latents(tok, Set(7), f'{d}/c', flips=flips, shard=3)
+    c: Any = cache_latents(tok, Set(7), f'{d}/c', flips=flips, shard_size=3)
     return d/'c', c.batch(range(7))
 
 def fresh_cache(rng: random.Random, box: Path) -> tuple[Path, dict, dict]:
@@ -224,7 +226,7 @@ def used_with_others(rng: random.Random, box: Path) -> Case:
     if how['scaled']: tok.stats.set(torch.tensor([.1, 0., -.1]), torch.tensor([.5, 2., 1.]))
     what = rng.choice(['same', 'other name', 'other scale', 'other data', 'other count', 'other size', 'other flips',
                        'other classes', 'lost shard', 'other weights', 'half'])
-    data, more = Set(7), dict(flips=how['flips'], shard=3)
+    data, more = Set(7), dict(flips=how['flips'], shard_size=3)
     if what == 'other name': tok.name = 'other'
     if what == 'other scale': tok.stats.set(torch.ones(3), torch.full((3,), 3.))
     if what == 'other data': data.images = data.images.flip(0)*.9
@@ -245,18 +247,18 @@ def used_with_others(rng: random.Random, box: Path) -> Case:
 
 @cases('caches', 2)
 def arguments(rng: random.Random, box: Path) -> Case:
-    key, v = rng.choice(['n', 'shard', 'batch_size', 'rank', 'processes', 'path',
+    key, v = rng.choice(['n', 'shard_size', 'batch_size', 'rank', 'num_processes', 'path',
                          'flips']), rng.choice(JUNK+TYPED)
     if key == 'path':
         v = rng.choice(['', '.', './c', box/'file', box/'file'/'x', '/proc/x', 'x'*300, 'a\0b', 'a\nb'])
     put(box/'file', b'1')
     if key == 'n' and type(v) is int and v > 7: v = 8
-    args: dict[str, Any] = dict(path=f'{box}/c', shard=3) | {key: v}
+    args: dict[str, Any] = dict(path=f'{box}/c', shard_size=3) | {key: v}
     def call() -> Any:
         c: Any = cache_latents(Plain(), Set(7), **args)
         return c and (c, c.batch(range(len(c))))
     def right(r: Any) -> bool:
-        if key in ('rank', 'processes'):
+        if key in ('rank', 'num_processes'):
             return v is None or isinstance(v, int) and not isinstance(v, bool) and (r is None or len(r[0]) == 7)
         if key == 'path': return v in ('./c', 'a\nb') or isinstance(v, str) and len(r[0]) == 7 and v not in ('',)
         if key == 'flips': return len(r[0]) == 7
@@ -553,5 +555,5 @@ def references(rng: random.Random, box: Path) -> Case:
         return what in ('sound',
                         'list') and type(v) is int and v > 0 and s.n == 6 and finite(s.mu) and (s.name is None
                                 or isinstance(s.name, str))
-    return Case(what, lambda: reference(odd[what], Features(), **how), right, control=what in ('sound', 'list')
+    return Case(what, lambda: compute_statistics(odd[what], Features(), **how), right, control=what in ('sound', 'list')
                 and not how, names=('',), detail=short(how))

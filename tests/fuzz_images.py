@@ -8,8 +8,11 @@ import torch
 from PIL import Image
 
 from fuzz_tools import BAD_JSON, JUNK, TYPED, Case, Plain, cases, cut, encode, flat_png, flip, near, noise, picture, pictures, png, put, short
-from vfmvae.data import ImageSet, folder, open_image, shards
-from vfmvae.recipes import decode_latents, encode_images, open_data
+from vfmvae.images import open_image
+from vfmvae.folders import folder, ImageSet, shards
+from vfmvae.data import TensorSet
+from vfmvae.latents import cache_latents
+from vfmvae.recipes import decode_latents, open_data
 
 LOSSLESS = {'png': dict(format='PNG'), 'bmp': dict(format='BMP'), 'ppm': dict(format='PPM'), 'tif': dict(format='TIFF'),
             'tiff': dict(format='TIFF', compression='tiff_lzw'), 'webp': dict(format='WEBP', lossless=True)}
@@ -375,36 +378,37 @@ def names_that_leave(rng: random.Random, box: Path) -> Case:
     out = box.parent/'out'
     def call() -> Any:
         ds = shards(p, size=16)
-        latents = encode_images(Plain(), ds, box.parent/'latents.safetensors')
+        latents = cache_latents(Plain(), ds, box.parent/'latents')
         return decode_latents(Plain(), latents, out)
     def right(files: Any) -> bool:
         there = [f for f in out.rglob('*') if f.is_file()]
         return len({Path(f).resolve()
                     for f in files}) == 3 == len(there) and all(Path(f).resolve().is_relative_to(out) for f in files)
-    return Case('decode', call, right, names=('a.tar', bad.split('/')[-1][:20], 'latents.safetensors',
+    return Case('decode', call, right, names=('a.tar', bad.split('/')[-1][:20], 'latents',
                                               repr(bad)[1:9]), out=(out, *latent_files(box)), detail=short(bad))
 
-def latent_files(box: Path) -> tuple: return box.parent/'latents.safetensors', box.parent/'latents.json'
+def latent_files(box: Path) -> tuple: return (box.parent/'latents',)
 
 @cases('shards', 2)
-def names_in_the_json(rng: random.Random, box: Path) -> Case:
+def names_in_the_header(rng: random.Random, box: Path) -> Case:
     import json
-    from vfmvae.core import save_weights
+    from safetensors import safe_open
+    from safetensors.torch import save_file
     names: Any = rng.choice([['../../a', 'b', 'c'], [f'{box}/../a', 'b', 'c'], [str(box.parent/'else'/'a'), 'b', 'c'],
                              ['a', 'a', 'b'], ['a.jpg', 'a.png', 'b'], ['a'], ['a', 'b', 'c', 'd'], [1, 2, 3],
                              [None, 'a', 'b'],
                             'abc', {'a': 1}, 7, ['', 'a', 'b'], ['a\0', 'b', 'c'], [['a'], 'b', 'c'],
                              ['a', 'a/b', 'c'], ['.', 'b', 'c'], ['a/', 'b', 'c'], ['a', 'b', 'c'],
                              ['x'*300, 'b', 'c'], ['a\nb', 'c', 'd'], ['A', 'a', 'b']])
-    p, out = box/'latents.safetensors', box.parent/'out'
-    save_weights(p, dict(mean=torch.zeros(3, 3, 4, 4), labels=torch.zeros(3).long()),
-                 dict(tokenizer='plain', names=['a', 'b', 'c']))
-    side = json.loads(p.with_suffix('.json').read_text())
-    p.with_suffix('.json').write_text(json.dumps(dict(side, names=names)))
+    made, out = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))*2-1, box.parent/'out'
+    p = cache_latents(Plain(), TensorSet(made), box/'latents').dir/'shard-00000.safetensors'
+    with safe_open(p, 'pt') as s: tensors, head = {k: s.get_tensor(k).clone() for k in s.keys()}, s.metadata()  # noqa: SIM118
+    p.unlink()
+    save_file(tensors, p, dict(about=json.dumps(json.loads(head['about']) | dict(names=names))))
     def right(files: Any) -> bool:
         return len({Path(f).resolve() for f in files}) == 3 == sum(f.is_file()
                                                                    for f in out.rglob('*')) and all(Path(f).resolve().is_relative_to(out) for f in files)
-    return Case('names', lambda: decode_latents(Plain(), p, out), right, names=(p.name, 'latents.json', 'name'),
+    return Case('names', lambda: decode_latents(Plain(), box/'latents', out), right, names=(p.name, 'latents', 'name'),
                 out=(out,), control=names == ['a', 'b', 'c'], detail=short(names))
 
 @cases('shards', 3)
@@ -530,7 +534,7 @@ def two_shards(rng: random.Random, box: Path) -> Case:
     if what == 'same keys':
         def call() -> Any:
             ds = shards(str(box/'{0..1}.tar'), size=16)
-            return decode_latents(Plain(), encode_images(Plain(), ds, box.parent/'latents.safetensors'), out)
+            return decode_latents(Plain(), cache_latents(Plain(), ds, box.parent/'latents'), out)
         return Case(what, call, lambda files: len(set(files)) == 6 == sum(f.is_file() for f in out.rglob('*')),
                     names=('.tar', 'latents', '0000'), out=(out, *latent_files(box)))
     right = holds(a, [0, 1, 0]) if what == 'one empty' else holds(a+a,

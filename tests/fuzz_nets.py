@@ -12,16 +12,19 @@ from safetensors.torch import load_file, save_file
 
 import fuzz_tools as T
 from fuzz_tools import BAD_JSON, JUNK, TYPED, Call, Case, Plain, cases, finite, harm, header_bomb, pickled, put, short, spoil_file, spoil_tensors, zipped
-from vfmvae.baselines import RAE, ConvVAE, ConvVAEConfig, RAEConfig
-from vfmvae.core import build_config, save_weights
-from vfmvae.dit import FAMILIES, DiT, DiTConfig, open_net, save_net
-from vfmvae.flow_presets import FLOW_PRESETS, FlowPreset
-from vfmvae.flow_train import FlowConfig
-from vfmvae.published import config_of, load_convvae, load_net, load_vfmvae, read_checkpoint
-from vfmvae.recipes import open_tokenizer
-from vfmvae.tok_train import TINY, Stage
+from vfmvae.baselines import ConvVAE, ConvVAEConfig, RAE, RAEConfig
+from vfmvae.core import build_config
+from vfmvae.files import save_weights
+from vfmvae.dit import DiT, DiTConfig, FAMILIES, save_net
+from vfmvae.presets import FLOW_PRESETS, FlowPreset
+from vfmvae.flow_task import FlowConfig
+from vfmvae.checkpoints import read_checkpoint
+from vfmvae.published_baselines import load_convvae
+from vfmvae.published import config_of, load_net, load_vfmvae
+from vfmvae.tokenizer import open_tokenizer
+from vfmvae.tokenizer_task import Stage, TINY
 from vfmvae.tokenizer import load_tokenizer, save_tokenizer
-from vfmvae.train import Run, read_nets
+from vfmvae.run import read_nets, Run
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 from vfmvae.vfm import VFM
 
@@ -231,12 +234,14 @@ def numbers(rng: random.Random, box: Path) -> Case:
     "Functions that take whole or real numbers, given others."
     import math
     from vfmvae.align import cka, cknna
-    from vfmvae.data import World, loader, transform
-    from vfmvae.flow import trajectory  # noqa: F401
-    from vfmvae.generate import sample_labels
+    from vfmvae.images import transform
+    from vfmvae.world import World
+    from vfmvae.data import loader
+    from vfmvae.samplers import trajectory  # noqa: F401
+    from vfmvae.generation import sample_labels
     from vfmvae.neighbours import mutual_knn, prepare
-    from vfmvae.recipes import PRESETS
-    from vfmvae.recipes import plan as stages_of
+    from vfmvae.presets import PRESETS
+    from vfmvae.recipes import schedule_stages as stages_of
     from vfmvae.train import warm_cosine
     v = rng.choice(JUNK+TYPED)
     x = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
@@ -262,13 +267,13 @@ def numbers(rng: random.Random, box: Path) -> Case:
             float | bool)), 'sample_labels.n': (lambda: sample_labels(v, 3), lambda r: len(r) == v
                                                 and not isinstance(v, bool)),
         'sample_labels.policy': (lambda: sample_labels(4, 3, v), None),
-        'plan.images': (lambda: stages_of(PRESETS['tiny'], images=v), lambda r: v is None
-                        or sum(s.images for s in r) > 0 and type(v) is int),
+        'plan.images': (lambda: stages_of(PRESETS['tiny'], num_images=v), lambda r: v is None
+                        or sum(s.num_images for s in r) > 0 and type(v) is int),
         'plan.lr': (lambda: stages_of(PRESETS['tiny'], lr=v), lambda r: v is None or finite([s.lr for s in r])
                     and all(s.lr > 0 for s in r) and not isinstance(v, bool)),
         'plan.stages': (lambda: stages_of(PRESETS['tiny'], stages=v), lambda r: v is None or len(r) == len(v)),
-        'plan.batch': (lambda: stages_of(PRESETS['tiny'], batch=v), lambda r: type(v) is int
-                       and all(s.images >= v for s in r)),
+        'plan.batch': (lambda: stages_of(PRESETS['tiny'], batch_size=v), lambda r: type(v) is int
+                       and all(s.num_images >= v for s in r)),
         'warm_cosine.lr': (lambda: warm_cosine(v, 100)(50), lambda r: finite(r)), 'prepare': (lambda: prepare(v),
             lambda r: r.ndim == 2 and finite(r)), 'cknna': (lambda: cknna(v, v), None)}
     what = rng.choice(list(calls))
@@ -280,7 +285,7 @@ def measures(rng: random.Random, box: Path) -> Case:
     "Scores of features of any scale are those of the features, or NaN, or refused; never other numbers."
     import math
     from vfmvae.align import cka, cknna, cknna_score
-    from vfmvae.measures import cca, effective_rank, linear_r2, participation_ratio, procrustes, pwcca, rankme, rsa, svcca
+    from vfmvae.similarity import cca, effective_rank, linear_r2, participation_ratio, procrustes, pwcca, rankme, rsa, svcca
     from vfmvae.neighbours import mutual_knn, prepare
     from vfmvae.probes import knn_accuracy, linear_probe, ridge_probe
     g = torch.Generator().manual_seed(rng.randrange(10**6))
@@ -367,7 +372,7 @@ def write(which: str, path: Path, seed: int = 0) -> Path:
     net = sound_net(which, seed)
     return save_net(path, net) if which == 'dit' else save_tokenizer(path, net, recipe=dict(images=7))
 
-def read(which: str, path: Path) -> Any: return open_net(path) if which == 'dit' else load_tokenizer(path, vfm=False)
+def read(which: str, path: Path) -> Any: return DiT.load(path) if which == 'dit' else load_tokenizer(path, vfm=False)
 
 def equals(which: str, tol: float = 0, seed: int = 0) -> Callable:
     "Is the opened net the sound one?"
@@ -503,7 +508,7 @@ def statistics_of_latents(rng: random.Random, box: Path) -> Case:
 @cases('tensors')
 def vfm_file(rng: random.Random, box: Path) -> Case:
     "Weights of a VFM from a file of one's own."
-    from vfmvae.core import data_dir
+    from vfmvae.files import data_dir
     tensors = load_file(data_dir()/'weights'/'vfm-tiny.safetensors')
     kind = rng.choice(['safetensors', 'pth'])
     what, bad, k = spoil_tensors(tensors, rng) if rng.random() < .7 else ('sound', tensors, '')
@@ -520,7 +525,7 @@ def vfm_file(rng: random.Random, box: Path) -> Case:
 @cases('tensors', 2)
 def run_checkpoints(rng: random.Random, box: Path) -> Case:
     "A checkpoint of a run, edited; opened to go on from."
-    from vfmvae.train import EMA
+    from vfmvae.run import EMA
     class Task:
         def __init__(self) -> None:
             torch.manual_seed(0)
@@ -567,7 +572,7 @@ def run_checkpoints(rng: random.Random, box: Path) -> Case:
 @cases('tensors')
 def flows(rng: random.Random, box: Path) -> Case:
     "A velocity net whose JSON says odd things about its tokenizer, its scale and its sampling."
-    from vfmvae.generate import generate
+    from vfmvae.generation import generate
     net = DiT(DiTConfig(in_channels=3, patch_size=1, hidden_size=16, depth=1, num_heads=2, num_classes=2)).eval()
     tok = Plain('plain')
     meta: dict[str, Any] = dict(tokenizer='plain', latent=[3, 2, 2], scale=dict(mean=[0., 0., 0.], std=[1., 1., 1.]),
@@ -590,8 +595,8 @@ def flows(rng: random.Random, box: Path) -> Case:
 
 def readers(p: Path, rng: random.Random) -> tuple[str, Callable]:
     "The ways in which the library opens a torch file."
-    from vfmvae.evaluate import Inception
-    from vfmvae.latents import import_latents
+    from vfmvae.extractors import Inception
+    from vfmvae.layouts import import_latents
     box = p.parent
     def latents() -> Any:
         d = box.parent/'tmp'/'layout'
@@ -807,7 +812,7 @@ def odd_names(rng: random.Random, box: Path) -> Case:
 @cases('published', 2)
 def odd_settings(rng: random.Random, box: Path) -> Case:
     "Settings given to a loader."
-    from vfmvae.published import NET_KEYS, NET_SWITCHES
+    from vfmvae.published import NET_RENAMED_KEYS, NET_SWITCHES
     which = rng.choice([*FAMILIES, 'sdvae', 'vfmvae'])
     sd, call, out = published(which)
     v = rng.choice(JUNK+TYPED)
@@ -821,7 +826,7 @@ def odd_settings(rng: random.Random, box: Path) -> Case:
         return Case(which, lambda: load_vfmvae(sd, golden()[1], vfm=given),
                     lambda net: (v is None or v == {} or given is not v and 'num_heads' in given) and finite(out(net)),
                     names=('',), detail=f'vfm={short(given)}')
-    key = rng.choice([*NET_KEYS, *NET_SWITCHES, 'family'])
+    key = rng.choice([*NET_RENAMED_KEYS, *NET_SWITCHES, 'family'])
     given = dict(num_heads=4 if which != 'rae' else [4, 2], **({'encoder_depth': 1} if which in ('repa', 'reg')
                                                                else {}))
     with torch.no_grad(): want = out(call(sd))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vfmvae.core import Gaussian
-from vfmvae.tokenizer import LatentStats
+from vfmvae.protocols import LatentStats
 
 KINDS: dict[str, list[Callable]] = {}
 

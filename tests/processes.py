@@ -9,22 +9,27 @@ from pathlib import Path
 
 import torch
 
-from vfmvae.data import World, loader
+from vfmvae.world import World
+from vfmvae.data import loader
 from vfmvae.dit import DiT
-from vfmvae.evaluate import bundled_extractor, rfid
+from vfmvae.extractors import bundled_extractor
+from vfmvae.evaluate import rfid
 from vfmvae.features import banks
-from vfmvae.flow_presets import FLOW_PRESETS
-from vfmvae.flow_train import FlowTask
-from vfmvae.generate import generate
+from vfmvae.presets import FLOW_PRESETS
+from vfmvae.flow_task import FlowTask
+from vfmvae.generation import generate
 from vfmvae.latents import cache_latents
-from vfmvae.recipes import PRESETS, build_training, plan
-from vfmvae.tok_train import TINY, Stage, TokenizerTask
+from vfmvae.presets import PRESETS
+from vfmvae.recipes import build_training, schedule_stages
+from vfmvae.tokenizer_task import Stage, TINY, TokenizerTask
 from vfmvae.tokenizer import tokenizers
-from vfmvae.train import Run, fit, leave, processes
+from vfmvae.runtime import finish_distributed, make_accelerator
+from vfmvae.run import Run
+from vfmvae.train import fit
 from vfmvae.vae import VFMVAE
 from vfmvae.vfm import VFM
 
-acc, found = processes(), {}
+acc, found = make_accelerator(), {}
 n, rank = acc.num_processes, acc.process_index
 out, steps = Path(sys.argv[1]), int(sys.argv[2])
 quiet = dict(log_every=1, show=lambda h: None, accelerator=acc)
@@ -44,17 +49,17 @@ def flow(p, **how):
     return task, fit(task, loader(Latents(p.latent, p.net.num_classes), 8, 5, rank, n), how.pop('images', 8*steps), seed=7, **quiet, **how)
 
 
-def tokenizer(model, stage, critics, perceive, p, **how):
-    task = TokenizerTask(model, stage, perceive, p.half_life, p.betas, p.clip, critics)
+def tokenizer(model, stage, discriminators, perceive, p, **how):
+    task = TokenizerTask(model, stage, perceive, p.half_life, p.betas, p.clip, discriminators)
     return task, fit(task, loader(World(48), 8, 5, rank, n), how.pop('images', 8*steps), lr=1e-4, seed=7, **quiet, **how)
 
 
 def recipe(name, stage, smooth=False, **how):
     p = PRESETS[name]
-    todo = plan(p, None, None, [stage], 8)
+    todo = schedule_stages(p, None, None, [stage], 8)
     if smooth: todo = [replace(todo[0], weights={k: w for k, w in todo[0].weights.items() if k not in ('l1', 'multiscale')} | dict(l2=1.))]
-    model, critics, perceive = build_training(p, todo, None, None, None, 0, None)
-    return tokenizer(model, todo[0], critics, perceive, p, **how)
+    model, discriminators, perceive = build_training(p, todo, None, None, None, 0, None)
+    return tokenizer(model, todo[0], discriminators, perceive, p, **how)
 
 
 def discrete(**how):
@@ -96,11 +101,11 @@ def marks(folder): return {p.name: hashlib.blake2b(p.read_bytes()).hexdigest() f
 
 
 tok = tokenizers['vfmvae-tiny-f8d16']
-cache_latents(tok, World(40), out/f'cache-{n}', shard=8, batch_size=5, flips=True)
+cache_latents(tok, World(40), out/f'cache-{n}', shard_size=8, batch_size=5, flips=True)
 generate('dit-vfmvae-tiny-f8d16', 10, 3, out=out/f'samples-{n}', steps=2, batch_size=4)
 record = rfid(tok, World(150, seed=3), bundled_extractor(), sample=True, batch_size=7 + n, pr_n=100)
 bank = banks(VFM('tiny'), World(20), layers=[-1], quiet=True)[-1]
 found['files'] = {k: marks(out/f'{k}-{n}') for k in ('cache', 'samples')}
 found['rfid'], found['bank'] = record.metrics, bank.features.double().sum(0).tolist()
 if acc.is_main_process: (out/f'losses-{n}.json').write_text(json.dumps(found))
-leave()
+finish_distributed()

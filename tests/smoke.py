@@ -9,13 +9,15 @@ import numpy as np
 import torch
 import yaml
 
-from vfmvae import evaluate, flow_presets, recipes, vfm
+from vfmvae import statistics, extractors, presets, vfm
 from vfmvae.baselines import ConvVAE, ConvVAEConfig
-from vfmvae.data import World, to_pil
-from vfmvae.dit import FAMILIES, DiT, DiTConfig
-from vfmvae.evaluate import bundled_extractor, reference
-from vfmvae.flow_presets import FlowPreset
-from vfmvae.published import SHAPING, SIGLIP_PREFIX, _tables
+from vfmvae.images import to_pil
+from vfmvae.world import World
+from vfmvae.dit import DiT, DiTConfig, FAMILIES
+from vfmvae.extractors import bundled_extractor
+from vfmvae.statistics import compute_statistics
+from vfmvae.presets import FlowPreset
+from vfmvae.published import _tables, RENAMED_KEYS, SIGLIP_PREFIX
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 
 DIM, SIDE, STEP = 64, 64, 8      # width of a stand-in VFM, pixels of a picture, images of a step
@@ -29,11 +31,11 @@ def small(p):
         published = p.crop == 'adm'
         aligned = {k: v for k, v in dict(z_dims=(DIM,)*len(p.net.z_dims), cls_dim=DIM*(p.net.cls_dim > 0)).items() if published}
         latent = (p.latent[0], 4, 4) if published else p.latent
-        return replace(p, net=replace(p.net, **NET, **aligned), latent=latent, batch=STEP, images=2*STEP, sampling=dict(p.sampling, steps=3))
+        return replace(p, net=replace(p.net, **NET, **aligned), latent=latent, batch_size=STEP, num_images=2*STEP, sampling=replace(p.sampling, steps=3))
     c = p.config
     if isinstance(c, VFMVAEConfig) and c.vfm != 'tiny': c = replace(F16D32, scale=c.scale, img_size=round(2*SIDE/c.scale), out_dims=(round(64/c.scale**2),)*3)
     if isinstance(c, ConvVAEConfig): c = replace(c, width=8, mults=(1,)*len(c.mults), blocks=1, decoder_blocks=1, img_size=SIDE, dim=DIM if c.vfm else c.dim)
-    return replace(p, config=c, batch=STEP, patch_width=8, critic_size=SIDE, stages=tuple(replace(s, images=STEP) for s in p.stages))
+    return replace(p, config=c, batch_size=STEP, patch_width=8, discriminator_size=SIDE, stages=tuple(replace(s, num_images=STEP) for s in p.stages))
 
 def pictures(folder, n=16):
     "n pictures of the world, 80 px, in two class folders."
@@ -60,7 +62,7 @@ def published_vfmvae(folder):
     "(checkpoint with a SigLIP tower inside, YAML of its training)."
     own = VFMVAE(F16D32).state_dict()
     tower = {f'{SIGLIP_PREFIX}vision_model.{k}': torch.randn(s)/8 for k, s in vfm._hf_shapes(depth=4, dim=DIM, hidden=2*DIM, patch=16, n=64).items()}
-    g = {there: getattr(F16D32, here) for there, here in SHAPING.items()} | dict(vfm_name='google/siglip2-large-patch16-512', attn_depths=[1],
+    g = {there: getattr(F16D32, here) for there, here in RENAMED_KEYS.items()} | dict(vfm_name='google/siglip2-large-patch16-512', attn_depths=[1],
          concat_z_mapped_dims=[*F16D32.fusion])
     sd = {k: v for k, v in own.items() if not k.startswith('stats.')} | tower
     torch.save(dict(G_ema=sd), folder/'vfm_vae_f16d32_..._legacy.pth')
@@ -78,8 +80,8 @@ def published_net(file, family):
 def adm_reference(file, eye):
     "ADM's file: statistics of many pictures, and pixels of a few for precision and recall; no features."
     x = World(200, seed=9).batch(range(200))['image']
-    s = reference(x, eye, keep=False)
-    evaluate.write_samples(file, x[:16])
+    s = compute_statistics(x, eye, keep=False)
+    statistics.write_samples(file, x[:16])
     with zipfile.ZipFile(file, 'a') as z:
         for k in ('mu', 'sigma', 'mu_s', 'sigma_s'):
             with z.open(f'{k}.npy', 'w') as f: np.lib.format.write_array(f, getattr(s, k).numpy())
@@ -110,17 +112,17 @@ def Inception(weights=None):
 @contextmanager
 def world(environment=None):
     "While open: small presets, narrow VFMs for those that would be downloaded, a small Inception, no compiler; `environment` beside VFMVAE_SMOKE=1."
-    load, known = vfm._load, {**recipes.PRESETS}
+    load, known = vfm._load, {**presets.PRESETS}
     def narrow(name, pretrained, **kwargs):
         if pretrained is not True or name == 'tiny': return load(name, pretrained, **kwargs)
-        vfm._known(name)
+        vfm.check_vfm(name)
         torch.manual_seed(0)
         return vfm._create(name, False, **dict(depth=4, embed_dim=DIM, num_heads=2, mlp_ratio=2.) | kwargs), dict(source='random', licence=None)
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {'VFMVAE_SMOKE': '1', **(environment or {})}))
-        for table in (recipes.PRESETS, flow_presets.FLOW_PRESETS):
+        for table in (presets.PRESETS, presets.FLOW_PRESETS):
             stack.enter_context(patch.dict(table, {k: small(p) for k, p in known.items() if k in table}))
         stack.enter_context(patch.object(vfm, '_load', narrow))
-        stack.enter_context(patch.object(evaluate, 'Inception', Inception))
+        stack.enter_context(patch.object(extractors, 'Inception', Inception))
         stack.enter_context(torch.compiler.set_stance('force_eager'))
         yield

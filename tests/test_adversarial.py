@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vfmvae.adversarial import (BatchNormLocal, PatchGAN, ProjectedDiscriminator, SpectralConv, TokenHead, blur, diff_augment, feature_matching,
-                                gan_loss_d, gan_loss_g)
-from vfmvae.core import UserError, load_weights, save_weights
+from vfmvae.discriminators import (BatchNormLocal, blur, diff_augment, feature_matching, gan_loss_d, gan_loss_g,
+                                   PatchGAN, ProjectedDiscriminator, SpectralConv, TokenHead)
+from vfmvae.core import UserError
+from vfmvae.files import load_weights, save_weights
 from vfmvae.losses import resize
-from vfmvae.vfm import VFM, tiny_vit
+from vfmvae.vfm import tiny_vit, VFM
 
 KINDS = 'hinge', 'mse', 'bce'
 POLICY = 'color,translation,cutout'
@@ -132,7 +133,7 @@ def test_color_changes_what_it_says():
 
 
 def test_augmentation_refuses_an_unknown_word_and_a_single_image():
-    with pytest.raises(UserError, match="no augmentation 'colour'; nearest: color"): diff_augment(image(), 'colour')
+    with pytest.raises(UserError, match="no augmentation named 'colour'; nearest: color"): diff_augment(image(), 'colour')
     with pytest.raises(UserError, match='batch axis'): diff_augment(image()[0])
 
 
@@ -273,19 +274,19 @@ def test_training_mode_is_random_and_seeded_evaluation_is_not(D):
     assert torch.equal(seeded(1), seeded(1)) and not torch.equal(seeded(1), seeded(2))
     D.eval()
     assert torch.equal(seeded(1), seeded(2)) and all(torch.equal(v, state[k]) for k, v in D.own_state().items())
-    assert torch.equal(D.look(x), resize(x, 64, mode=D.vfm.interpolation))
+    assert torch.equal(D.preprocess(x), resize(x, 64, mode=D.vfm.interpolation))
 
 
 def test_large_images_are_cropped_half_of_the_time(vfm):
     D, x = ProjectedDiscriminator(vfm, policy='').train(), image(1, 80, 72)
     windows = {tuple(x[0, :, i:i+64, j:j+64].flatten()[:9].tolist()): (i, j) for i in range(17) for j in range(9)}
-    seen = [windows.get(tuple(D.look(x).flatten()[:9].tolist())) for _ in range(400)]
+    seen = [windows.get(tuple(D.preprocess(x).flatten()[:9].tolist())) for _ in range(400)]
     crops = [s for s in seen if s]
     assert 150 < len(crops) < 250 and {i for i, _ in crops} == set(range(17)) and {j for _, j in crops} == set(range(9))
     D.crop = False
-    assert all(torch.equal(D.look(x), resize(x, 64)) for _ in range(5))
+    assert all(torch.equal(D.preprocess(x), resize(x, 64)) for _ in range(5))
     D.crop = True
-    assert all(torch.equal(D.look(x[..., :64, :]), resize(x[..., :64, :], 64)) for _ in range(5))  # too small on one side
+    assert all(torch.equal(D.preprocess(x[..., :64, :]), resize(x[..., :64, :], 64)) for _ in range(5))  # too small on one side
 
 
 def test_state_without_the_vfm(D, vfm, tmp_path):
@@ -296,8 +297,8 @@ def test_state_without_the_vfm(D, vfm, tmp_path):
     assert torch.equal(twin(image()), D.eval()(image())) and torch.equal(pickle.loads(pickle.dumps(D))(image()), D(image()))
     assert set(D.own_state()) == {k for k in D.state_dict() if not k.startswith('vfm.')} and set(D.trainable()) < set(D.own_state())
     fewer = ProjectedDiscriminator(vfm, [1, 2, 3, 4]).own_state()
-    with pytest.raises(UserError, match='missing heads.4.main.0.0'): D.load_own_state(fewer)
-    with pytest.raises(UserError, match='unknown x') as e: D.load_own_state(D.own_state() | {'x': torch.zeros(1)})
+    with pytest.raises(UserError, match='missing: heads.4.main.0.0'): D.load_own_state(fewer)
+    with pytest.raises(UserError, match='extra: x') as e: D.load_own_state(D.own_state() | {'x': torch.zeros(1)})
     assert '\n' not in str(e.value)
 
 
@@ -370,12 +371,12 @@ def test_patch_gan_starts_as_published_and_keeps_its_state():
         elif k.endswith('.1.weight'): assert (p == 1).all()
         elif k.endswith('.1.bias'): assert (p == 0).all()
         else: assert 0 < p.abs().max() <= P.state_dict()[k.replace('bias', 'weight')][0].numel()**-.5
-    a, b = PatchGAN(4, layers=2, scales=2), PatchGAN(4, layers=2, scales=2)
+    a, b = PatchGAN(4, num_layers=2, num_scales=2), PatchGAN(4, num_layers=2, num_scales=2)
     b.load_own_state(a.own_state())
     assert [len(s) for s in a(image())] == [4, 4]
     assert all(torch.equal(s, t) for u, v in zip(a(image()), b(image()), strict=True) for s, t in zip(u, v, strict=True))
-    with pytest.raises(UserError, match='misshaped'): PatchGAN(8, layers=2, scales=2).load_own_state(a.own_state())
-    with pytest.raises(UserError, match='at least 1'): PatchGAN(layers=0)
+    with pytest.raises(UserError, match='misshaped'): PatchGAN(8, num_layers=2, num_scales=2).load_own_state(a.own_state())
+    with pytest.raises(UserError, match='at least 1'): PatchGAN(num_layers=0)
 
 
 # half precision ----------------------------------------------------------------------------------------------------------------------------------------

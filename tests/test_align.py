@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from vfmvae import align, neighbours
-from vfmvae.align import (
-    cka, cknna, cknna_null, cknna_pairs, cknna_parts, cknna_score, knn_accuracy, knn_graph, linear_probe, mutual_knn, prepare, ridge_probe,
-)
+from vfmvae.neighbours import knn_graph, mutual_knn, prepare
+from vfmvae.align import cka, cknna, cknna_null, cknna_pairs, cknna_parts, cknna_score
 from vfmvae.core import UserError
+from vfmvae.probes import knn_accuracy, linear_probe, ridge_probe
 
 SHARED = Path(os.environ.get('VFMVAE_SHARED') or Path(__file__).resolve().parents[2]/'shared')/'golden'
 GOLD = SHARED/'alignment'
@@ -137,7 +137,7 @@ def test_cknna_is_the_dense_definition(k, unbiased):
 def test_block_size_changes_nothing(monkeypatch):
     x = prepare(torch.cat([y := normal(60, 17), y[::2]]))   # with twins
     whole, c = knn_graph(x, 9), cka(x, x[:, :3], 'rbf')
-    for module in (align, neighbours): monkeypatch.setattr(module, '_blocks', lambda n, width: (slice(i, min(n, i+7)) for i in range(0, n, 7)))
+    for module in (align, neighbours): monkeypatch.setattr(module, 'row_blocks', lambda n, width: (slice(i, min(n, i+7)) for i in range(0, n, 7)))
     assert torch.equal(knn_graph(x, 9).idx, whole.idx) and cka(x, x[:, :3], 'rbf') == pytest.approx(c, abs=1e-12)
     for block, group in ((36, 4), (40, 32), (64, 7), (89, 5)):
         monkeypatch.setattr(neighbours, 'BLOCK', block); monkeypatch.setattr(neighbours, 'GROUP', group)
@@ -183,17 +183,15 @@ def test_the_fast_graph_is_the_definition(monkeypatch, kind, dtype):
         some = slice(0, 40)
         np.testing.assert_allclose(g.val[some], (x.double()[some, None]*x.double()[g.idx[some]]).sum(2), rtol=1e-12,
                                    atol=1e-13*x.double().square().sum(1).max())
-        q = KINDS[kind](normal(int(draw.integers(1, 150)), d, seed+50).to(dtype))
-        assert torch.equal(neighbours._nearest(q, x, min(k, n))[0], nearest_by_definition(q, x, min(k, n), False))
     assert walked > 20
 
 
 def test_crowded_rows_go_back_to_whole_rows(monkeypatch):
     monkeypatch.setattr(neighbours, 'BLOCK', 64); monkeypatch.setattr(neighbours, 'GROUP', 8)
     seen, whole = [], neighbours._whole
-    def spy(q, x, k, rows, alone, scales=(1., 1.)):
-        seen.append(len(rows))
-        return whole(q, x, k, rows, alone, scales)
+    def spy(x, k, alone, at=None):
+        seen.append(len(at))
+        return whole(x, k, alone, at)
     monkeypatch.setattr(neighbours, '_whole', spy)
     x = torch.cat([normal(200, 16), normal(1, 16, 1).repeat(200, 1)])   # 200 equal images among 400
     assert torch.equal(knn_graph(x, 5).idx, nearest_by_definition(x, x, 5, True))
@@ -350,6 +348,19 @@ def test_linear_probe_agrees_with_sklearn():
     assert ours.low < ours.value < ours.high
 
 
+@pytest.mark.parametrize('form', [torch.Tensor.numpy, lambda x: x, torch.Tensor.tolist], ids=['array', 'tensor', 'list'])
+def test_a_single_feature_can_be_probed(form):
+    # one feature alone, and beside one that never varies, is the same probe
+    sk = pytest.importorskip('sklearn.neighbors')
+    (x, y), (u, v) = ((a[:, :1].contiguous(), b) for a, b in (clouds(300), clouds(200, seed=1)))
+    wide = lambda a: form(torch.cat([a, torch.full_like(a, 7.)], 1))
+    for probe, known, asked in ((linear_probe, y, v), (ridge_probe, 2*x[:, 0]+1, 2*u[:, 0]+1), (knn_accuracy, y, v)):
+        assert probe(form(x), known, form(u), asked) == probe(wide(x), known, wide(u), asked)
+    ours = knn_accuracy(form(x), y, form(u), v, k=15).value
+    assert ours == pytest.approx(sk.KNeighborsClassifier(15, metric='cosine').fit(x.double(), y).score(u.double(), v), abs=.05)
+    assert ridge_probe(form(x), 2*x[:, 0]+1, form(u), 2*u[:, 0]+1).value > .99
+
+
 def test_probes_are_deterministic_and_leave_the_random_state_alone():
     (x, y), (u, v) = clouds(200, d=300, apart=.1), clouds(100, d=300, seed=1, apart=.1)
     torch.manual_seed(3); state = torch.get_rng_state()
@@ -393,7 +404,7 @@ def test_ridge_probe_knows_the_answer():
     (lambda a, b: cknna_score(a, b, k=150), 'between 1 and 149'), (lambda a, b: cknna_score(a, b, times=1), 'at least 20'),
     (lambda a, b: cknna_pairs({'a': a}, {'b': b[:9]}), 'a: 150, b: 9'), (lambda a, b: cknna_pairs({}, {'b': b}), 'nothing to compare'),
     (lambda a, b: cknna(a[None], b[None]), 'pool the tokens'), (lambda a, b: cka(a, b, 'poly'), 'rbf'),
-    (lambda a, b: cka(a, b[:9]), 'same images'), (lambda a, b: prepare(a, 2), 'between 0 and 1'),
+    (lambda a, b: cka(a, b[:9]), 'same images'), (lambda a, b: prepare(a, 2), 'at most 1'),
     (lambda a, b: cknna(knn_graph(a, 3), b), 'larger k'), (lambda a, b: cknna(knn_graph(a), b, unbiased=False), 'loops=True'),
     (lambda a, b: knn_accuracy(a, torch.zeros(150), b, torch.zeros(150)), 'same layer'),
     (lambda a, b: linear_probe(a, torch.zeros(150), a+1, torch.zeros(150)), 'two classes'),
@@ -419,7 +430,7 @@ def test_leave_one_out_accuracy_is_the_golden_one():
 
 
 def test_a_probe_of_any_source_is_its_parts():
-    from vfmvae.data import World
+    from vfmvae.world import World
     from vfmvae.features import extract
     from vfmvae.probes import probe
     from vfmvae.tokenizer import LatentFeatures, tokenizers

@@ -5,13 +5,20 @@ from functools import partial
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
-from vfmvae.baselines import RAE, ConvVAE, ConvVAEConfig, RAEConfig
-from vfmvae.core import Gaussian, UserError, build_config, load_weights, save_weights
-from vfmvae.data import World, loader
-from vfmvae.published import load_convvae, open_published
-from vfmvae.recipes import PRESETS, Preset, build_training, estimate, evaluate_tokenizer, open_tokenizer, train_tokenizer
-from vfmvae.tok_train import Stage, TokenizerTask, check_stage, tokenizer_losses
-from vfmvae.tokenizer import LatentFeatures, Tokenizer, families, fit_stats, load_tokenizer, reconstruct, save_tokenizer, tokenizers
+from vfmvae.baselines import ConvVAE, ConvVAEConfig, RAE, RAEConfig
+from vfmvae.core import build_config, Gaussian, UserError
+from vfmvae.files import load_weights, save_weights
+from vfmvae.world import World
+from vfmvae.data import loader
+from vfmvae.published_baselines import load_convvae
+from vfmvae.published import open_published
+from vfmvae.presets import Preset, PRESETS
+from vfmvae.recipes import build_training, estimate, evaluate_tokenizer, train_tokenizer
+from vfmvae.tokenizer import open_tokenizer
+from vfmvae.tokenizer_task import check_stage, Stage, tokenizer_losses, TokenizerTask
+from vfmvae.protocols import Tokenizer
+from vfmvae.tokenizer import (families, fit_stats, LatentFeatures, load_tokenizer, reconstruct, save_tokenizer,
+                              tokenizers)
 from vfmvae.train import fit
 from vfmvae.vfm import VFM
 
@@ -241,7 +248,7 @@ def test_an_aligned_encoder_comes_closer_to_its_vfm_than_a_plain_one():
         task = TokenizerTask(tok, Stage('s', dict(l1=1., vf=weight), (), 2e-3, 64, adaptive=False), half_life=50)
         fit(task, loader(World(256), 16), 16*40, lr=lambda step: 2e-3, show=lambda h: None)
         x = World(seed=8).batch(range(16))['image']
-        parts = tok.encode_parts(x, tok.look(x))
+        parts = tok.encode_parts(x, tok.vfm_features(x))
         near[weight] = torch.nn.functional.cosine_similarity(tok.align_features(parts.posterior.mean), tok.align_target(parts)).mean().item()
     assert near[2.] > near[0.] + .3
 
@@ -261,16 +268,17 @@ def test_what_a_stage_and_a_family_cannot_do_together_is_said():
                                 (CONV, Stage('s', dict(l1=1.), ('ldm_adapter',)), 'no parameter of conv-f4d16')):
         with pytest.raises(UserError, match=says): check_stage(build(config), stage)
     with pytest.raises(UserError, match='bf16'): TokenizerTask(build(CONV), STAGES['conv'], precision='fp16')
-    with pytest.raises(UserError, match='no VFM to fall back on'): build_training(PRESETS['conv-f8d4'], PRESETS['conv-f8d4'].stages, size=64, critic='tiny')
+    with pytest.raises(UserError, match='no VFM to fall back on'):
+        build_training(PRESETS['conv-f8d4'], PRESETS['conv-f8d4'].stages, size=64, discriminator='tiny')
     with pytest.raises(UserError, match='looks at no VFM'): build_training(PRESETS['conv-f8d16'], PRESETS['conv-f8d16'].stages, 'tiny')
 
 
 @pytest.mark.parametrize('name', ['conv-f8d16', 'conv-tiny-f8d16', 'rae-tiny-f8d128'])
 def test_the_recipe_runs_stops_and_resumes_to_the_bit(name, tmp_path):
-    kw = dict(data=World(64), batch=4, log_every=1, show=lambda h: None, save_every=2)
-    a, _ = train_tokenizer(name, images=24, run=tmp_path/'a', out=tmp_path/'a.safetensors', **kw)
-    with pytest.raises(KeyboardInterrupt): train_tokenizer(name, images=24, run=tmp_path/'b', **kw | dict(show=stop_after(4)))
-    b, _ = train_tokenizer(name, images=24, run=tmp_path/'b', **kw)
+    kw = dict(data=World(64), batch_size=4, log_every=1, show=lambda h: None, save_every=2)
+    a, _ = train_tokenizer(name, num_images=24, run=tmp_path/'a', out=tmp_path/'a.safetensors', **kw)
+    with pytest.raises(KeyboardInterrupt): train_tokenizer(name, num_images=24, run=tmp_path/'b', **kw | dict(show=stop_after(4)))
+    b, _ = train_tokenizer(name, num_images=24, run=tmp_path/'b', **kw)
     assert all(torch.equal(v, b.own_state()[k]) for k, v in a.own_state().items()) and a.name == name and a.stats.fitted
     assert open_tokenizer(tmp_path/'a.safetensors').meta['recipe']['images'] == 24
 
@@ -281,7 +289,7 @@ def stop_after(step):
     return show
 
 
-@pytest.mark.parametrize('name', [k for k, p in PRESETS.items() if isinstance(p, Preset) and p.config.family != 'vfmvae' and p.images > 1_000_000])
+@pytest.mark.parametrize('name', [k for k, p in PRESETS.items() if isinstance(p, Preset) and p.config.family != 'vfmvae' and p.num_images > 1_000_000])
 def test_published_shapes_have_their_published_sizes(name):
     config = PRESETS[name].config
     with torch.device('meta'): tok = families[config.family][1](config, None)
@@ -290,7 +298,7 @@ def test_published_shapes_have_their_published_sizes(name):
 
 
 def test_what_a_baseline_will_cost_is_said(capsys):
-    rows = estimate('rae-tiny-f8d128', images=32, batch=2, steps=1)
+    rows = estimate('rae-tiny-f8d128', num_images=32, batch_size=2, steps=1)
     assert len(rows) == 1 and rows[0]['hours'] > 0 and 'together' in capsys.readouterr().out
 
 

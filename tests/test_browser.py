@@ -128,9 +128,9 @@ class Box:
         except AssertionError as e: raise AssertionError(f'{e}: {self.box.inner_text()[-500:]}') from None
     def seen(self) -> tuple[str, str]:
         "(picture, words)"
-        return self.box.locator('img').first.get_attribute('src') or '', self.box.locator('[role=status]').inner_text()
+        return self.box.locator('[role=img]').inner_html(), self.box.locator('[role=status]').inner_text()
     def at_rest(self) -> bool:
-        return bool(self.box.locator('img').count()) and not any(w in self.seen()[1] for w in ('comput', 'sampling'))
+        return bool(self.box.locator('[role=img]').count()) and not any(w in self.seen()[1] for w in ('comput', 'sampling'))
     def control(self, name: str):
         "What has the focus when this control is used; 'k +' is the button beside the slider k."
         if name[-2:] in (' +', ' -'): return self.box.locator(f'button[title="{name}"]')
@@ -197,7 +197,7 @@ def test_bad_input_is_told_and_the_lab_lives_on(lab):
 
 
 def test_the_picture_has_a_text_and_tab_reaches_every_control(lab):
-    assert lab.box.locator('img').first.get_attribute('alt') == lab.seen()[1]
+    assert lab.box.locator('[role=img]').get_attribute('aria-label') == lab.seen()[1]
     names = ['images', 'image', 'vfm', 'layer', 'noise', 'rotation', 'strength', 'seed', 'k', 'k -', 'strength +', 'metric', 'conv-f8d16', 'rae-tiny-f8d128']
     for name in names: lab.control(name).evaluate('(e, name) => e.dataset.name = name', name)
     lab.control('images').focus()

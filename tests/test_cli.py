@@ -4,25 +4,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from vfmvae import cli
-from vfmvae.cli import main, parser
-from vfmvae.data import World, to_pil
+from vfmvae import cli, signatures, doctor
+from vfmvae.signatures import options_of
+from vfmvae.cli import bundled, Command, COMMANDS, main, parser
+from vfmvae.images import to_pil
+from vfmvae.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {**cli._TRAINING, **cli._USING}
-OPTIONS = [(name, flag, kind) for name, (_, _, *options) in COMMANDS.items() for flag, kind, _, _ in options if kind is not bool]
-NUMBERS, NAMES = ([(n, f) for n, f, k in OPTIONS if (k is cli._named) == named] for named in (False, True))
+OPTIONS = [(name, '--'+k.replace('_', '-'), cli._settings(o)) for name, c in COMMANDS.items() for k, o in c.options.items()]
+NUMBERS, NAMES = ([(n, f) for n, f, how in OPTIONS if 'action' not in how and 'choices' not in how and (how['metavar'] != 'N') == named]
+                  for named in (False, True))
 
 
 def required(name: str) -> list[str]:
-    return [w for flag, _, default, _ in COMMANDS[name][2:] if default is ... for w in (flag, 'x')]
+    return [w for n, flag, how in OPTIONS if n == name and how.get('required') for w in (flag, 'world')]
 
 
 @pytest.fixture
 def built(monkeypatch):
     "The parser is made once for all words of a test."
     once = parser()
-    monkeypatch.setattr(cli, 'parser', lambda: once)
+    monkeypatch.setattr(cli, 'parser', lambda only=None: once)
 
 
 def one_line(capsys, *argv) -> str:
@@ -46,7 +48,7 @@ def test_the_commands_take_numbers_and_names():
 
 @pytest.mark.parametrize(('name', 'flag'), NUMBERS, ids=str)
 def test_every_number_is_one_within_its_range(name, flag, capsys, built):
-    for text in ('', ' ', 'x', 'nan', 'inf', '-inf', '1_0', '0x8', '٣', '1e400', '1,5', '5 px', *(['1'*50] if flag != '--guidance' else [])):
+    for text in ('', ' ', 'x', 'nan', 'inf', '-inf', '1_0', '0x8', '٣', '1e400', '1,5', '5 px', '1'*50):
         line = refused(capsys, name, *required(name), f'{flag}={text}')
         assert line.startswith(f'vfmvae {name}: error: argument {flag}: ') and 'invalid' not in line, line
     if flag == '--guidance': return
@@ -61,22 +63,74 @@ def test_an_empty_name_is_not_the_current_folder(name, flag, capsys, built):
 
 
 @pytest.mark.parametrize(('words', 'says'), [
-    (('align', '--images', 'x', '--k', '1'), '--k: 1 is out of range; give at least 2'), (('align', '--images', 'x', '--times', '19'), 'at least 20'),
+    (('align', '--data', 'world', '--k', '1'), '--k: 1 is out of range; give 2 to'), (('align', '--data', 'world', '--times', '19'), 'give 20 to'),
     (('generate', '--seed', str(2**70)), '--seed'), (('generate', '--label', '1'+'0'*30), '--label'),
-    (('encode', '--images', 'x', '--size', '7'), 'at least 8'),
-    (('encode', '--images', 'x', '--size', '1000000000'), '8192'), (('train-flow', '--lr', '1e300'), 'at most 100'),
-    (('generate', '--n', '2.5'), "'2.5' is not a whole number"), (('lab', '--n', '3'), 'at least 12')])
+    (('encode', '--data', 'world', '--size', '7'), 'give 8 to 8,192'),
+    (('encode', '--data', 'world', '--size', '1000000000'), '8,192'), (('train-flow', '--lr', '1e300'), 'to 100'),
+    (('generate', '--n', '2.5'), "'2.5' is not a whole number"), (('generate', '--policy', 'even'), "'balanced', 'random'"),
+    (('encode', '--images', 'x'), 'required: --data'), (('encode', '--data', 'world', '--image', 'x'), 'unrecognized arguments: --image')])
 def test_the_line_says_what_would_do(words, says, capsys): assert says in refused(capsys, *words)
 
 
 def test_what_is_right_is_read_as_meant():
-    a = parser().parse_args(['train-flow', '--lr', '1e-3', '--seed', '0', '--images', '+7', '--workers', '0'])
-    assert (a.lr, a.seed, a.images, a.workers, a.n, a.batch) == (1e-3, 0, 7, 0, None, None)
+    a = parser().parse_args(['train-flow', '--lr', '1e-3', '--seed', '0', '--num-images', '+7', '--workers', '0'])
+    assert (a.lr, a.seed, a.num_images, a.workers, a.n, a.batch_size) == (1e-3, 0, 7, 0, None, None)
     a = parser().parse_args(['generate', '--guidance', '-.5', '--label', '0'])
     assert (a.guidance, a.label, a.steps) == (-.5, 0, None)
-    assert parser().parse_args(['cache', '--images', 'x']).n is None
-    shown = {k: p.format_help() for k, p in parser()._subparsers._group_actions[0].choices.items()}
-    assert '(default: None)' not in str(shown) and '(default: 3000)' in shown['align']
+    assert parser().parse_args(['encode', '--data', 'world']).n is None
+    assert parser().parse_args(['train-tokenizer', '--stages', 'ssim,gan', '--log-with', 'wandb']).stages == ('ssim', 'gan')
+    shown = {k: ' '.join(p.format_help().split()) for k, p in parser()._subparsers._group_actions[0].choices.items()}
+    assert 'None' not in str(shown) and '(default: 3000)' in shown['align'] and "(default: the preset's)" in shown['train-tokenizer']
+    assert '{fp32,bf16,fp16}' in shown['train-flow'] and '`' not in str(shown)
+
+
+# options and names, without importing anything --------------------------------------------------------------------------------------------------------
+
+def test_options_are_what_the_functions_take():
+    import importlib
+    import inspect
+    from dataclasses import fields
+    for c in COMMANDS.values():
+        for module, name in (g.split('.') for g in c.groups):
+            f = getattr(importlib.import_module(f'vfmvae.{module}'), name)
+            found = {o.name: o.default for o in options_of(module, name)}
+            if inspect.isclass(f): assert found == {k.name: k.default for k in fields(f)}
+            else:
+                for k, p in inspect.signature(f).parameters.items():
+                    if p.kind is p.VAR_KEYWORD: continue
+                    assert found[k] is ... or found[k] == p.default, (name, k)
+
+
+def test_every_option_has_a_text_and_one_meaning():
+    assert [(n, f) for n, f, how in OPTIONS if not how['help'].split(' (default')[0]] == []
+    kinds = {}
+    for _, flag, how in OPTIONS: kinds.setdefault(flag, set()).add(str(how.get('action') or how.get('choices') or how['metavar']))
+    assert {f: k for f, k in kinds.items() if len(k) > 1} == {}
+    assert '--images' not in kinds and '--batch' not in kinds and '--critic' not in kinds
+
+
+def test_choices_and_bundled_names_are_the_librarys():
+    from vfmvae.images import CROPS
+    from vfmvae.samplers import methods
+    from vfmvae.generation import LABEL_POLICIES, nets
+    from vfmvae.presets import PRESETS
+    from vfmvae.tokenizer import tokenizers
+    assert {k: cli._CHOICES[k] for k in ('method', 'crop', 'policy')} == dict(method=methods(), crop=tuple(CROPS), policy=LABEL_POLICIES)
+    assert {*bundled('tokenizer')} == {*tokenizers} and {*bundled('net')} == {*nets} and {*bundled('preset')} == {*PRESETS}
+
+
+MISTYPED = {'command': ('generat',), 'option': ('generate', '--stesp', '4'), 'tokenizer': ('evaluate', '--data', 'world', '--tokenizer', 'vfmvae-tiny-f8d61'),
+            'preset': ('train-tokenizer', '--preset', 'tini'), 'preset of a net': ('train-flow', '--preset', 'reg-81ep'),
+            'net': ('generate', '--net', 'dit-conv-f8d61'), 'data': ('encode', '--data', 'wrold'), 'held-out data': ('train-tokenizer', '--held-out', 'none')}
+
+
+@pytest.mark.parametrize('what', MISTYPED)
+def test_what_is_mistyped_is_answered_before_torch_is_imported(what):
+    code = ('import sys\nfrom vfmvae.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: '
+            "print(e.code, [m for m in ('torch', 'numpy', 'timm') if m in sys.modules])")
+    done = subprocess.run([sys.executable, '-c', code, *MISTYPED[what]], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == '2 []\n', done.stderr
+    assert {'command': "'generate'", 'option': 'unrecognized arguments: --stesp', 'held-out data': 'no data named'}.get(what, 'nearest: ') in done.stderr
 
 
 # what the machine refuses -------------------------------------------------------------------------------------------------------------------------
@@ -92,25 +146,25 @@ SAID = {'a line': lambda: __import__('vfmvae.core').core.UserError('a line'),
 
 @pytest.mark.parametrize('says', SAID)
 def test_what_the_machine_refuses_is_one_line(says, capsys, monkeypatch):
-    def fail(a): raise SAID[says]()
-    monkeypatch.setitem(cli._USING, 'doctor', (fail, ''))
+    def fail(): raise SAID[says]()
+    monkeypatch.setitem(COMMANDS, 'doctor', Command(fail))
     assert says in one_line(capsys, 'doctor')
 
 
 def test_a_real_fault_keeps_its_traceback(monkeypatch):
     for fault in (ZeroDivisionError, KeyError, TypeError, ValueError, RuntimeError):
-        def fail(a, fault=fault): raise fault('ours')
-        monkeypatch.setitem(cli._USING, 'doctor', (fail, ''))
+        def fail(fault=fault): raise fault('ours')
+        monkeypatch.setitem(COMMANDS, 'doctor', Command(fail))
         with pytest.raises(fault): main(['doctor'])
 
 
 def test_a_warning_of_the_library_is_a_sentence_and_others_stay(capsys, monkeypatch):
-    def warn(a):
+    def warn():
         warnings.warn('these images are small', stacklevel=1)
         exec(compile('import warnings; warnings.warn("other")', '/elsewhere/x.py', 'exec'), {})
         return 0
     warn = type(warn)(warn.__code__.replace(co_filename=cli.__file__), globals())
-    monkeypatch.setitem(cli._USING, 'doctor', (warn, ''))
+    monkeypatch.setitem(COMMANDS, 'doctor', Command(warn))
     with warnings.catch_warnings():
         warnings.simplefilter('always')
         was = warnings.showwarning
@@ -121,7 +175,7 @@ def test_a_warning_of_the_library_is_a_sentence_and_others_stay(capsys, monkeypa
     assert 'note: these images are small\n' in err and 'x.py:1: UserWarning: other' in err and 'note: other' not in err
 
 
-BARE = 'import sys; sys.path[:0] = {path!r}; from vfmvae import cli; cli._hub = lambda: (True, "not asked"); sys.exit(cli.main({argv!r}))'
+BARE = 'import sys; sys.path[:0] = {path!r}; from vfmvae import cli, doctor; doctor._hub = lambda: (True, "not asked"); sys.exit(cli.main({argv!r}))'
 
 
 def bare(*argv, path=(), **kw):
@@ -145,20 +199,20 @@ def test_a_reader_who_leaves_is_no_fault_and_a_full_disk_is_a_line():
 def test_where_nothing_can_be_written_is_said_before_the_work(name, flag, tmp_path, capsys, monkeypatch):
     import vfmvae.align
     import vfmvae.demo
-    import vfmvae.generate
-    import vfmvae.recipes
+    import vfmvae.flow_task
+    import vfmvae.latents
+    import vfmvae.tokenizer_task
     def work(*a, **k): raise AssertionError('worked first')
-    for module, names in ((vfmvae.recipes, 'train_tokenizer encode_images decode_latents evaluate_tokenizer'), (vfmvae.generate, 'train_flow generate'),
-                          (vfmvae.align, 'se_cknna'), (vfmvae.demo, 'fresh_decoder')):
-        for f in names.split(): monkeypatch.setattr(module, f, work)
+    for owner, name_of in ((vfmvae.tokenizer_task.TokenizerTask, 'step'), (vfmvae.flow_task.FlowTask, 'step'), (vfmvae.latents, '_shard_of'),
+                           (vfmvae.align, 'se_cknna'), (vfmvae.demo, 'train_tokenizer'), (sys.modules['vfmvae.generation'], 'sample_latents')):
+        monkeypatch.setattr(owner, name_of, work)
     (tmp_path/'file').touch()
-    kind = dict(align='.json', evaluate='.json', encode='.safetensors', train='.safetensors')
-    ending = '' if flag == '--run' else kind.get(name.split('-')[0], '')
-    argv = ['world' if w == 'x' else w for w in required(name)]
-    assert str(tmp_path/'file') in one_line(capsys, name, *argv, flag, str(tmp_path/'file'/f'mine{ending}'))
+    if name == 'decode': monkeypatch.setattr(vfmvae.recipes, 'decode_latents', work)
+    ending = dict(align='.json', evaluate='.json', train='.safetensors').get(name.split('-')[0], '') if flag == '--out' else ''
+    assert str(tmp_path/'file') in one_line(capsys, name, *required(name), flag, str(tmp_path/'file'/f'mine{ending}'))
     if ending:
         (tmp_path/f'folder{ending}').mkdir()
-        assert 'is a folder' in one_line(capsys, name, *argv, flag, str(tmp_path/f'folder{ending}'))
+        assert 'is a folder' in one_line(capsys, name, *required(name), flag, str(tmp_path/f'folder{ending}'))
 
 
 # the doctor -----------------------------------------------------------------------------------------------------------------------------------------
@@ -188,17 +242,17 @@ def test_the_doctor_speaks_where_nothing_can_be_written(kind, tmp_path, monkeypa
         monkeypatch.delenv('VFMVAE_HOME')
         monkeypatch.setenv('HOME', '/dev/null/none')
     else: monkeypatch.setenv('VFMVAE_HOME', str(tmp_path/'file'/'x') if kind == 'below a file' else str(tmp_path/'file'))
-    well, says = cli._tried(cli._runs)
+    well, says = doctor._tried(doctor._runs)
     assert not well and 'VFMVAE_HOME' in says and '\n' not in says
 
 
 def test_the_doctor_tells_an_old_package_and_an_unknown_python(monkeypatch):
-    monkeypatch.setattr(cli, '_floor', lambda name: '99.1')
-    assert cli._import('numpy') == (False, f'{np.__version__} is older than 99.1: pip install --upgrade numpy')
+    monkeypatch.setattr(doctor, '_floor', lambda name: '99.1')
+    assert doctor._import('numpy') == (False, f'{np.__version__} is older than 99.1: pip install --upgrade numpy')
     found = []
     for version in ('3.10.9', '3.11.0', '3.13.1', '3.14.0'):
-        monkeypatch.setattr(cli.platform, 'python_version', lambda version=version: version)
-        found.append(cli._python())
+        monkeypatch.setattr(doctor.platform, 'python_version', lambda version=version: version)
+        found.append(doctor._python())
     assert [w for w, _ in found] == [False, True, True, True] and 'older than 3.11' in found[0][1] and found[2][1] == '3.13.1' and 'tried' in found[3][1]
 
 
@@ -211,16 +265,10 @@ def test_a_lab_overwrites_no_notebook_and_opens_the_same_state_again(tmp_path, c
         assert main(['lab', *words, '--dry-run']) == 0
         return Path(capsys.readouterr().out.strip().split(': ', 1)[1])
     first = lab()
-    book = json.loads(first.read_text())
-    book['cells'].append(dict(cell_type='markdown', id='mine', metadata={}, source=['my notes\n', 'of today']))
-    book['cells'][1]['source'] = book['cells'][1]['source'].splitlines(keepends=True)      # as Jupyter saves it
-    first.write_text(json.dumps(book))
-    kept = first.read_bytes()
+    first.write_text('my notes of today')
     other = lab('--n', '32')
-    assert lab() == first and lab('--n', '32') == other != first and first.read_bytes() == kept
-    (tmp_path/'labs'/'explorer-3.ipynb').write_text('not a notebook')
-    (tmp_path/'labs'/'explorer-4.ipynb').mkdir()
-    assert lab('--n', '40').name == 'explorer-5.ipynb' and (tmp_path/'labs'/'explorer-3.ipynb').read_text() == 'not a notebook'
+    assert lab() == first and lab('--n', '32') == other != first and first.read_text() == 'my notes of today'
+    assert "n=32)" in json.loads(other.read_text())['cells'][1]['source'] and len([*first.parent.iterdir()]) == 2
 
 
 def test_words_after_two_dashes_are_jupyters(tmp_path, capsys, monkeypatch):
@@ -232,7 +280,7 @@ def test_words_after_two_dashes_are_jupyters(tmp_path, capsys, monkeypatch):
     (python, m, jupyter, lab, book, *more), = called
     assert (python, m, jupyter, lab) == (sys.executable, '-m', 'jupyter', 'lab') and Path(book).is_file()
     assert more == ['--no-browser', '--port', '8890', '--allow-root']
-    assert 'unrecognized' in refused(capsys, 'encode', '--images', 'x', '--', '--size', '8')
+    assert 'unrecognized' in refused(capsys, 'encode', '--data', 'world', '--', '--size', '8')
 
 
 # what is measured -----------------------------------------------------------------------------------------------------------------------------------
@@ -271,15 +319,15 @@ def test_sizes_that_differ_are_one_line(tmp_path, capsys):
     pictures(mixed, range(4, 6), 72)
     look = 'evaluate-samples', '--extractor', 'tiny', '--out', str(tmp_path/'r.json')
     assert '96x96 px, pictures of 64 px' in one_line(capsys, *look, '--samples', str(other), '--reference', str(ref))
-    assert '64x48 px, not square' in one_line(capsys, *look, '--samples', str(flat), '--reference', str(ref))
-    line = one_line(capsys, *look, '--samples', str(mixed), '--reference', str(ref))
-    assert '0004.png' in line and '72x72 px' in line and '--size' in line and not (tmp_path/'r.json').exists()
+    for odd, samples, reference in ((flat, flat, flat), (mixed, mixed, ref), (mixed, ref, mixed)):
+        line = one_line(capsys, *look, '--samples', str(samples), '--reference', str(reference))
+        assert str(odd) in line and ('48x64' if odd == flat else '64x64 to 72x72') in line and '--size' in line and not (tmp_path/'r.json').exists()
 
 
 def test_numbers_that_are_not_finite_are_null_and_no_success(capsys, monkeypatch):
     import vfmvae.recipes
     monkeypatch.setattr(vfmvae.recipes, 'evaluate_tokenizer', lambda *a, **k: dict(psnr=float('inf'), ssim=.5, l1=float('nan'), n=4))
-    assert main(['evaluate', '--images', 'world', '--n', '4']) == 1
+    assert main(['evaluate', '--data', 'world', '--n', '4']) == 1
     out, err = capsys.readouterr()
     found = json.loads(out, parse_constant=lambda word: pytest.fail(word))
     assert found['psnr'] is found['l1'] is None and found['ssim'] == .5 and 'psnr, l1' in err
@@ -287,19 +335,32 @@ def test_numbers_that_are_not_finite_are_null_and_no_success(capsys, monkeypatch
 
 def test_a_word_that_would_be_ignored_is_refused(tmp_path, capsys):
     (tmp_path/'a.yaml').write_text('x: 1')
-    for name in ('encode', 'reconstruct', 'evaluate', 'align', 'cache'):
-        assert '--g-kwargs' in one_line(capsys, name, '--images', 'world', '--g-kwargs', str(tmp_path/'a.yaml'))
+    for name in ('encode', 'reconstruct', 'evaluate', 'align'):
+        assert '--g-kwargs' in one_line(capsys, name, '--data', 'world', '--g-kwargs', str(tmp_path/'a.yaml'))
 
 
-def test_cache_and_train_flow_mean_the_same_images(tmp_path, capsys, monkeypatch):
+def test_encode_and_train_flow_mean_the_same_images(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('VFMVAE_HOME', str(tmp_path/'home'))
     for k, at in (('ant', range(12)), ('bee', range(12, 24))): pictures(tmp_path/'mine', ()) and pictures(tmp_path/'mine'/k, at, 64)
     for data in ('world', str(tmp_path/'mine')):
-        assert main(['cache', '--tokenizer', 'conv-f8d16', '--images', data, '--n', '8']) == 0
+        assert main(['encode', '--tokenizer', 'conv-f8d16', '--data', data, '--n', '8']) == 0
         said = capsys.readouterr()
         assert '8 latents' in said.out and '64 px' in said.out and '8 of ' in said.err
         before = sorted((tmp_path/'home'/'latents').iterdir())
         marks = [f.stat().st_mtime_ns for d in before for f in d.glob('shard*')]
-        assert main(['train-flow', '--preset', 'dit-conv-f8d16', '--data', data, '--n', '8', '--images', '8', '--batch', '8']) == 0
+        assert main(['train-flow', '--preset', 'dit-conv-f8d16', '--data', data, '--n', '8', '--num-images', '8', '--batch-size', '8']) == 0
         assert sorted((tmp_path/'home'/'latents').iterdir()) == before and marks == [f.stat().st_mtime_ns for d in before for f in d.glob('shard*')]
     assert len(before) == 2
+
+
+def test_a_comment_beside_above_or_below_is_read_as_fastcore_reads_it_and_goes_on_where_it_is_aligned(tmp_path, monkeypatch):
+    import importlib
+    from fastcore.docments import docments
+    code = 'def f(\n      # of a\n      # in two lines\n      a=1,\n      b=2, # of b\n      c=3 # of c\n     ): pass\n'
+    (tmp_path/'beside.py').write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    theirs = docments(importlib.import_module('beside').f)
+    mine = signatures.comments_of(code)
+    assert [mine[n] for n in (4, 5, 6)] == [' '.join(theirs[k].split()) for k in 'abc'] == ['of a in two lines', 'of b', 'of c']
+    assert signatures.comments_of('def f(a, # one\n         # two\n      b): pass\n') == {1: 'one two'}
+    assert signatures.comments_of('# remark\ndef f(a): pass\n') == {}

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vfmvae.adversarial import ProjectedDiscriminator
-from vfmvae.baselines import RAE, ConvVAE, ConvVAEConfig, RAEConfig
+from vfmvae.discriminators import ProjectedDiscriminator
+from vfmvae.baselines import ConvVAE, ConvVAEConfig, RAE, RAEConfig
 from vfmvae.core import UserError
-from vfmvae.dit import DiT, DiTConfig, NetFeatures, open_net, save_net
+from vfmvae.dit import DiT, DiTConfig, NetFeatures, save_net
 from vfmvae.tokenizer import LatentFeatures, load_tokenizer, net_digest, save_tokenizer
-from vfmvae.train import EMA
+from vfmvae.run import EMA
 from vfmvae.vae import VFMVAE, VFMVAEConfig
-from vfmvae.vfm import VFM, tiny_vit
-from vfmvae.views import Fitted
+from vfmvae.vfm import tiny_vit, VFM
+from vfmvae.views import ResizePadVFM
 
 VFMVAE_TINY = VFMVAEConfig(vfm='tiny', patch=8, scale=1.0, layers=(0, 2, -1), in_dims=(128,)*3, out_dims=(32,)*3, img_size=64, stride=8, channels=16,
                            widen=4, blocks=5, channel_base=1024, channel_max=32, res_blocks=0, fusion=(32,), attention=(), w_dim=16)
@@ -37,7 +37,7 @@ def says(net):
     if isinstance(net, DiT): return [net(torch.linspace(-1, 1, 2*16*64).view(2, 16, 8, 8), torch.tensor([.1, .9]), torch.tensor([0, 3]))]
     if isinstance(net, ProjectedDiscriminator): return [net(images())]
     z = net.encode(images()).mode()
-    return [z, net.decode(z), *net.look(images()).values()]
+    return [z, net.decode(z), *net.vfm_features(images()).values()]
 
 def same(a, b): return all(torch.equal(i, j) for i, j in zip(a, b, strict=True))
 
@@ -140,26 +140,26 @@ def test_what_weights_cannot_tell_counts_too():
         net.pretrained_cfg = dict(net.pretrained_cfg, mean=(mean,)*3)
         bare += [VFM('x', net=net, pos_antialias=a) for a in (True, False)]
     tok, vfm = make('vfmvae'), bare[0]
-    adapters = [LatentFeatures(tok), LatentFeatures(tok, 1), LatentFeatures(tok, 2), Fitted(vfm), Fitted(vfm, .5), NetFeatures(nets[0], tok),
+    adapters = [LatentFeatures(tok), LatentFeatures(tok, 1), LatentFeatures(tok, 2), ResizePadVFM(vfm), ResizePadVFM(vfm, .5), NetFeatures(nets[0], tok),
                 NetFeatures(nets[0], tok, .25), NetFeatures(nets[0], tok, seed=1), NetFeatures(nets[1], tok), VFMVAE(VFMVAE_TINY)]
     class Plain:
         layers = (0,)
         def __init__(self, name, k=1): self.name, self.k = name, k
     every = [net_digest(s) for s in (*nets, *bare, tok, *adapters, Plain('a'), Plain('b'), Plain('a', 2))]
     assert len({*every}) == len(every)
-    assert net_digest(Plain('a')) == net_digest(Plain('a')) and net_digest(Fitted(copy.deepcopy(vfm))) == net_digest(Fitted(vfm))
+    assert net_digest(Plain('a')) == net_digest(Plain('a')) and net_digest(ResizePadVFM(copy.deepcopy(vfm))) == net_digest(ResizePadVFM(vfm))
 
 def test_a_file_that_is_written_anew_is_read_anew_and_changes_nothing_that_is_open(tmp_path):
     nets, toks = [make('net', seed=i) for i in (1, 2)], [make('vfmvae', seed=i) for i in (1, 2)]
     for i in (0, 1):
         save_net(tmp_path/f'{i}.safetensors', nets[i])
         save_tokenizer(tmp_path/f't{i}.safetensors', toks[i])
-    opened, tok = open_net(tmp_path/'0.safetensors'), load_tokenizer(tmp_path/'t0.safetensors')
+    opened, tok = DiT.load(tmp_path/'0.safetensors'), load_tokenizer(tmp_path/'t0.safetensors')
     had = says(opened), says(tok)
     for a, b in (('0', '1'), ('t0', 't1')):
         for end in ('safetensors', 'json'): shutil.copyfile(tmp_path/f'{b}.{end}', tmp_path/f'{a}.{end}')       # in place, as cp does
     assert same(says(opened), had[0]) and same(says(tok), had[1])
-    assert same(says(open_net(tmp_path/'0.safetensors')), says(nets[1])) and same(says(load_tokenizer(tmp_path/'t0.safetensors')), says(toks[1]))
+    assert same(says(DiT.load(tmp_path/'0.safetensors')), says(nets[1])) and same(says(load_tokenizer(tmp_path/'t0.safetensors')), says(toks[1]))
 
 # doors ------------------------------------------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 import importlib, os, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import pytest
-from vfmvae.core import Registry, write_atomic
+from vfmvae.core import Registry
+from vfmvae.files import write_atomic
 
 
 def test_threads_that_write_the_same_file_leave_a_whole_one_that_all_may_read(tmp_path):

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 import smoke
 
-from vfmvae.core import home
+from vfmvae.files import home
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = {p.stem: p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts}

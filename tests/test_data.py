@@ -5,8 +5,10 @@ import pytest
 import torch
 from PIL import Image
 from vfmvae.core import UserError
-from vfmvae.data import (CROPS, TRANSFORMS, adm_crop, folder, loader, open_image, published_draw, published_noise, random_crop_flip, shards,
-                         square_crop, to_pil, to_tensor, to_uint8, transform)
+from vfmvae.images import (adm_crop, CROPS, open_image, published_draw, published_noise, random_crop_flip, square_crop,
+                           to_pil, to_tensor, to_uint8, transform, TRANSFORMS)
+from vfmvae.folders import folder, shards
+from vfmvae.data import loader
 
 
 def chw(im): return np.asarray(im).transpose(2, 0, 1)
@@ -83,7 +85,7 @@ class Numbers:
 
 @pytest.mark.parametrize('n,batch,world', [(24, 8, 1), (25, 8, 2), (31, 12, 4), (8, 8, 8)])
 def test_ranks_share_the_batch_of_one_process(n, batch, world):
-    one, many = loader(Numbers(n), batch, seed=5), [loader(Numbers(n), batch, seed=5, rank=r, world=world) for r in range(world)]
+    one, many = loader(Numbers(n), batch, seed=5), [loader(Numbers(n), batch, seed=5, rank=r, world_size=world) for r in range(world)]
     for step in range(3*len(one)):
         parts = [m.batch_at(step)['image'] for m in many]
         assert all(len(p) == batch//world for p in parts)
@@ -104,7 +106,7 @@ def test_every_epoch_shows_every_image_once(n, batch):
 @pytest.mark.parametrize('world', [1, 2])
 def test_a_step_is_the_same_images_however_it_is_split(n, batch, parts, world):
     if batch//parts % world: pytest.skip('the ranks cannot share so small a part')
-    def seen(b, step): return [i for r in range(world) for i in loader(Numbers(n), b, seed=3, rank=r, world=world).indices(step).tolist()]
+    def seen(b, step): return [i for r in range(world) for i in loader(Numbers(n), b, seed=3, rank=r, world_size=world).indices(step).tolist()]
     for s in range(3*n//batch): assert seen(batch, s) == [i for k in range(parts) for i in seen(batch//parts, parts*s+k)]
 
 

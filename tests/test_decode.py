@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference import plain_decode_scales
 from torch import nn
 
 import vfmvae.layers as layers
-from vfmvae.bench import plain_decode_scales
 from vfmvae.core import UserError
-from vfmvae.layers import ConvNeXt, GridAttention, Pointwise, ToRGB, Upsample, dwsep, lean
+from vfmvae.layers import ConvNeXt, dwsep, GridAttention, Pointwise, ToRGB, Upsample, use_cpu_inference_kernel
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 
 TINY = VFMVAEConfig(vfm='tiny', patch=8, scale=1.0, layers=(0, 2, -1), in_dims=(32,)*3, out_dims=(32,)*3, img_size=64, stride=8, channels=16, widen=4,
@@ -133,10 +133,10 @@ def test_layers_at_odd_shapes_and_in_any_memory_format(layer, shape):
 @torch.no_grad()
 def test_where_it_does_not_apply():
     model, z = build(), torch.randn(1, 16, 8, 8)
-    assert lean(z) and not lean(z.double()) and not lean(z.to('meta'))
+    assert use_cpu_inference_kernel(z) and not use_cpu_inference_kernel(z.double()) and not use_cpu_inference_kernel(z.to('meta'))
     expect = model.decode(z)
     with torch.autocast('cpu', torch.bfloat16):
-        assert not lean(z)
+        assert not use_cpu_inference_kernel(z)
         assert (model.decode(z)-expect).abs().mean() < 0.1*expect.std()
 
 def test_one_scale_has_no_skip_stream_and_loads_strictly():

@@ -9,30 +9,43 @@ import torch
 from torch import Tensor, nn
 import vfmvae
 from fakecuda import COPIED, CPU, CUDA, SYNC, clear, cuda
-from vfmvae import adversarial, cli, demo, evaluate, labs, losses, measures, probes, widgets
-from vfmvae.adversarial import PatchGAN, ProjectedDiscriminator
-from vfmvae.align import alignment_of, alignment_under, cka, cknna, cknna_null, cknna_pairs, cknna_parts, cknna_score, knn_graph, se_cknna, stability
-from vfmvae.core import Draws, UserError, best_device, box_muller, device_of, load_weights
-from vfmvae.data import TRANSFORMS, World, loader, to_pil
-from vfmvae.dit import FAMILIES, DiT, DiTConfig, NetFeatures
-from vfmvae.evaluate import VFMExtractor, bundled_extractor, gfid, read_samples, reference, rfid, validate, write_samples
-from vfmvae.explorer import Explorer, strip
+from vfmvae import cli, demo, discriminators, extractors, labs, sampler_lab, losses, similarity, probes, colours, keeps_lab, lab_base
+from vfmvae.discriminators import PatchGAN, ProjectedDiscriminator
+from vfmvae.neighbours import knn_graph
+from vfmvae.align import (cka, cknna, cknna_null, cknna_pairs, cknna_parts, cknna_score, score_banks, score_sources,
+                          se_cknna, summarize)
+from vfmvae.core import box_muller, Draws, UserError
+from vfmvae.files import load_weights
+from vfmvae.runtime import best_device, device_of
+from vfmvae.images import to_pil, TRANSFORMS
+from vfmvae.world import World
+from vfmvae.data import loader
+from vfmvae.dit import DiT, DiTConfig, FAMILIES, NetFeatures
+from vfmvae.extractors import bundled_extractor, VFMExtractor
+from vfmvae.statistics import compute_statistics, read_samples, write_samples
+from vfmvae.evaluate import gfid, rfid, validate
+from vfmvae.explorer import Explorer, neighbour_overlap
 from vfmvae.features import banks, extract, pool
-from vfmvae.flow import FLOW_WEIGHTS, METHODS
-from vfmvae.flow_train import FlowConfig, FlowTask, Watch, loss_by_level, sample_latents, vfm_targets
-from vfmvae.generate import evaluate_samples, generate, nets, tokenizer_of
+from vfmvae.flow import FLOW_WEIGHTS
+from vfmvae.samplers import guide, methods, pack_state, sample, Sampler, unpack_state
+from vfmvae.samplers import sample_latents
+from vfmvae.flow_task import FlowConfig, FlowMonitor, FlowTask, loss_by_level, vfm_targets
+from vfmvae.generation import evaluate_samples, generate, nets, tokenizer_of
 from vfmvae.latents import cache_latents, cache_name, latent_digest
-from vfmvae.metrics import frechet, frechet_features, inception_score, moments, precision_recall, psnr, ssim, ssim_signed
+from vfmvae.metrics import (frechet, frechet_features, inception_score, moments, precision_recall, psnr, ssim,
+                            ssim_signed)
 from vfmvae.neighbours import mutual_knn, prepare
 from vfmvae.probes import knn_accuracy, linear_probe, probe, ridge_probe
 from vfmvae.published import DiffusersVAE
-from vfmvae.recipes import decode_latents, default_perceptual, encode_images, evaluate_tokenizer, evaluate_warps, opened
+from vfmvae.recipes import decode_latents, default_perceptual_loss, evaluate_equivariance, evaluate_tokenizer
+from vfmvae.tokenizer import opened
 from vfmvae.robustness import layer_scores, robustness
-from vfmvae.tok_train import Stage, TokenizerTask
-from vfmvae.tokenizer import LatentFeatures, families, fit_stats, image_seeds, load_tokenizer, net_digest, reconstruct, save_tokenizer, tokenizers, unfamiliar
+from vfmvae.tokenizer_task import Stage, TokenizerTask
+from vfmvae.tokenizer import (families, fit_stats, image_seeds, LatentFeatures, load_tokenizer, net_digest, reconstruct,
+                              save_tokenizer, tokenizers, unfamiliar)
 from vfmvae.train import fit
 from vfmvae.vfm import VFM, vfms
-from vfmvae.views import Fitted, as_source, extract_views, gather, say_unfamiliar, see
+from vfmvae.views import apply_view, as_source, extract_views, group_by_source, ResizePadVFM, say_unfamiliar
 
 TINY, NET = 'vfmvae-tiny-f8d16', 'dit-vfmvae-tiny-f8d16'
 quiet = lambda rows: None
@@ -52,7 +65,6 @@ def _plain(monkeypatch, tmp_path):
     monkeypatch.setenv('VFMVAE_HOME', str(tmp_path/'home'))
     monkeypatch.chdir(tmp_path)
     yield
-    widgets._tokenizer.cache_clear(), widgets._tiny.cache_clear(), widgets._others.cache_clear()
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -123,16 +135,16 @@ def inception(device):
     "The architecture with random weights."
     fx = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3', reason='the [eval] extra is not installed')
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(evaluate, '_inception_weights', lambda path: path)
+        m.setattr(extractors, '_inception_weights', lambda path: path)
         m.setattr(torch, 'load', lambda *_, **__: None)
         m.setattr(fx.FeatureExtractorInceptionV3, 'load_state_dict', lambda *_, **__: None)
         torch.manual_seed(0)
-        net = evaluate.Inception('random')
+        net = extractors.Inception('random')
     for p in net.parameters(): p.data = p.data*.1 if p.ndim < 2 else p.data
     return net.to(device)
 
 
-SOURCES = {'VFM': lambda d: VFM('tiny').to(d), 'Fitted': lambda d: Fitted(VFM('tiny').to(d), .9),
+SOURCES = {'VFM': lambda d: VFM('tiny').to(d), 'ResizePadVFM': lambda d: ResizePadVFM(VFM('tiny').to(d), .9),
            'LatentFeatures': lambda d: LatentFeatures(tok(d), sample_seed=1), 'NetFeatures': lambda d: NetFeatures(dit('lightningdit', d), tok(d))}
 EXTRACTORS = {'WorldExtractor': lambda d: bundled_extractor().to(d), 'Inception': inception, 'VFMExtractor': lambda d: VFMExtractor(VFM('tiny').to(d), 32)}
 JUDGES = {'ProjectedDiscriminator': lambda d: ProjectedDiscriminator(VFM('tiny')).to(d), 'PatchGAN': lambda d: PatchGAN(8).to(d)}
@@ -140,7 +152,7 @@ WHOLE = {*SOURCES, *EXTRACTORS, *JUDGES, 'DiT', 'VFMVAE', 'ConvVAE', 'RAE', 'Dif
 # parts of the nets above, which run when these run
 PARTS = {*'''BatchNormLocal SpectralConv TokenHead ResBlock AttnBlock PatchEmbed TimeEmbed LabelEmbed RMSNorm Attention MLP SwiGLU Block FinalLayer WorldNet
              GeGLU PoolAttention ProjBlock AttnProj ConvProj EqualLinear Style Depthwise Pointwise ConvNeXt Upsample ToRGB ChannelNorm GridAttention LatentStats
-             Codebook Quantizer Adapter Mapping Synthesis ConvStem CarriesVFM'''.split()}
+             Codebook Quantizer Adapter MappingNetwork TokenizerModel Synthesis ConvStem FrozenVFMMixin'''.split()}
 
 
 def test_every_net_and_source_of_the_library_is_looked_at():
@@ -214,7 +226,7 @@ def test_every_velocity_net_does(family):
 def test_every_extractor_does(name):
     make = EXTRACTORS[name]
     both(lambda d: make(d)(images(1).to(d)), stays=True)
-    both(lambda d: reference(images(2), make(d), 1))
+    both(lambda d: compute_statistics(images(2), make(d), 1))
     with cuda(): assert device_of(make(CUDA)) == make(CUDA).device == CUDA
 
 
@@ -251,7 +263,7 @@ def test_what_is_opened_by_its_name_goes_to_the_best_device_and_objects_stay():
 
 def rows(d, seed=0, n=40, width=12): return (normal(n, width, seed=9) + .5*normal(n, width, seed=seed)).to(d)
 def classes(n=40): return torch.arange(n) % 3
-def source(d): return Fitted(VFM('tiny').to(d))
+def source(d): return ResizePadVFM(VFM('tiny').to(d))
 def maps(d, grid=6): return normal(2, grid*grid, 5).to(d)
 
 
@@ -301,16 +313,16 @@ def near(f): return lambda d: f(normal(2, 4, 3, 3).to(d), normal(2, 4, 6, 6, see
 def seen(d, *transforms): return extract_views({'x': (source(d), [0, -1])}, world(), transforms, quiet=True)
 def eye(d): return bundled_extractor().to(d)
 @cache
-def known(): return reference(world(), bundled_extractor())
+def known(): return compute_statistics(world(), bundled_extractor())
 def measure(name):
-    f = getattr(measures, name)
+    f = getattr(similarity, name)
     if name in ('srss', 'spatial'): return lambda d: f(maps(d), (normal(2, 36) > 0).to(d))
     return (lambda d: f(maps(d))) if name in MAPS else (lambda d: f(rows(d))) if name in UNARY else twice(f)
 
 
 def compared(d):
-    table = measures.compare(rows(d), rows(d, 1), k=5)
-    assert {r['metric'] for r in table} == {*measures.METRICS}
+    table = similarity.compare(rows(d), rows(d, 1), k=5)
+    assert {r['metric'] for r in table} == {*similarity.METRICS}
     return [*table]
 
 
@@ -318,8 +330,8 @@ CALLS = {
     'features.pool': lambda d: pool(normal(2, 3, 4).to(d)),
     'features.extract': lambda d: extract(source(d), images(), quiet=True),
     'features.banks': lambda d: [*banks(source(d), world(), quiet=True)],
-    'views.see': lambda d: [see(images(3).to(d), v, [0, 5, 9]) for v in (('mixed', 1.), *((k, float(t.grid[0])) for k, t in TRANSFORMS.items()))],
-    'views.gather': lambda d: [*gather([(source(d), -1), (source(d), 0)])],
+    'views.apply_view': lambda d: [apply_view(images(3).to(d), v, [0, 5, 9]) for v in (('mixed', 1.), *((k, float(t.grid[0])) for k, t in TRANSFORMS.items()))],
+    'views.group_by_source': lambda d: [*group_by_source([(source(d), -1), (source(d), 0)])],
     'views.say_unfamiliar': lambda d: say_unfamiliar([source(d)], images().to(d)),
     'views.extract_views': lambda d: [b.features for b in seen(d, 'noise', 'rotation').values()],
     'align.cknna': lambda d: cknna(prepare(rows(d)), prepare(rows(d, 1))),
@@ -328,9 +340,9 @@ CALLS = {
     'align.cknna_score': twice(cknna_score, times=20),
     'align.cknna_pairs': lambda d: [*cknna_pairs({'a': rows(d)}, {'b': rows(d, 1)}, times=20)],
     'align.cka': lambda d: [cka(rows(d), rows(d, 1), k, unbiased=u) for k in ('linear', 'rbf') for u in (False, True)],
-    'align.alignment_of': lambda d: [*alignment_of(seen(d, 'hflip'), [(('x', 0), ('x', -1))], ['hflip'], k=3, times=20)],
-    'align.alignment_under': lambda d: [*alignment_under([(tok(d), source(d))], world(), ['hflip'], **FEW)],
-    'align.stability': lambda d: [*stability(alignment_under([((source(d), 0), source(d))], world(), ['hflip'], **FEW))],
+    'align.score_banks': lambda d: [*score_banks(seen(d, 'hflip'), [(('x', 0), ('x', -1))], ['hflip'], k=3, times=20)],
+    'align.score_sources': lambda d: [*score_sources([(tok(d), source(d))], world(), ['hflip'], **FEW)],
+    'align.summarize': lambda d: [*summarize(score_sources([((source(d), 0), source(d))], world(), ['hflip'], **FEW))],
     'align.se_cknna': lambda d: se_cknna(tok(d), source(d), world(), 'published', **FEW).facts,
     'probes.knn_accuracy': listed(lambda d: knn_accuracy(rows(d), classes(), rows(d, 1), classes().to(d), 5)),
     'probes.linear_probe': listed(lambda d: linear_probe(rows(d), classes().to(d), rows(d, 1), classes())),
@@ -349,26 +361,29 @@ CALLS = {
     'neighbours.prepare': lambda d: prepare(rows(d)),
     'neighbours.knn_graph': lambda d: [(g := knn_graph(rows(d), 4)).idx, g.val],
     'neighbours.mutual_knn': twice(mutual_knn, k=5),
-    'evaluate.reference': lambda d: reference(images().to(d), eye(d)),
-    'evaluate.write_samples': lambda d: [*read_samples(write_samples(f'{d.type}.npz', images().to(d)))],
+    'statistics.compute_statistics': lambda d: compute_statistics(images().to(d), eye(d)),
+    'statistics.write_samples': lambda d: [*read_samples(write_samples(f'{d.type}.npz', images().to(d)))],
     'evaluate.rfid': lambda d: [rfid(tok(d), world(), eye(d), sample=s, pr_n=0).value for s in (False, True)],
     'evaluate.gfid': lambda d: gfid(images(12, seed=5).to(d), known(), eye(d)).metrics,
     'evaluate.validate': listed(lambda d: validate(eye(d), World(40, seed=3), 20, dict(blur=(1.,), cast=(.2,)))),
-    'generate.tokenizer_of': lambda d: tokenizer_of(nets[NET].to(d)).name,
-    'generate.generate': lambda d: drawn(d),
-    'generate.evaluate_samples': lambda d: evaluate_samples(drawn(CPU), known(), eye(d), pr_n=0).metrics,
-    'recipes.opened': lambda d: opened(TINY, device=d).name,
+    'samplers.sample': lambda d: sample(lambda z, t: -z, normal(3, 4).to(d), Sampler(3)),
+    'samplers.guide': lambda d: guide(lambda z, t: -z, lambda z, t: z, 2.)(normal(3, 4).to(d), .5),
+    'samplers.pack_state': lambda d: pack_state(normal(2, 3, 4, 4).to(d), normal(2, 5, seed=1).to(d)),
+    'samplers.unpack_state': lambda d: unpack_state(normal(2, 53).to(d), (3, 4, 4)),
+    'generation.tokenizer_of': lambda d: tokenizer_of(nets[NET].to(d)).name,
+    'generation.generate': lambda d: drawn(d),
+    'generation.evaluate_samples': lambda d: evaluate_samples(drawn(CPU), known(), eye(d), pr_n=0).metrics,
+    'tokenizer.opened': lambda d: opened(TINY, device=d).name,
     'recipes.evaluate_tokenizer': lambda d: [evaluate_tokenizer(tok(d), world(), 6, 4, loss) for loss in (losses._Mean(fixed(Difference)), losses.pixel)],
-    'recipes.evaluate_warps': lambda d: evaluate_warps(tok(d), world(), 4),
-    'recipes.default_perceptual': lambda d: graded(default_perceptual(tok(d), quiet), d),
-    'recipes.encode_images': lambda d: load_weights(encode_images(tok(d), world(6), f'{d.type}.safetensors', 4))[0],
-    'recipes.decode_latents': lambda d: len(decode_latents(tok(d), encode_images(tok(CPU), world(6), 'z.safetensors'), 'out')),
+    'recipes.evaluate_equivariance': lambda d: evaluate_equivariance(tok(d), world(), 4),
+    'recipes.default_perceptual_loss': lambda d: graded(default_perceptual_loss(tok(d), quiet), d),
+    'recipes.decode_latents': lambda d: len(decode_latents(tok(d), cache_latents(tok(CPU), world(6), Path('z')), 'out')),
     'latents.latent_digest': lambda d: latent_digest(tok(d)),
     'latents.cache_name': lambda d: cache_name(tok(d), world()),
-    'latents.cache_latents': lambda d: cache_latents(tok(d), world(6), d.type, flips=True, batch_size=4).check(tok(d)).batch(range(6))['mean'],
-    'flow_train.vfm_targets': listed(lambda d: vfm_targets(VFM('tiny').to(d), images().to(d), (4, 4))),
-    'flow_train.sample_latents': lambda d: sample_latents(dit('sit', d), [0, 1, 4], (16, 4, 4), steps=3, guidance=1.5),
-    'flow_train.loss_by_level': lambda d: levels(d),
+    'latents.cache_latents': lambda d: cache_latents(tok(d), world(6), d.type, flips=True, batch_size=4).bind(tok(d)).batch(range(6))['mean'],
+    'flow_task.vfm_targets': listed(lambda d: vfm_targets(VFM('tiny').to(d), images().to(d), (4, 4))),
+    'samplers.sample_latents': lambda d: sample_latents(dit('sit', d), [0, 1, 4], (16, 4, 4), sampler=Sampler(3, guidance=1.5)),
+    'flow_task.loss_by_level': lambda d: levels(d),
     'tokenizer.reconstruct': lambda d: reconstruct(tok(d), images()),
     'tokenizer.fit_stats': lambda d: fit_stats(tok(d), world(), 8).std,
     'tokenizer.image_seeds': lambda d: image_seeds(images(3).to(d)),
@@ -388,32 +403,54 @@ CALLS = {
     'losses.distance_matrix': near(losses.distance_matrix),
     'losses.align_loss': near(losses.align_loss),
     'losses.adaptive_weight': lambda d: losses.adaptive_weight((w := normal(3).to(d).requires_grad_()).square().sum(), w.sum(), w, 2.),
-    'adversarial.gan_loss_d': listed(lambda d: adversarial.gan_loss_d(normal(3, 4).to(d), normal(3, 4, seed=1).to(d))),
-    'adversarial.gan_loss_g': lambda d: adversarial.gan_loss_g(normal(3, 4).to(d)),
-    'adversarial.feature_matching': lambda d: adversarial.feature_matching(*(fixed(PatchGAN, 8).to(d)(images(seed=i).to(d)) for i in (0, 1))).detach(),
-    'adversarial.diff_augment': lambda d: adversarial.diff_augment(images().to(d), 'color,translation,cutout').shape,
-    'adversarial.blur': lambda d: adversarial.blur(images().to(d), 1.),
-    'widgets.pca_colours': lambda d: widgets.pca_colours(normal(2, 5, 4, 4).to(d)),
-    'widgets.keeps': lambda d: widgets.keeps(widgets.KeepsState(), device=d),
+    'discriminators.gan_loss_d': listed(lambda d: discriminators.gan_loss_d(normal(3, 4).to(d), normal(3, 4, seed=1).to(d))),
+    'discriminators.gan_loss_g': lambda d: discriminators.gan_loss_g(normal(3, 4).to(d)),
+    'discriminators.feature_matching': lambda d: discriminators.feature_matching(*(fixed(PatchGAN, 8).to(d)(images(seed=i).to(d)) for i in (0, 1))).detach(),
+    'discriminators.diff_augment': lambda d: discriminators.diff_augment(images().to(d), 'color,translation,cutout').shape,
+    'discriminators.blur': lambda d: discriminators.blur(images().to(d), 1.),
+    'colours.pca_colours': lambda d: colours.pca_colours(normal(2, 5, 4, 4).to(d)),
     'labs.edit_latent': lambda d: [labs.edit_latent(normal(1, 4, 4, 4).to(d), normal(1, 4, 4, 4, seed=1).to(d), e, .5) for e in labs.EDITS],
-    'explorer.strip': lambda d: strip(rows(CPU), rows(d, 1)[:2], 5),
-    'measures.compare': compared,
-    **{f'measures.{n}': measure(n) for n in measures.__all__ if n not in ('METRICS', 'Measure', 'compare')}}
-STAYS = {'features.pool', 'views.see', 'neighbours.prepare', 'neighbours.knn_graph', 'metrics.psnr', 'metrics.ssim', 'metrics.ssim_signed', 'metrics.moments',
-         'recipes.default_perceptual', 'flow_train.vfm_targets', 'tokenizer.reconstruct', 'tokenizer.fit_stats', 'labs.edit_latent',
-         *(f'measures.{n}' for n in MAPS), *(k for k in CALLS if k.startswith(('losses.', 'adversarial.')))}
+    'colours.principal_axes': lambda d: colours.principal_axes(normal(9, 5).to(d)),
+    'keeps_lab.enlarge_to': lambda d: keeps_lab.enlarge_to(normal(2, 3, 20, 20).to(d), 48),
+    'explorer.neighbour_overlap': lambda d: neighbour_overlap(rows(CPU), rows(d, 1)[:2], 5),
+    'similarity.compare': compared,
+    **{f'similarity.{n}': measure(n) for n in similarity.__all__ if n not in ('METRICS', 'Measure', 'compare')}}
+STAYS = {'samplers.sample', 'samplers.guide', 'samplers.pack_state', 'samplers.unpack_state',
+         'features.pool', 'views.apply_view', 'neighbours.prepare', 'neighbours.knn_graph', 'metrics.psnr', 'metrics.ssim',
+         'metrics.ssim_signed', 'metrics.moments',
+         'recipes.default_perceptual_loss', 'flow_task.vfm_targets', 'tokenizer.reconstruct', 'tokenizer.fit_stats', 'labs.edit_latent',
+         'colours.principal_axes', 'keeps_lab.enlarge_to', *(f'similarity.{n}' for n in MAPS),
+         *(k for k in CALLS if k.startswith(('losses.', 'discriminators.')))}
 REASONS = {
-    'runs as a command, below': 'generate.train_flow recipes.train_tokenizer recipes.estimate recipes.processes_on recipes.build_training',
-    'names and numbers only': """views.label views.views views.image_set views.images_seen features.as_images features.batches generate.sample_labels
-        recipes.open_data recipes.training_data recipes.start_size recipes.plan recipes.config_for recipes.chosen losses.draw_warp latents.described
-        tokenizer.check_config tokenizer.register_bundled widgets.steps widgets.transform_controls widgets.middle explorer.layer_name""",
-    'reads files, or makes what is moved later': """views.as_source evaluate.bundled_extractor evaluate.read_samples generate.open_flow
-        recipes.open_tokenizer latents.latent_stats latents.import_latents latents.export_latents tokenizer.load_tokenizer""",
+    'runs as a command, below': '''generation.train_flow recipes.train_tokenizer recipes.estimate recipes.accelerator_on recipes.build_training
+        recipes.compile_decoder''',
+    'names and numbers only': """align.check_enough align.with_layer latents.as_scale latents.all_finite
+        views.view_name views.views views.image_set views.images_seen features.as_images features.batches generation.sample_labels
+        recipes.open_data recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described
+        tokenizer.check_config tokenizer.check_sides protocols.check_trainable
+        samplers.in_eval_mode samplers.methods presets.cost_text presets.flow_cost presets.forward_gflop
+        lab_base.slider_values lab_base.transform_controls lab_base.default_strength explorer.layer_name
+        lab_base.as_field
+        lab_base.check_state lab_base.class_name lab_base.about_set lab_base.join_sentences
+        lab_base.make_page session.find_layer session.is_tokenizer""",
+    'parts of the labs, which are looked at': '''explorer.explorer_page lab_base.image_tile lab_base.about_nets lab_base.read_images
+        session.fingerprint session.forget_replaced session.identity session.same_net session.claim_name session.nets_by_name
+        session.tokens_of session.encode_cpu session.decode_cpu''',
+    'reads files, or makes what is moved later': """latents.cache_folder latents.write_latent_shard latents.finish_cache
+        lab_base.file_stamps lab_base.files_of_set lab_base.lab_images
+        views.as_source extractors.bundled_extractor statistics.read_samples generation.open_net
+        tokenizer.open_tokenizer latents.latent_stats layouts.import_latents layouts.export_latents tokenizer.load_tokenizer""",
+    'parts of functions that are looked at': """features.samples features.move_source features.on_cpu features.extract_rows features.as_banks
+        features.check_banks features.load_bank neighbours.row_blocks neighbours.unit_rows neighbours.nearest_rows neighbours.copies_of
+        neighbours.warn_of_copies neighbours.graph_of neighbours.two_graphs metrics.gaussian losses.structural_similarity
+        samplers.trajectory samplers.classifier_free samplers.internal_guidance samplers.velocity_field samplers.time_grid samplers.diffusion
+        statistics.with_progress statistics.own_part statistics.own_statistics statistics.images_at_once""",
     'of rows that are there': 'robustness.robustness_figure robustness.layer_figure evaluate.compare_statistics',
-    'of widgets.keeps': 'widgets.keeps_figure widgets.keeps_text'}
+    }
 ASIDE = {name: why for why, names in REASONS.items() for name in names.split()}
-LOOKED = ('features', 'views', 'align', 'measures', 'probes', 'robustness', 'metrics', 'neighbours', 'evaluate', 'generate', 'recipes', 'latents', 'flow_train',
-          'tokenizer', 'losses', 'adversarial', 'widgets', 'labs', 'explorer')
+LOOKED = ('features', 'views', 'align', 'robustness', 'similarity', 'probes', 'metrics', 'neighbours', 'extractors', 'statistics', 'evaluate',
+          'samplers', 'generation', 'recipes', 'presets', 'latents', 'layouts', 'flow_task', 'protocols', 'tokenizer', 'losses', 'discriminators',
+          'colours', 'lab_base', 'keeps_lab', 'session', 'sampler_lab', 'labs', 'explorer')
 
 
 def fixed(make, *args):
@@ -437,10 +474,10 @@ def test_a_function_answers_the_same(name): both(CALLS[name], name in STAYS)
 def test_sampling_waits_for_no_step(family):
     def waits(steps, method, **how):
         clear()
-        with cuda(): z = sample_latents(dit(family, CUDA), [0, 1, 4], (16, 4, 4), steps=steps, method=method, guidance=1.5, **how)
+        with cuda(): z = sample_latents(dit(family, CUDA), [0, 1, 4], (16, 4, 4), sampler=Sampler(steps, method, guidance=1.5, **how))
         assert z.shape == (3, 16, 4, 4) and z.device == CPU
         return sum(SYNC.values())
-    for method in METHODS if family == 'sit' else ('heun',):
+    for method in methods() if family == 'sit' else ('heun',):
         if method != 'dopri5': assert waits(2, method) == waits(4, method) <= 3, (method, SYNC)        # which chooses its own steps, by looking
 
 
@@ -455,9 +492,9 @@ def test_every_net_trains_on_the_card(family):
 @pytest.mark.parametrize('name', [*tokenizers])
 def test_every_tokenizer_trains_on_the_card(name):
     with cuda():
-        critics = dict(gan=ProjectedDiscriminator(VFM('tiny')), patchgan=PatchGAN(8))
+        discriminators = dict(gan=ProjectedDiscriminator(VFM('tiny')), patchgan=PatchGAN(8))
         weights = dict(l1=1., l2=1., ssim=.1, gan=.2, patchgan=.2, feature_matching=1.)
-        task = TokenizerTask(tokenizers[name].train(), Stage('x', weights, (), 1e-4), half_life=100, betas=(.9, .99), clip=1., critics=critics)
+        task = TokenizerTask(tokenizers[name].train(), Stage('x', weights, (), 1e-4), half_life=100, betas=(.9, .99), clip=1., discriminators=discriminators)
         fit(task, loader(world(), 4, seed=0), 4, log_every=1, show=quiet)
         assert device_of(task.ema.net) == CUDA
 
@@ -466,8 +503,8 @@ def test_a_watch_looks_on_the_card(tmp_path):
     def call(d):
         task, data = flow_task('sit', d), Latents()
         task.ema.net.to(d)
-        watch = Watch(task, data, 8, tokenizer=tok(d), vfm=source(d), images=world(), n=6, steps=2)
-        return [watch.look(8), Watch(task, data, 8, tokenizer=tok(d), labels=[0, 1], n=6, steps=2).look(8)['images']]
+        watch = FlowMonitor(task, data, 8, tokenizer=tok(d), vfm=source(d), images=world(), n=6, sampler=Sampler(2))
+        return [watch.evaluate(8), FlowMonitor(task, data, 8, tokenizer=tok(d), labels=[0, 1], n=6, sampler=Sampler(2)).evaluate(8)['images']]
     both(call)
 
 
@@ -497,23 +534,22 @@ def pictures() -> str:
 
 
 COMMANDS = {
-    'demo': lambda: ['--train-images', '16', '--out', 'demo'],
-    'train-tokenizer': lambda: ['--preset', 'conv-tiny-f8d16', '--images', '4', '--batch', '4', '--size', '32', '--out', 't.safetensors',
+    'demo': lambda: ['--num-images', '16', '--out', 'demo'],
+    'train-tokenizer': lambda: ['--preset', 'conv-tiny-f8d16', '--num-images', '4', '--batch-size', '4', '--size', '32', '--out', 't.safetensors',
                                 '--held-out', pictures()],
-    'train-flow': lambda: ['--n', '8', '--images', '8', '--batch', '4', '--cache', 'cache', '--out', 'n.safetensors'],
-    'reconstruct': lambda: ['--images', pictures()], 'encode': lambda: ['--images', pictures()],
-    'decode': lambda: ['--latents', str(encode_images(tok(CPU), images(2), 'z.safetensors'))],
-    'cache': lambda: ['--images', pictures(), '--out', 'cache'], 'generate': lambda: ['--n', '2', '--steps', '1'],
-    'evaluate': lambda: ['--images', pictures()],
+    'train-flow': lambda: ['--n', '8', '--num-images', '8', '--batch-size', '4', '--cache', 'cache', '--out', 'n.safetensors'],
+    'reconstruct': lambda: ['--data', pictures()], 'encode': lambda: ['--data', pictures(), '--out', 'cache'],
+    'decode': lambda: ['--latents', str(cache_latents(tok(CPU), images(2), Path('z')).dir)],
+    'generate': lambda: ['--n', '2', '--steps', '1'],
+    'evaluate': lambda: ['--data', pictures()],
     'evaluate-samples': lambda: ['--n', '8', '--steps', '1', '--reference-n', '8', '--out', 'r.json'],
-    'align': lambda: ['--images', 'world', '--n', '12', '--k', '3', '--times', '20', '--transforms', 'hflip'],
+    'align': lambda: ['--data', 'world', '--n', '12', '--k', '3', '--times', '20', '--transforms', 'hflip'],
     'lab': lambda: ['--dry-run', '--n', '12']}
 
 
 def test_every_command_that_computes_takes_a_device():
-    known = {**cli._TRAINING, **cli._USING}
-    assert {*COMMANDS} == {*known} - {'doctor'}
-    assert all(('--device' in [flag for flag, *_ in known[c][2:]]) == (c != 'doctor') for c in known)
+    assert {*COMMANDS} == {*cli.COMMANDS} - {'doctor'}
+    assert all(('device' in c.options) == (name != 'doctor') for name, c in cli.COMMANDS.items())
 
 
 @pytest.mark.parametrize('name', COMMANDS)
@@ -532,8 +568,10 @@ def test_a_command_computes_where_it_is_told(name, capsys, monkeypatch):
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_a_device_that_is_not_there_is_one_line_before_any_work(name, capsys, monkeypatch):
-    monkeypatch.setitem(cli._USING if name in cli._USING else cli._TRAINING, name, (lambda a: pytest.fail('began'), *{**cli._TRAINING, **cli._USING}[name][1:]))
-    words = [w for flag, _, default, _ in {**cli._TRAINING, **cli._USING}[name][2:] if default is ... for w in (flag, 'x')]
+    was, words = cli.COMMANDS[name], [w for o in cli.COMMANDS[name].options.values() if o.default is ... for w in (f'--{o.name}', 'world')]
+    class Began(cli.Command):
+        options = was.options
+    monkeypatch.setitem(cli.COMMANDS, name, Began(lambda **how: pytest.fail('began')))
     for device in ('abacus', 'meta', 'cuda:-2', *([] if torch.cuda.is_available() else ['cuda', 'cuda:9'])):
         assert cli.main([name, *words, '--device', device]) == 2
         line, = capsys.readouterr().err.splitlines()
@@ -542,7 +580,7 @@ def test_a_device_that_is_not_there_is_one_line_before_any_work(name, capsys, mo
 
 # labs ------------------------------------------------------------------------------------------------------------------------------------------------------
 
-LABS = {'KeepsLab': lambda d: (widgets.KeepsLab(device=d), [dict(tokenizer='conv-tiny-f8d16'), dict(strength=45.)]),
+LABS = {'KeepsLab': lambda d: (keeps_lab.KeepsLab(device=d), [dict(tokenizer='conv-tiny-f8d16'), dict(strength=45.)]),
         'Explorer': lambda d: (Explorer(n=12, k=3, device=d, transform='hflip'),
                               [dict(tokenizers=(TINY, 'conv-tiny-f8d16'), image=2), dict(layer=0, metric='cka')]),
         'ReconstructionLab': lambda d: (labs.ReconstructionLab(device=d),
@@ -550,11 +588,11 @@ LABS = {'KeepsLab': lambda d: (widgets.KeepsLab(device=d), [dict(tokenizer='conv
         'NeighbourLab': lambda d: (labs.NeighbourLab(n=12, k=3, device=d), [dict(image=4)]),
         'LayerLab': lambda d: (labs.LayerLab(n=12, k=3, device=d), [dict(second=NET, column=1)]),
         'EmbeddingLab': lambda d: (labs.EmbeddingLab(n=12, device=d), [dict(colour='transform'), dict(source=TINY, colour='cluster')]),
-        'SamplerLab': lambda d: (labs.SamplerLab(steps=3, device=d), [dict(guidance=2., step=2), dict(method='euler', step=1)])}
+        'SamplerLab': lambda d: (sampler_lab.SamplerLab(steps=3, device=d), [dict(guidance=2., step=2), dict(method='euler', step=1)])}
 
 
 def test_every_lab_is_looked_at():
-    assert {*LABS} == {n for n, c in CLASSES.items() if issubclass(c, widgets.Lab)} - {'Lab', 'SetLab'}
+    assert {*LABS} == {n for n, c in CLASSES.items() if issubclass(c, lab_base.Lab)} - {'Lab', 'SetLab'}
 
 
 @pytest.mark.parametrize('name', LABS)
@@ -566,7 +604,8 @@ def test_a_lab_shows_the_same_from_the_card(name, monkeypatch):
         for move in ({}, *moves):
             lab.set(**move)
             lab.finish()
-            shown += [lab.look(lab.state), lab.figure().data]
+            page = lab.page()
+            shown += [[t.pixels for s in page.sections for t in s.tiles], [s.heading for s in page.sections], page.words, page.rows]
         return shown
     both(call)
 

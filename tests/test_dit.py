@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from vfmvae.core import Gaussian, UserError, build_config
-from vfmvae.dit import FAMILIES, DiT, DiTConfig, NetFeatures, image_seeds, open_net, save_net
-from vfmvae.dit_layers import Block, modulations, rope_table, rotate, sincos_table
-from vfmvae.features import FeatureSource, banks
-from vfmvae.flow import classifier_free, field, internal_guidance, join, sample
+from vfmvae.core import build_config, Gaussian, UserError
+from vfmvae.tokenizer import image_seeds
+from vfmvae.dit import DiT, DiTConfig, FAMILIES, NetFeatures, save_net
+from vfmvae.layers import sincos_table
+from vfmvae.dit_layers import Block, modulations, rope_table, rotate
+from vfmvae.features import banks, FeatureSource
+from vfmvae.samplers import classifier_free, internal_guidance, pack_state, sample, Sampler, velocity_field
 from vfmvae.published import load_net
-from vfmvae.tokenizer import LatentStats
+from vfmvae.protocols import LatentStats
 
 SMALL = dict(in_channels=4, patch_size=2, hidden_size=48, depth=3, num_heads=4, num_classes=10, encoder_depth=2, projector_dim=40)
 OWN = {'sit': {}, 'lightningdit': {}, 'repa': dict(z_dims=(24, 16)), 'reg': dict(z_dims=(24,), cls_dim=20),
@@ -174,9 +176,9 @@ def test_modulations_of_one_layer_and_of_none(): # widths may differ, and a sing
 def test_samplers_drive_it(net):
     "A float64 state, guided, with and without a class token; and internal guidance from one pass."
     z, _, y, *cls = batch(net)
-    state, shape = (join(z, *cls), z.shape[1:]) if cls else (z, None)
-    plain = sample(field(net, y, shape), state.double(), 4)
-    guided = sample(classifier_free(net, y, net.config.num_classes, 2., shape=shape), state.double(), 4)
+    state, shape = (pack_state(z, *cls), z.shape[1:]) if cls else (z, None)
+    plain = sample(velocity_field(net, y, shape), state.double(), Sampler(4, 'euler'))
+    guided = sample(classifier_free(net, y, net.config.num_classes, 2., shape=shape), state.double(), Sampler(4, 'euler'))
     assert guided.shape == state.shape and guided.isfinite().all() and (guided-plain)[y != net.config.num_classes].abs().max() > 1e-4
     early = DiT(DiTConfig(**{**asdict(net.config), 'base_depth': 2})).eval()
     early.load_state_dict(net.state_dict(), strict=False)
@@ -189,7 +191,7 @@ def test_samplers_drive_it(net):
 def test_one_graph(net):
     "Nothing breaks the graph that torch.compile makes, in training neither, and tables asked for before are not made again in it."
     x = batch(net)
-    net.places(*(s//net.config.patch_size for s in x[0].shape[2:]), x[0].device, torch.float32)
+    net.position_tables(*(s//net.config.patch_size for s in x[0].shape[2:]), x[0].device, torch.float32)
     graphs = []
     def count(module, inputs):
         graphs.append([n.target for n in module.graph.nodes])
@@ -231,7 +233,7 @@ def test_bad_input(net):
     (dict(num_heads=5), '5 heads do not divide a width of 48'), (dict(num_heads=24, rope=True), 'rope needs heads of 4'), (dict(depth=0), 'at least 1'),
     (dict(hidden_size=50, num_heads=5), 'multiple of 4'), (dict(norm='batch'), 'none of layer, rms'), (dict(mlp='relu'), 'none of gelu, swiglu'),
     (dict(qk_norm='batch'), 'none of none'),
-    (dict(qk_norm=True), 'does not fit'), (dict(label_dropout=1.), 'no share'), (dict(z_dims=(0,)), 'widths of alignment targets'),
+    (dict(qk_norm=True), 'does not fit'), (dict(label_dropout=1.), r'not in \[0, 1\)'), (dict(z_dims=(0,)), 'widths of alignment targets'),
     (dict(z_dims=(8,), encoder_depth=4), 'more than the 3 blocks'), (dict(base_depth=4), 'more than the 3 blocks'), (dict(rope=1), 'does not fit'),
     (dict(depth='3'), 'does not fit'), (dict(head_depth=2), '0 heads do not divide'), (dict(mlp_ratio=0), 'no width'),
     (dict(head_depth=2, head_hidden_size=48, head_num_heads=4, cls_dim=8), 'do not go together'), (dict(num_head=4), 'nearest: num_heads')])
@@ -336,7 +338,7 @@ def test_settings_that_contradict_the_file():
                        (dict(num_classes=11), 'misshaped: y_embedder'), (dict(patch_size=1), 'misshaped'), (dict(decoder_hidden_size=64), 'is not supported'),
                        (dict(num_heads=5), '5 heads do not divide'), (dict(encoder_depth=9), 'more than the 3 blocks'), (dict(depth=[2, 1]), 'only a rae net')):
         with says(said): load_net(sd, 'reg', **{**given, **more})
-    with says("no family 'dit'"): load_net(sd, 'dit')
+    with says("no family of nets named 'dit'"): load_net(sd, 'dit')
     with says('give num_heads'): load_net(published(make('sit')), 'sit')
     with says('give encoder_depth'): load_net(sd, 'reg')
     with says('no diffusion net'): load_net({'ema': {'w': torch.zeros(1)}}, 'sit')
@@ -348,12 +350,12 @@ def test_settings_that_contradict_the_file():
 @torch.no_grad()
 def test_own_files(net, tmp_path):
     path = save_net(tmp_path/'net.safetensors', net, tokenizer='tiny')
-    again = open_net(path)
+    again = DiT.load(path)
     assert again.config == net.config and torch.equal(flat(again(*batch(net))), flat(net(*batch(net)))) and again.meta['tokenizer'] == 'tiny'
     path.with_suffix('.json').unlink()
-    assert open_net(path).config == net.config                         # the head of the file holds the JSON, too
+    assert DiT.load(path).config == net.config                         # the head of the file holds the JSON, too
     save_file(net.state_dict(), path)
-    with says('no net configuration beside it'): open_net(path)
+    with says('no net configuration beside it'): DiT.load(path)
 
 # a net as a source of features -----------------------------------------------------------------------------------------------------------------
 

@@ -1,62 +1,99 @@
-"Laws of the pages: everything public has its entry, and a page asks no server."
-import ast, importlib.util, re
+"""`make docs`, once: every page and every name is there, links lead somewhere, no page asks a server, the search finds things."""
+import ast, json, re, subprocess, sys
 from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
 import pytest
-from vfmvae.docs import find_pages, main, reference
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_nbconvert = pytest.mark.skipif(importlib.util.find_spec('nbconvert') is None, reason='nbconvert is not installed; pip install -e .[dev]')
+MODULES = sorted(p.stem for p in (ROOT/'vfmvae').glob('*.py') if not p.stem.startswith('_'))
 
 
-@pytest.mark.parametrize('file', sorted((ROOT/'vfmvae').glob('[a-z]*.py')), ids=lambda f: f.stem)
-def test_every_public_function_and_class_has_its_entry_and_no_other(file):
-    source = file.read_text()
-    made = {n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    names = next(ast.literal_eval(n.value) for n in ast.parse(source).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__')
-    assert set(re.findall(r'(?m)^### (\w+)$', reference(source))) == made & {*names}
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The folder of the pages; what the generator said; path -> text."
+    pytest.importorskip('mkdocs_jupyter')
+    pytest.importorskip('mkdocstrings_handlers')
+    out = tmp_path_factory.mktemp('docs')
+    made = subprocess.run([sys.executable, 'docs/build.py', '--out', out], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]
+    pages = {f.relative_to(out).as_posix(): f.read_text(encoding='utf-8') for f in out.rglob('*.html')}
+    return out, made.stderr, pages
 
 
-def test_bodies_stay_out_and_decorated_and_one_line_definitions_stay_whole():
-    text = reference("""__all__ = ['f', 'g', 'C']
-@cache
-def f(a: int = 3): return a**5
-def g(x, # metres
-      *more):
-    'Words: with a colon.'
-    return secret
-class C(B):
-    'A thing.'
-    size: int = 2   # pixels
-    _own: int = 3
-    def __init__(self, n: int = 1): # how many
-        self.n = n
-    def go(self) -> None: 'Goes.'
-""")
-    for seen in ('def f(a: int = 3):', '# metres', '*more):', 'Words: with a colon.', 'size: int = 2   # pixels', '# how many', '#### go', 'Goes.'):
-        assert seen in text, seen
-    for unseen in ('a**5', 'secret', '_own', 'self.n'): assert unseen not in text, unseen
+def anchors(page): return set(re.findall(r'\bid="([^"]+)"', page))
 
 
-@needs_nbconvert
-def test_a_page_asks_no_server_and_its_links_lead_somewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    main(['--out', str(tmp_path), 'index', '03_features', 'learn/05_neighbours_by_hand'])
-    files = {f.relative_to(tmp_path).as_posix(): f.read_text() for f in tmp_path.rglob('*.html')}
-    assert {*files} == {'index.html', '03_features.html', 'learn/05_neighbours_by_hand.html'}
-    known = {f'{p.path}.html' for p in find_pages(ROOT/'nbs')}
-    for name, page in files.items():
-        assert not re.search(r'<(script|link|img|iframe)[^>]*(src|href)="(?!data:|#)|import[(].https?:|@import', page), name
-        links = [(tmp_path/name).parent/href for href in re.findall(r'<a href="([^"#:]+\.html)', page)]
-        assert links and {f.resolve().relative_to(tmp_path.resolve()).as_posix() for f in links} <= known
-    for page in files.values(): assert 'No description' not in page
-    assert 'Picture to: ' in files['index.html']
-    assert len(re.findall('<dt>', files['index.html'])) == len(known)-1
-    assert '#| export' not in files['03_features.html'] and '#| hide' not in files['learn/05_neighbours_by_hand.html']
+def test_each_notebook_and_each_module_has_its_page(site):
+    out, said, pages = site
+    notebooks = {p.relative_to(ROOT/'nbs').with_suffix('.html').as_posix() for p in (ROOT/'nbs').rglob('*.ipynb')
+                 if '.ipynb_checkpoints' not in p.parts}
+    assert notebooks | {f'reference/{m}.html' for m in MODULES} | {'reference/index.html', 'glossary.html', 'CONTRIBUTING.html'} == pages.keys() - {'404.html'}
+    assert not re.search(r'ERROR|Could not find', said), said
 
 
-@pytest.mark.parametrize('words, said', [(['14_flaw'], "no notebook '14_flaw'"), (['--nbs', 'nowhere'], 'no notebooks in nowhere')])
-def test_what_is_no_notebook_is_told(tmp_path, monkeypatch, capsys, words, said):
-    pytest.importorskip('nbformat')
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit): main(['--out', str(tmp_path), *words])
-    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
+def test_every_group_of_the_library_has_its_pages(site):
+    # the groups begin at numbers of notebooks; whoever renumbers those moves them
+    home = site[2]['index.html']
+    groups = dict(ast.literal_eval(re.search(r'(?s)^GROUPS = (\{.*?\})', (ROOT/'docs'/'build.py').read_text(), re.M)[1]))
+    numbers = sorted(int(re.match(r'\d+', p.name)[0]) for p in (ROOT/'nbs').glob('[0-9]*.ipynb'))
+    starts = sorted(groups)
+    for first, last in zip(starts, [*starts[1:], 100], strict=True):
+        assert any(first <= n < last for n in numbers), groups[first]
+        assert groups[first] in re.sub(r'\s+', ' ', home), groups[first]
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_every_public_function_and_class_has_its_entry(site, module):
+    tree = ast.parse((ROOT/'vfmvae'/f'{module}.py').read_text(encoding='utf-8'))
+    lists = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__']
+    names = ast.literal_eval(lists[0]) if lists else []
+    wanted = {f'vfmvae.{module}.{n.name}' for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in names}
+    assert wanted <= anchors(site[2][f'reference/{module}.html'])
+    for name in wanted: assert f'{module}.html#{name}"' in site[2]['reference/index.html'], name
+
+
+def test_comments_of_parameters_and_fields_are_shown(site):
+    page = site[2]['reference/world.html']
+    source = (ROOT/'vfmvae'/'world.py').read_text(encoding='utf-8')
+    one = re.search(r'^def \w+\((?:\n\s+)?\w+: .*?# ([a-z ]{8,})$', source, re.M)
+    assert one and one[1].strip() in page
+
+
+def test_links_lead_somewhere(site):
+    out, _, pages = site
+    known, broken, seen = {name: anchors(page) for name, page in pages.items()}, [], 0
+    for name, page in pages.items():
+        if name == '404.html': continue
+        for link in re.findall(r'<(?:a|img|script|link)\b[^>]*?\b(?:href|src)="([^"]+)"', page):
+            to, mark = urldefrag(link)
+            if re.match(r'[a-z]+:', to): continue
+            target = (out/name).parent/unquote(to) if to else out/name
+            if target.is_dir(): target = target/'index.html'
+            seen += 1
+            inside = target.resolve().relative_to(out.resolve()).as_posix()
+            if not target.is_file() or mark and inside in known and unquote(mark) not in known[inside]: broken.append((name, link))
+    assert not broken and seen > 1000, broken[:10]
+
+
+def test_no_page_asks_a_server(site):
+    out, _, pages = site
+    asks = r'<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)="(?:https?:)?//|url\(["\']?(?:https?:)?//|@import ["\']?(?:https?:)?//'
+    for name, page in pages.items():
+        assert re.findall(asks, page) == [] and 'pre class="mermaid"' not in page, name        # scripts of others only load for diagrams
+    for f in out.rglob('*.css'): assert re.findall(asks, f.read_text(encoding='utf-8')) == [], f
+
+
+def test_hidden_cells_are_left_out_and_pictures_are_described(site):
+    for name, page in site[2].items():
+        assert not re.search(r'(?m)^#\| ?(export|hide)', re.sub(r'<[^>]+>', '', page)) and 'No description' not in page, name
+    assert 'Picture to: ' in site[2]['index.html']
+
+
+def test_the_search_knows_pages_and_names(site):
+    out = site[0]
+    entries = json.loads((out/'search'/'search_index.json').read_text(encoding='utf-8'))['docs']
+    places = {e['location'] for e in entries}
+    assert 'reference/align.html#vfmvae.align.cknna' in places and any(p.startswith('paper/') for p in places)
+    assert (out/'search'/'search_index.js').is_file() and (out/'objects.inv').is_file()
+    assert 'iframe-worker.js' in site[2]['index.html']          # the search of a page opened from disk

@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from vfmvae.core import Gaussian, UserError, data_dir
-from vfmvae.data import World, folder, transform
-from vfmvae.evaluate import (CONVERSIONS, Extractor, Inception, Moments, Record, Statistics, VFMExtractor, bundled_extractor, compare_statistics, gfid,
-                             read_samples, reference, rfid, validate, write_samples)
+from vfmvae.core import Gaussian, Moments, UserError
+from vfmvae.files import data_dir
+from vfmvae.images import transform
+from vfmvae.world import World
+from vfmvae.folders import folder
+from vfmvae.extractors import bundled_extractor, Extractor, Inception, VFMExtractor
+from vfmvae.statistics import compute_statistics, CONVERSIONS, read_samples, Statistics, write_samples
+from vfmvae.evaluate import compare_statistics, gfid, Record, rfid, validate
 from vfmvae.metrics import frechet, frechet_features, moments
 from vfmvae.tokenizer import tokenizers
 from vfmvae.vfm import VFM
@@ -35,7 +39,7 @@ def eyes(): return bundled_extractor()
 
 
 @pytest.fixture(scope='module')
-def ref(eyes): return reference(World(150, seed=40), eyes, name='world 40')
+def ref(eyes): return compute_statistics(World(150, seed=40), eyes, name='world 40')
 
 
 def one_line(e): return '\n' not in str(e.value)
@@ -73,9 +77,9 @@ def test_moments_do_not_depend_on_the_grouping(size):
 @pytest.mark.parametrize('size', [1, 7, 60])
 def test_statistics_do_not_depend_on_the_batch(size):
     world = World(60, seed=3)
-    a = reference(world, Exact())
+    a = compute_statistics(world, Exact())
     for images in (world, world.batch(range(60))['image'], [world[i]['image'] for i in range(60)], (world[i] for i in range(60))):
-        b = reference(images, Exact(), size)
+        b = compute_statistics(images, Exact(), size)
         assert (a.mu-b.mu).abs().max() < 1e-10 and (a.sigma-b.sigma).abs().max() < 1e-10 and (a.sigma_s-b.sigma_s).abs().max() < 1e-10
         assert torch.equal(a.features, b.features) and (b.n, b.size) == (60, (64, 64))
         assert abs(compare_statistics(a, b)['fd']) < 1e-8 and compare_statistics(a, b)['precision'] == compare_statistics(a, b)['recall'] == 1
@@ -84,10 +88,12 @@ def test_statistics_do_not_depend_on_the_batch(size):
 TWO = '''
 import sys, torch, torch.nn.functional as F
 import torch.distributed as dist
-from vfmvae.core import Gaussian, UserError, write_json
-from vfmvae.data import World
-from vfmvae.evaluate import gfid, reference, rfid
-from vfmvae.train import leave
+from vfmvae.core import Gaussian, UserError
+from vfmvae.files import write_json
+from vfmvae.world import World
+from vfmvae.statistics import compute_statistics
+from vfmvae.evaluate import gfid, rfid
+from vfmvae.runtime import finish_distributed
 class Exact:
     name, preprocessing = 'exact', 'none'
     def __call__(self, x): return dict(features=F.avg_pool2d(x.double(), 16).flatten(1), spatial=F.avg_pool2d(x.double(), 32).flatten(1))
@@ -98,30 +104,30 @@ class Counts:
         return Gaussian(x)
     def decode(self, z): return z*.9
 import vfmvae.evaluate
-vfmvae.evaluate.provenance = dict         # asks timm for its version, which takes seconds to import
+vfmvae.runtime.provenance = dict         # asks timm for its version, which takes seconds to import
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
 world = World(41, seed=5)
 x = world.batch(range(41))['image']
 for k, images in enumerate((world, x, (world[i] for i in range(41)))):
-    reference(images, Exact(), 8).save(f'{folder}/{k}-{rank}.npz')
+    compute_statistics(images, Exact(), 8).save(f'{folder}/{k}-{rank}.npz')
 found = []
 for data, n in ((world, None), (x, None), ([*x], 30)):
     tok = Counts()
     found.append((rfid(tok, data, Exact(), n, batch_size=7).json(), tok.seen))
 bad = x.clone()
 bad[35] = float('nan')      # the second process meets it: the first must not wait for ever
-for f in (lambda: reference(bad, Exact()), lambda: rfid(Counts(), bad, Exact()), lambda: gfid(bad, f'{folder}/0-{rank}.npz', Exact())):
+for f in (lambda: compute_statistics(bad, Exact()), lambda: rfid(Counts(), bad, Exact()), lambda: gfid(bad, f'{folder}/0-{rank}.npz', Exact())):
     try: f()
     except UserError as e: found.append(str(e))
 write_json(f'{folder}/found-{rank}.json', found)
-leave()
+finish_distributed()
 '''
 
 
 def test_statistics_and_rfid_do_not_depend_on_the_number_of_processes(tmp_path):
     world = World(41, seed=5)
-    alone = reference(world, Exact())
+    alone = compute_statistics(world, Exact())
     both = [subprocess.Popen([sys.executable, '-c', TWO, str(r), str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for r in (0, 1)]
     class Dimmed(Identity):
         def decode(self, z): return z*.9
@@ -238,7 +244,7 @@ def test_inception_layers_are_those_of_adm(tmp_path):
 # files ------------------------------------------------------------------------------------------------------------------------------------------
 
 def test_statistics_survive_a_file_and_admS_open(tmp_path):
-    a = reference(World(50, seed=2), Exact(), name='fifty')
+    a = compute_statistics(World(50, seed=2), Exact(), name='fifty')
     b = Statistics.open(a.save(tmp_path/'a.npz'))
     assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in ('mu', 'sigma', 'mu_s', 'sigma_s', 'features'))
     assert (b.n, b.extractor, b.size, b.name, b.probs) == (50, 'exact', (64, 64), 'fifty', None)
@@ -284,7 +290,7 @@ def test_a_record_keeps_what_was_said_and_invents_nothing(eyes, ref):
     assert isinstance(r, Record) and r.value == r.metrics['fd'] and (r.n, r.reference, r.reference_n, r.extractor) == (100, 'world 40', 150, 'world')
     j = json.loads(json.dumps(r.json()))
     assert j['guidance']['interval'] == [0., .7] and j['made']['versions']['torch'] == torch.__version__ and j['labels'] == 'balanced'
-    assert not r.biased and r.neighbours == 3 and r.splits == 1 and 'balanced' in repr(r)
+    assert not r.biased and r.k == 3 and r.splits == 1 and 'balanced' in repr(r)
     with pytest.raises(AttributeError): r.value = 0.
     bare = gfid(World(100, seed=42), ref, eyes)
     assert all(getattr(bare, k) is None for k in (*how, 'subject', 'latent'))
@@ -426,7 +432,7 @@ def forged(path, name, header, body=b'', packed=True, version=1):
 
 def test_a_small_file_that_unpacks_to_gigabytes_is_refused_unread(tmp_path, monkeypatch):
     import tracemalloc
-    import vfmvae.evaluate as module
+    import vfmvae.statistics as module
     monkeypatch.setattr(module, '_MOST', 2**23)
     np.savez_compressed(tmp_path/'zeros.npz', mu=np.zeros(2000), sigma=np.zeros((2000, 2000)))
     npy = "{'descr': '%s', 'fortran_order': False, 'shape': %s, }"
@@ -504,9 +510,9 @@ def test_sets_of_others_are_judged_as_ours(sorted_by_class):
         def __getitem__(self, i):
             if i >= len(pictures): raise IndexError
             return pictures[i], i
-    want = reference(torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1)/127.5-1 for p in pictures])[..., 4:28], Colours())
+    want = compute_statistics(torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1)/127.5-1 for p in pictures])[..., 4:28], Colours())
     for data in (pictures, Pairs()):
-        got = reference(data, Colours())
+        got = compute_statistics(data, Colours())
         assert (got.size, got.resized) == ((24, 24), 'from 24x32 px') and (got.mu-want.mu).abs().max() < 1e-6
         with pytest.warns(UserWarning, match='feature dimensions'): assert abs(rfid(Identity(), data, Colours()).value) < 1e-9
 
@@ -521,7 +527,7 @@ def test_the_size_judged_and_what_was_resized_are_in_the_record(sorted_by_class,
         grey.resize((12, 40) if i == 5 else (30, 20)).save(mixed/f'{i}.png')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        ref = reference(sorted_by_class, Colours(), name='sorted')
+        ref = compute_statistics(sorted_by_class, Colours(), name='sorted')
         same, enlarged = (gfid(folder(d, size=16), ref, Colours()) for d in (large, mixed))
         r = rfid(Identity(), folder(mixed, size=16), Colours())
     assert ref.size == same.size == (16, 16) and same.resized is None and same.reference_resized == ref.resized == 'from 24x32 px'
@@ -548,7 +554,7 @@ WRONG = {'NaN': lambda x: x*math.nan, 'infinite': lambda x: x/0, 'of 0 to 255': 
 @pytest.mark.parametrize('wrong', WRONG)
 def test_extractors_get_images_as_floats_between_minus_one_and_one(wrong, eyes, ref):
     x = WRONG[wrong](World(6).batch(range(6))['image'])
-    for call in (lambda: eyes(x), lambda: VFMExtractor(VFM('tiny'))(x), lambda: reference(x, Exact()), lambda: gfid(x, ref, eyes),
+    for call in (lambda: eyes(x), lambda: VFMExtractor(VFM('tiny'))(x), lambda: compute_statistics(x, Exact()), lambda: gfid(x, ref, eyes),
                  lambda: rfid(Identity(), x, eyes)):
         with pytest.raises(UserError) as e: call()
         assert one_line(e)
@@ -561,9 +567,9 @@ def test_a_number_that_is_not_finite_is_told_not_returned():
     assert one_line(e)
     class Rows(Colours):
         def __call__(self, x): return dict(features=x.mean((2, 3)).double()[:-1])
-    with pytest.raises(UserError, match='3 rows of features for 4 images'): reference(torch.zeros(4, 3, 8, 8), Rows())
+    with pytest.raises(UserError, match='3 rows of features for 4 images'): compute_statistics(torch.zeros(4, 3, 8, 8), Rows())
     for words in (dict(batch_size=0), dict(batch_size=1.5)):
-        with pytest.raises(UserError, match='batch_size'): reference(torch.zeros(4, 3, 8, 8), Colours(), **words)
+        with pytest.raises(UserError, match='batch_size'): compute_statistics(torch.zeros(4, 3, 8, 8), Colours(), **words)
 
 
 def test_bad_input_is_named(tmp_path, eyes, ref):
@@ -573,9 +579,9 @@ def test_bad_input_is_named(tmp_path, eyes, ref):
              'cannot be compared': lambda: gfid(world, ref, Exact()), '64 and 3 dimensions': lambda: gfid(world, small, eyes),
              'NaN': lambda: gfid(torch.full((5, 3, 64, 64), math.nan), ref, eyes),
              r'\(32, 32\) against \(64, 64\)': lambda: gfid(World(80, size=32), ref, eyes),
-             'no images': lambda: gfid([], ref, eyes), 'at least 2': lambda: reference(world.batch([0])['image'], eyes),
-             'unequal size': lambda: reference([torch.zeros(3, 64, 64), torch.zeros(3, 64, 72)], Exact()),
-             r'\(b,3,H,W\)': lambda: reference(torch.zeros(4, 1, 64, 64), eyes),
+             'no images': lambda: gfid([], ref, eyes), 'at least 2': lambda: compute_statistics(world.batch([0])['image'], eyes),
+             'unequal size': lambda: compute_statistics([torch.zeros(3, 64, 64), torch.zeros(3, 64, 72)], Exact()),
+             r'\(b,3,H,W\)': lambda: compute_statistics(torch.zeros(4, 1, 64, 64), eyes),
              'where 9 were asked for': lambda: write_samples(tmp_path/'x.npz', torch.zeros(5, 3, 8, 8), n=9),
              'no conversion': lambda: write_samples(tmp_path/'x.npz', world, conversion='ceil'),
              'how many images': lambda: write_samples(tmp_path/'x.npz', iter([])),
@@ -591,3 +597,11 @@ def test_bad_input_is_named(tmp_path, eyes, ref):
 def test_a_file_of_zip_members_without_arrays_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path/'z.npz', 'w') as z: z.writestr('arr_0.npy', b'not an array')
     with pytest.raises(UserError, match='z.npz'): read_samples(tmp_path/'z.npz')
+
+
+@pytest.mark.parametrize('thing', [World(4), 3, None, torch.zeros(2, 3, 8, 8), ['a.npz'], ''], ids=lambda x: type(x).__name__)
+def test_what_is_no_file_of_statistics_is_one_line(thing, eyes):
+    # a data set where statistics are asked for is the likely mistake
+    for call in (lambda: gfid(World(4), thing, eyes), lambda: Statistics.open(thing), lambda: read_samples(thing)):
+        with pytest.raises(UserError, match='is no path') as e: call()
+        assert '\n' not in str(e.value)

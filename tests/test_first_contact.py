@@ -10,13 +10,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vfmvae.align import alignment_under, knn_accuracy, linear_probe, probe, ridge_probe, se_cknna
+from vfmvae.align import score_sources, se_cknna
+from vfmvae.probes import knn_accuracy, linear_probe, probe, ridge_probe
 from vfmvae.core import UserError
-from vfmvae.data import World, folder, shards, take, to_pil, transform
+from vfmvae.images import to_pil, transform
+from vfmvae.world import World
+from vfmvae.folders import folder, shards
+from vfmvae.data import take
 from vfmvae.robustness import layer_scores, robustness
 from vfmvae.tokenizer import LatentFeatures, save_tokenizer, tokenizers
 from vfmvae.vfm import VFM
-from vfmvae.views import Fitted, _stream, as_source, extract_views, gather, image_set, see
+from vfmvae.views import _stream, apply_view, as_source, extract_views, group_by_source, image_set, ResizePadVFM
 
 COLOURS = dict(ant=(220, 40, 40), bee=(40, 220, 40), cat=(40, 40, 220), dog=(220, 220, 40))
 class Colour:
@@ -98,8 +102,9 @@ def test_labels_of_any_form_give_the_same_probe():
     assert linear_probe(x[:50], y[:50] > 1, x[50:], y[50:] > 1).value > .8
     assert ridge_probe(x[:50], x[:50, :2].tolist(), x[50:], x[50:, :2].numpy()).value > .99
     bad = [(y[:50]+.5, y[50:], 'no class'), (y[:50]-1, y[50:], 'hold -1'), (words[:50], y[50:], 'words on one side'), (y[:50], y[50:].float()*torch.nan, 'NaN'),
-           (torch.eye(4)[y[:50]], y[50:], 'class of each row'), (None, y[50:], 'type object'), (y[:9], y[50:], 'one for each row'), (3, y[50:], 'one for each'),
-           ([None]*50, y[50:], 'type object'), (y[:50]*1j, y[50:], 'type complex')]
+           (torch.eye(4)[y[:50]], y[50:], 'class of each row'), (None, y[50:], 'not text, objects'), (y[:9], y[50:], 'one for each row'),
+           (3, y[50:], 'one for each'),
+           ([None]*50, y[50:], 'not text, objects'), (y[:50]*1j, y[50:], 'complex')]
     for u, v, says in bad:
         with pytest.raises(UserError, match=says) as e: linear_probe(x[:50], u, x[50:], v)
         assert '\n' not in str(e.value)
@@ -114,7 +119,7 @@ def test_names_files_and_objects_are_one(tmp_path):
     file = save_tokenizer(tmp_path/'own.safetensors', tok)
     want = se_cknna(tok, VFM('tiny'), world, [('rotation', 90)], k=3, times=20, quiet=True)
     assert robustness([('vfmvae-tiny-f8d16', 'tiny')], world, [('rotation', 90)], k=3, times=20, quiet=True) == want
-    assert [r['value'] for r in alignment_under([(str(file), ('tiny', -1))], world, [('rotation', 90)], k=3, times=20, quiet=True)] == want.column('value')
+    assert [r['value'] for r in score_sources([(str(file), ('tiny', -1))], world, [('rotation', 90)], k=3, times=20, quiet=True)] == want.column('value')
     assert layer_scores([file], ['tiny'], world, k=3, times=20, quiet=True)[0]['value'] == want[0]['value']
     assert probe('tiny', World(20), World(20, seed=9), layers=[0], seeds=(0,), k=3)[0]['source'] == 'tiny'
     assert isinstance(as_source('conv-f8d16'), LatentFeatures)
@@ -130,12 +135,12 @@ def test_a_name_of_nothing_is_one_line(name, says):
 def test_two_objects_of_one_net_are_one_source():
     one, two, other = VFM('tiny'), VFM('tiny'), VFM('tiny', pretrained=False)
     toks = [LatentFeatures(tokenizers['conv-f8d16']) for _ in range(2)]
-    found = gather([(one, -1), (two, 0), (toks[0], 'latent'), (toks[1], 'latent')])
+    found = group_by_source([(one, -1), (two, 0), (toks[0], 'latent'), (toks[1], 'latent')])
     assert found['tiny'] == (one, [-1, 0]) and found['conv-f8d16'] == (toks[0], ['latent'])
     sampled = LatentFeatures(toks[0].tokenizer, sample_seed=0)
-    for a, b in ((one, other), (Fitted(one), Fitted(one, .5)), (toks[0], sampled)):      # other weights, other settings
-        with pytest.raises(UserError, match='two different sources'): gather([(a, a.layers[0]), (b, b.layers[0])])
-    assert len(alignment_under([('tiny', 'tiny'), (('tiny', 0), one)], World(12), ['hflip'], k=3, times=20, quiet=True)) == 4
+    for a, b in ((one, other), (ResizePadVFM(one), ResizePadVFM(one, .5)), (toks[0], sampled)):      # other weights, other settings
+        with pytest.raises(UserError, match='two different sources'): group_by_source([(a, a.layers[0]), (b, b.layers[0])])
+    assert len(score_sources([('tiny', 'tiny'), (('tiny', 0), one)], World(12), ['hflip'], k=3, times=20, quiet=True)) == 4
 
 
 def test_whatever_stands_for_images(tmp_path):
@@ -159,7 +164,7 @@ def test_n_is_spread_and_written_down(tmp_path):
     ds = as_folder(tmp_path/'x', COLOURS, 10)
     class Flat(Colour):
         def features(self, x, layers=None): return {0: x.flatten(2).transpose(1, 2)}
-    t = alignment_under(
+    t = score_sources(
         [(Flat(), Colour2())], ds, ['mixed'], k=3, times=20, quiet=True, n=12)
     assert t.n == 12 and t.taken == '12 of 40, spread' and len(t.data) == 16
     seen = extract_views({'c': (Colour(), [0])}, image_set(ds, 12), ['mixed'], quiet=True)
@@ -168,7 +173,7 @@ def test_n_is_spread_and_written_down(tmp_path):
     again.check(seen['clean', 'c', 0])                                                    # places by rank of name, stamps of the same files
     p = probe(Colour(), ds, ds, k=3, seeds=(0,), n=20)
     assert (p.n_train, p.n_test, p.train['taken']) == (20, 20, '20 of 40, spread')
-    assert alignment_under([(Flat(), Colour2())], World(30), ['hflip'], k=3, times=20, quiet=True, n=15).taken == 'the first 15 of 30'
+    assert score_sources([(Flat(), Colour2())], World(30), ['hflip'], k=3, times=20, quiet=True, n=15).taken == 'the first 15 of 30'
 
 
 class Colour2(Colour):
@@ -183,14 +188,14 @@ def test_streams_of_other_seeds_do_not_meet():
     assert first == set(range(42, 10_042))
     for seed in (0, 1, 41, 43, 44, 52, 1000, -1, 2**40+1): assert not first & {_stream(seed, i) for i in range(10_000)}, seed
     x = World(1).batch([0])['image'].repeat(20, 1, 1, 1)                                  # one image 20 times: what differs is what was drawn
-    of = lambda seed: {i.numpy().tobytes() for i in see(x, ('colour', .4), range(20), seed)[0][1]}
+    of = lambda seed: {i.numpy().tobytes() for i in apply_view(x, ('colour', .4), range(20), seed)[0][1]}
     assert not of(42) & of(43) and not of(0) & of(1) and len(of(0)) == 20
     for view in (('crop', .3), ('occlusion', .2), ('translation', .2)):                   # seed 42: the draws of the studies
-        assert torch.equal(see(x[:1], view, [7], 42)[0][1], transform(x[:1], *view, 42+7))
+        assert torch.equal(apply_view(x[:1], view, [7], 42)[0][1], transform(x[:1], *view, 42+7))
 
 
 def test_the_seed_reaches_the_views():
-    ask = lambda seed: alignment_under([(Colour(), Colour2())], World(40, seed=8), [('noise', .2), ('crop', .3)], k=3, times=20, quiet=True, seed=seed)
+    ask = lambda seed: score_sources([(Colour(), Colour2())], World(40, seed=8), [('noise', .2), ('crop', .3)], k=3, times=20, quiet=True, seed=seed)
     zero, one = ask(0), ask(1)
     assert zero[0]['value'] == one[0]['value'] and all(zero[i]['value'] != one[i]['value'] for i in (1, 2)) and (zero.seed, one.seed) == (0, 1)
     drawn = extract_views({'c': (Colour(), [0])}, World(40, seed=8), [('noise', .2)], quiet=True, seed=42)['noise 0.2', 'c', 0]
@@ -206,12 +211,12 @@ def test_adapters_say_where_they_are():
         def features(self, x, layers=None):
             assert x.device.type == 'meta', 'images lie elsewhere'
             return {0: torch.zeros(len(x), 1, 3)}
-    source = Fitted(Net())
-    assert source.device.type == 'meta' and Fitted(VFM('tiny')).device.type == 'cpu'
+    source = ResizePadVFM(Net())
+    assert source.device.type == 'meta' and ResizePadVFM(VFM('tiny')).device.type == 'cpu'
     assert extract_views({'net': (source, [0])}, World(4), quiet=True)['clean', 'net', 0].features.shape == (4, 3)
-    with pytest.raises(UserError, match='too few'): Fitted(VFM('tiny')).features(torch.zeros(1, 3, 3, 3))
+    with pytest.raises(UserError, match='too few'): ResizePadVFM(VFM('tiny')).features(torch.zeros(1, 3, 3, 3))
     for ratio in (0, -1, float('nan'), 'x'):
-        with pytest.raises(UserError, match='ratio'): Fitted(VFM('tiny'), ratio)
+        with pytest.raises(UserError, match='ratio'): ResizePadVFM(VFM('tiny'), ratio)
 
 
 @pytest.mark.parametrize('call', [
@@ -219,7 +224,7 @@ def test_adapters_say_where_they_are():
     lambda w: se_cknna('tiny', 'tiny', w, k=3, times='x'), lambda w: se_cknna('tiny', 'tiny', w, k=3, seed=.5), lambda w: se_cknna('tiny', 'tiny', w, k=3, n=0),
     lambda w: se_cknna('tiny', 'tiny', w, [('rotation', 'far')]), lambda w: se_cknna('tiny', 'tiny', w, [('rotation', float('nan'))]),
     lambda w: se_cknna('tiny', 'tiny', w, 5), lambda w: se_cknna('tiny', 'tiny', w, [5]), lambda w: se_cknna('tiny', 'tiny', w, ('rotation', 45)),
-    lambda w: alignment_under('tiny', w), lambda w: alignment_under([('tiny',)], w), lambda w: alignment_under([('tiny', ('tiny', 0, 1))], w),
+    lambda w: score_sources('tiny', w), lambda w: score_sources([('tiny',)], w), lambda w: score_sources([('tiny', ('tiny', 0, 1))], w),
     lambda w: layer_scores('tiny', ['tiny'], w), lambda w: layer_scores(['tiny'], 'tiny', w), lambda w: probe('tiny', w, w, k=0, layers=[0]),
     lambda w: probe('tiny', w, w, seeds=(.5,)), lambda w: probe('tiny', w, w, batch_size=0), lambda w: extract_views({}, w, names=['a']),
     lambda w: extract_views({}, w, batch_size=0), lambda w: extract_views({}, w, seed='x')])

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from vfmvae.core import UserError
-from vfmvae.flow import (FLOW_WEIGHTS, FORMS, KINDS, LAWS, METHODS, ODES, PATHS, SDES, ImageNoise, classifier_free, coefficients, convert, cosine_loss,
-                         diffusion, dimension_shift, field, flow_loss, guide, half_diffusion, internal_guidance, interpolate, join, part, prediction_error,
-                         repa_loss, sample, sample_t, shift_t, t_interval, time_grid, trajectory)
+from vfmvae.flow import (coefficients, convert, cosine_loss, dimension_shift, DiTOutput, flow_loss, FLOW_WEIGHTS,
+                         FlowTargets, half_diffusion, interpolate, PATHS, prediction_error, PREDICTIONS, repa_loss,
+                         sample_t, shift_t, t_interval, TIME_DISTRIBUTIONS)
+from vfmvae.samplers import (classifier_free, diffusion, DIFFUSION_COEFFICIENTS, guide, ImageNoise, internal_guidance,
+                             methods, ODES, pack_state, sample, Sampler, SDES, time_grid, trajectory, unpack_state,
+                             velocity_field)
 
 MU, S = torch.tensor([-1.5, .4, 2.], dtype=torch.float64), torch.tensor([.3, 1.4, .7], dtype=torch.float64)   # data: N(MU, S^2), coordinate by coordinate
 
@@ -37,8 +40,8 @@ def slope(errors, factor=2.):
 # paths and predictions ---------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('path', PATHS)
-@pytest.mark.parametrize('source', KINDS)
-@pytest.mark.parametrize('to', KINDS)
+@pytest.mark.parametrize('source', PREDICTIONS)
+@pytest.mark.parametrize('to', PREDICTIONS)
 def test_predictions_convert_both_ways(path, source, to):
     z, noise, t = normal(40, 3, 2, 2), normal(40, 3, 2, 2, seed=1), torch.linspace(.02, .98, 40, dtype=torch.float64)
     z_t, v = interpolate(z, noise, t, path)
@@ -82,7 +85,7 @@ def test_t_is_between_0_and_1(bad):
 @pytest.mark.parametrize('call, message', [
     (lambda z: interpolate(z, z[:2], .5), 'must be equal'), (lambda z: interpolate(z, z, torch.rand(3)), 'batch of 4'),
     (lambda z: interpolate(z, z, torch.rand(4, 1)), 'batch of 4'), (lambda z: interpolate(z, z, .5, 'cosine'), 'known: linear, gvp, vp'),
-    (lambda z: convert(z, z[:, :2], .5, 'noise', 'data'), 'must be equal'), (lambda z: convert(z, z, .5, 'eps', 'data'), "no prediction 'eps'"),
+    (lambda z: convert(z, z[:, :2], .5, 'noise', 'data'), 'must be equal'), (lambda z: convert(z, z, .5, 'eps', 'data'), "no prediction named 'eps'"),
     (lambda z: t_interval('linear', 'velocty'), 'nearest: velocity'), (lambda z: diffusion(.5, 'sbmd'), 'nearest: sbdm')])
 def test_bad_input_of_paths(call, message):
     with pytest.raises(UserError, match=message): call(normal(4, 3))
@@ -95,7 +98,7 @@ def cdf(t, law, mean, std):
     return t if law == 'uniform' else torch.special.ndtr((x[law]()-mean)/std)
 
 
-@pytest.mark.parametrize('law', LAWS)
+@pytest.mark.parametrize('law', TIME_DISTRIBUTIONS)
 @pytest.mark.parametrize('mean, std, shift, interval', [(0., 1., 1., None), (.8, .8, 1., None), (0., 1., 6.93, None), (-.5, 2., .5, (.1, .9))])
 def test_time_laws(law, mean, std, shift, interval):
     # Kolmogorov and Smirnov against the law's own distribution function: 1.95/sqrt(n) is the 0.1 % level
@@ -136,7 +139,7 @@ def test_bad_input_of_noise_levels(call, message):
 # losses -------------------------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('path', PATHS)
-@pytest.mark.parametrize('predict', KINDS)
+@pytest.mark.parametrize('predict', PREDICTIONS)
 def test_who_is_right_has_no_loss(path, predict):
     z, noise, y = normal(8, 3, 2, 2), normal(8, 3, 2, 2, seed=1), torch.zeros(8)
     def net(z_t, t, y): return convert(noise, z_t, t, 'noise', predict, path) if predict != 'data' else z
@@ -146,18 +149,14 @@ def test_who_is_right_has_no_loss(path, predict):
 
 def test_terms_are_unweighted_and_only_what_has_a_weight_is_computed():
     z, y, cls, h = normal(6, 4, 2, 2).float(), torch.zeros(6), normal(6, 5).float(), normal(6, 9, 7).float()
-    said = []
-    def heads():
-        said.append(1)
-        return [h+1, h]
-    def net(z_t, t, y, cls=None): return torch.zeros_like(z_t) if cls is None else (torch.zeros_like(z_t), torch.zeros_like(cls))
+    def net(z_t, t, y, cls=None): return DiTOutput(torch.zeros_like(z_t), cls if cls is None else torch.zeros_like(cls), projections=(h+1, h))
     w = dict(flow=1., cosine=.1, repa=.5, cls=.03)
-    out = flow_loss(net, z, y, w, cls=cls, targets=[h, h], projections=heads, generator=gen())
-    assert set(out) == {*w, 'loss', 't', 'per_sample'} and len(said) == 1
+    out = flow_loss(net, z, y, w, targets=FlowTargets(cls, tokens=[h, h]), generator=gen())
+    assert set(out) == {*w, 'loss', 't', 'per_sample'}
     assert torch.allclose(out['loss'], sum(w[k]*out[k] for k in w)) and torch.allclose(out['per_sample'].mean(), out['flow'])
     assert torch.allclose(out['repa'], (repa_loss([h+1], [h])+repa_loss([h], [h]))/2)
-    less = flow_loss(net, z, y, dict(flow=2.), targets=[h, h], projections=heads, generator=gen())
-    assert set(less) == {'flow', 'loss', 't', 'per_sample'} and len(said) == 1 and less['loss'] == 2*less['flow']
+    less = flow_loss(net, z, y, dict(flow=2.), targets=FlowTargets(tokens=[h, h]), generator=gen())
+    assert set(less) == {'flow', 'loss', 't', 'per_sample'} and less['loss'] == 2*less['flow']
     assert torch.equal(less['flow'], out['flow'])   # the class token draws its noise last, so the rest stays
 
 
@@ -167,7 +166,7 @@ def test_a_class_token_is_compared_row_by_row_on_any_path():
     for path in ('linear', 'gvp'):
         want = interpolate(cls, cls_noise, t, path)[1]
         def net(z_t, t, y, c, want=want): return z_t, want+2
-        out = flow_loss(net, z, torch.zeros(5), dict(cls=1.), t=t, noise=noise, cls=cls, cls_noise=cls_noise, path=path)
+        out = flow_loss(net, z, torch.zeros(5), dict(cls=1.), t=t, noise=noise, targets=FlowTargets(cls, cls_noise), path=path)
         assert abs(out['cls']-4) < 1e-12
 
 
@@ -182,8 +181,11 @@ def test_cosines_survive_half_precision():
 
 @pytest.mark.parametrize('kw, message', [
     (dict(weights=dict(floww=1.)), 'nearest: flow'), (dict(weights={}), 'at least one of'), (dict(weights=FLOW_WEIGHTS['reg']), 'give both or none'),
-    (dict(cls=torch.zeros(4, 2)), 'give both or none'),
-    (dict(weights=FLOW_WEIGHTS['repa']), 'targets and projections'), (dict(weights=dict(cls=1.), cls=torch.zeros(4, 2)), 'returns one tensor'),
+    (dict(targets=FlowTargets(torch.zeros(4, 2))), 'give both or none'),
+    (dict(weights=FLOW_WEIGHTS['repa']), 'needs FlowTargets.tokens'),
+    (dict(weights=dict(cls=1.), targets=FlowTargets(torch.zeros(4, 2))), "no output for the weight 'cls'"),
+    (dict(weights=dict(repa=1.), targets=FlowTargets(tokens=[torch.zeros(4, 2, 3)])), "no output for the weight 'repa'"),
+
     (dict(y=torch.zeros(3)), '3 labels for 4'), (dict(law='logit'), 'nearest: logit_normal'), (dict(noise=torch.zeros(4, 3)), 'must be equal'),
     (dict(t=torch.full((4,), 500.)), 'between 0'), (dict(t=torch.rand(3)), 'batch of 4'), (dict(predict='epsilon'), 'no prediction'),
     (dict(weighting='velocity'), 'velocity has no weighting'), (dict(predict='noise', weighting='likelyhood'), 'nearest: likelihood'),
@@ -213,7 +215,7 @@ def test_order_of_convergence(path, method):
     # steps shrink towards the data on the VP path, whose field changes fast there
     grid = (lambda n: time_grid(n, interval=(low, high))) if path != 'vp' else lambda n: low + (high-low)*torch.linspace(1, 0, n+1, dtype=torch.float64)**3
     def f(z, t, decide=None): return gaussian(z, t, path)
-    errors = [(sample(f, z, method=method, path=path, grid=grid(n))-end).abs().max().item() for n in (40, 80)]
+    errors = [(sample(f, z, Sampler(method=method, path=path, grid=grid(n)))-end).abs().max().item() for n in (40, 80)]
     order = 3 if (method, path) == ('midpoint', 'linear') else ORDER[method]   # there the variance is quadratic in t, and the rule gains one
     assert abs(slope(errors)-order) < .3, errors
     assert errors[-1] < (.1 if method == 'euler' else 5e-3)
@@ -221,7 +223,7 @@ def test_order_of_convergence(path, method):
 
 @pytest.mark.parametrize('method', ('euler', 'midpoint', 'heun'))   # rk4 asks at t = 0, where this field is 0/0
 def test_a_point_mass_is_hit_exactly_by_one_step(method):
-    assert torch.allclose(sample(lambda z, t: (z-MU)/t, normal(7, 3), 1, method), MU.expand(7, 3), atol=1e-12)
+    assert torch.allclose(sample(lambda z, t: (z-MU)/t, normal(7, 3), Sampler(1, method)), MU.expand(7, 3), atol=1e-12)
 
 
 @pytest.mark.parametrize('path', ('linear', 'gvp'))
@@ -231,16 +233,16 @@ def test_dopri5_keeps_its_promise_and_stays_in_range(path):
     def f(z, t):
         asked.append(t)
         return gaussian(z, t, path)
-    off = [(sample(f, z, 4, 'dopri5', path=path, rtol=r, atol=r/100)-carried(z, path, 1., 0.)).abs().max() for r in (1e-3, 1e-6)]
+    off = [(sample(f, z, Sampler(4, 'dopri5', path=path, rtol=r, atol=r/100))-carried(z, path, 1., 0.)).abs().max() for r in (1e-3, 1e-6)]
     assert off[0] < 2e-2 and off[1] < 2e-5
     assert 0 <= min(asked) and max(asked) <= 1
-    every = sample(f, z, 4, 'dopri5', path=path, states=True, rtol=1e-6, atol=1e-8)[1]
+    every = sample(f, z, Sampler(4, 'dopri5', path=path, rtol=1e-6, atol=1e-8), states=True)
     for t, x in zip(time_grid(4).tolist(), every, strict=True): assert torch.allclose(x, carried(z, path, 1., t), atol=1e-4)
 
 
 def test_dopri5_without_torchdiffeq_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torchdiffeq', None)
-    with pytest.raises(UserError, match="pip install torchdiffeq.*'heun'"): sample(gaussian, normal(2, 3), 4, 'dopri5')
+    with pytest.raises(UserError, match="torchdiffeq is not installed: pip install 'vfmvae.ode.*'heun'"): sample(gaussian, normal(2, 3), Sampler(4, 'dopri5'))
 
 
 def marginal(method, steps, path='linear', mu=.7, s=.6, **kw):
@@ -248,13 +250,13 @@ def marginal(method, steps, path='linear', mu=.7, s=.6, **kw):
     without noise gives the mean, and one row for each number (a one there, zeros else) its share of the variance."""
     f = partial(gaussian, path=path, mu=mu, s=s)
     rows = torch.eye(steps+2, dtype=torch.float64)[1:, :, None]   # of the starting noise, then of each step
-    z = sample(f, rows[0], steps, method, path=path, draw=iter(rows[1:]).__next__, **kw)[:, 0]
+    z = sample(f, rows[0], Sampler(steps, method, path=path, **kw), draw=iter(rows[1:]).__next__)[:, 0]
     return z[0].item(), (z[1:]-z[0]).square().sum().item()
 
 
 @pytest.mark.parametrize('path', ('linear', 'gvp'))
 @pytest.mark.parametrize('method', SDES)
-@pytest.mark.parametrize('form', [f for f in FORMS if f != 'sbdm'])
+@pytest.mark.parametrize('form', [f for f in DIFFUSION_COEFFICIENTS if f != 'sbdm'])
 def test_sde_has_the_marginal_of_the_data(path, method, form):
     (mean, var), (mean2, var2) = (marginal(method, n, path, form=form, norm=.7, last=None) for n in (48, 96))
     assert abs(var2-.36) < .012 and abs(2*var2-var-.36) < 1.2e-3            # order 1: without its 1/n the error is gone
@@ -272,7 +274,7 @@ def test_published_last_steps(method, last):
     def f(z, t):
         calls.append(t)
         return gaussian(z, t)
-    sample(f, normal(2, 3), 10, 'sde', last=last, draw=lambda: torch.zeros(2, 3))
+    sample(f, normal(2, 3), Sampler(10, 'sde', last=last), draw=lambda: torch.zeros(2, 3))
     assert len(calls) == 10 and torch.allclose(torch.tensor(calls), torch.linspace(1, .04, 10))
 
 
@@ -281,19 +283,21 @@ def test_sbdm_is_finite_and_right(method):
     assert all(math.isfinite(x) for path in PATHS for x in marginal(method, 20, path, form='sbdm'))
     mean, var = marginal(method, 100, form='sbdm', last=None)
     assert abs(mean-.7) < 1e-4 and abs(var-.36) < 1e-3
-    with pytest.raises(UserError, match='sbdm'): sample(gaussian, normal(2, 3), method=method, form='sbdm', grid=time_grid(5), draw=lambda: torch.zeros(2, 3))
+    with pytest.raises(UserError, match='sbdm'): Sampler(method=method, form='sbdm', grid=time_grid(5))
 
 
 def test_heun_sde_does_not_ask_for_the_score_of_data():
-    for form in FORMS: assert sample(gaussian, normal(4, 3), 20, 'sde_heun', form=form, last=None, draw=lambda: normal(4, 3, seed=1)).isfinite().all()
+    for form in DIFFUSION_COEFFICIENTS:
+        s = Sampler(20, 'sde_heun', form=form, last=None)
+        assert sample(gaussian, normal(4, 3), s, draw=lambda: normal(4, 3, seed=1)).isfinite().all()
 
 
-@pytest.mark.parametrize('method', [m for m in METHODS if m != 'dopri5'])
+@pytest.mark.parametrize('method', [m for m in methods() if m != 'dopri5'])
 @pytest.mark.parametrize('shape', ((2,), (3, 2, 2)))
 def test_a_sample_does_not_depend_on_its_batch(method, shape):
     def net(z, t, y): return torch.sin(3*z)+y.view(-1, *[1]*(z.ndim-1))*t.view(-1, *[1]*(z.ndim-1))
     labels = torch.arange(10)
-    def draw(index, seed=5): return sample(classifier_free(net, labels[index], 9, 2., interval=(.2, .8)), ImageNoise(seed, index, shape), 7, method)
+    def draw(index, seed=5): return sample(classifier_free(net, labels[index], 9, 2., interval=(.2, .8)), ImageNoise(seed, index, shape), Sampler(7, method))
     whole = draw(list(range(10)))
     for index in ([3], [8, 2], [9, 0, 1, 7]): assert torch.allclose(draw(index), whole[index], atol=1e-6, rtol=1e-6)
     assert not torch.allclose(draw([3], seed=6), whole[[3]], atol=1e-2) and whole.dtype == torch.float32
@@ -317,11 +321,11 @@ def test_state_is_float64_and_the_net_sees_the_precision_of_the_noise():
         seen.add(z.dtype)
         return gaussian(z, t).to(z.dtype)
     z = normal(100, 3).float()
-    fine, coarse = (sample(f, z, 500, dtype=d) for d in (torch.float64, torch.float32))
-    truth = sample(gaussian, z.double(), 500)
+    fine, coarse = (sample(f, z, Sampler(500, 'euler'), dtype=d) for d in (torch.float64, torch.float32))
+    truth = sample(gaussian, z.double(), Sampler(500, 'euler'))
     assert seen == {torch.float32} and fine.dtype == torch.float32
     assert (fine-truth).abs().max() < (coarse-truth).abs().max()/2
-    assert sample(f, z.bfloat16(), 3).dtype == torch.bfloat16
+    assert sample(f, z.bfloat16(), Sampler(3, 'euler')).dtype == torch.bfloat16
 
 
 def test_states_come_one_by_one():
@@ -329,23 +333,27 @@ def test_states_come_one_by_one():
     def f(z, t):
         asked.append(t)
         return gaussian(z, t)
-    walk = trajectory(f, normal(4, 3), 10)
+    walk = trajectory(f, normal(4, 3), Sampler(10, 'euler'))
     assert next(walk)[0] == 1 and not asked
     assert next(walk)[0] == .9 and len(asked) == 1
-    end, every = sample(gaussian, normal(4, 3), 10, states=True)
+    every = sample(gaussian, normal(4, 3), Sampler(10, 'euler'), states=True)
+    end = sample(gaussian, normal(4, 3), Sampler(10, 'euler'))
     assert every.shape == (11, 4, 3) and torch.equal(every[0], normal(4, 3)) and torch.equal(every[-1], end)
-    assert torch.allclose(sample(gaussian, every[4], grid=time_grid(10)[4:]), end, atol=1e-14)   # a walk can be taken up anywhere
+    assert torch.allclose(sample(gaussian, every[4], Sampler(method='euler', grid=time_grid(10)[4:])), end, atol=1e-14)   # a walk can be taken up anywhere
 
 
 @pytest.mark.parametrize('kw, message', [
     (dict(method='eular'), 'nearest: euler'), (dict(steps=0), 'at least 1'), (dict(path='vq'), 'nearest: vp'),
     (dict(grid=torch.tensor([1., .5, .5])), 'without repeats'), (dict(grid=torch.tensor([0., 1.])), 'without repeats'),
     (dict(grid=torch.tensor([1.])), 'without repeats'), (dict(grid=torch.tensor([999., 0.])), 'between 0'),
-    (dict(method='sde'), 'ImageNoise'), (dict(method='sde', draw=lambda: 0, last='mode'), "no last step 'mode'"),
+    (dict(method='sde'), 'ImageNoise'), (dict(method='sde', draw=lambda: 0, last='mode'), "no last step named 'mode'"),
     (dict(method='sde', draw=lambda: torch.zeros(3)), 'drawn noise'), (dict(shift=0.), 'positive'),
     (dict(method='sde', draw=lambda: torch.zeros(4, 3), form='sigm'), 'nearest: sigma'), (dict(velocity=lambda z, t: z[:2]), 'velocity and state')])
 def test_bad_input_of_samplers(kw, message):
-    with pytest.raises(UserError, match=message): sample(**dict(velocity=gaussian, noise=normal(4, 3), steps=3) | kw)
+    kw = dict(kw)
+    with pytest.raises(UserError, match=message):
+        given = {k: kw.pop(k) for k in ('velocity', 'draw') if k in kw}
+        sample(**dict(velocity=gaussian, noise=normal(4, 3), sampler=Sampler(**dict(steps=3, method='euler') | kw)) | given)
 
 
 # guidance -----------------------------------------------------------------------------------------------------------------------------------------
@@ -361,7 +369,7 @@ class Counting:
 @pytest.mark.parametrize('method, asked', dict(euler=1, midpoint=2, rk4=4).items())
 def test_outside_the_interval_half_the_cost(method, asked):
     net = Counting()
-    sample(classifier_free(net, torch.tensor([4, 7]), 10, 2., interval=(.25, .5)), normal(2, 4), grid=torch.linspace(1, 0, 9).double(), method=method)
+    sample(classifier_free(net, torch.tensor([4, 7]), 10, 2., interval=(.25, .5)), normal(2, 4), Sampler(grid=torch.linspace(1, 0, 9).double(), method=method))
     with_null = [t for t, y in net.calls if y == 10]
     assert len(net.calls)-len(with_null) == 8*asked and all(.25 <= t <= .5 for t in with_null)
     assert len(with_null) == sum(.25 <= t <= .5 for t, y in net.calls if y != 10) > 0
@@ -388,12 +396,12 @@ def test_three_channels_and_all():
 @pytest.mark.parametrize('cls_scale, cls_wanted', [(0., 3), (1., 3), (2.3, 5.6)])
 def test_class_token_has_its_own_scale(cls_scale, cls_wanted):
     net, shape = Counting(), (4, 2, 2)
-    state = join(torch.zeros(2, *shape), torch.zeros(2, 5))
+    state = pack_state(torch.zeros(2, *shape), torch.zeros(2, 5))
     def both(z, t, y, cls): return net(z, t, y), net(cls, t, y)
     f = classifier_free(both, torch.tensor([4, 7]), 10, 2., channels=3, shape=shape, cls_scale=cls_scale)
-    z, cls = part(f(state, .5), shape)
+    z, cls = unpack_state(f(state, .5), shape)
     assert z.shape == (2, *shape) and z[0, :, 0, 0].tolist() == [5, 5, 5, 3] and torch.allclose(cls, torch.full((2, 5), float(cls_wanted)))
-    a, b = part(join(normal(2, *shape), normal(2, 5)), shape)
+    a, b = unpack_state(pack_state(normal(2, *shape), normal(2, 5)), shape)
     assert torch.equal(a, normal(2, *shape)) and torch.equal(b, normal(2, 5))
 
 
@@ -409,21 +417,22 @@ def test_guidance_nests():
 def test_nets_that_predict_something_else_are_fields_too():
     z, y = normal(6, 3), torch.zeros(6).long()
     for path in ('linear', 'gvp'):
-        for predict in KINDS:
+        for predict in PREDICTIONS:
             def net(z, t, y, path=path, predict=predict): return convert(gaussian(z, t[0].item(), path), z, t, 'velocity', predict, path)
-            assert torch.allclose(field(net, y, predict=predict, path=path)(z, .6), gaussian(z, .6, path), atol=1e-10)
+            assert torch.allclose(velocity_field(net, y, predict=predict, path=path)(z, .6), gaussian(z, .6, path), atol=1e-10)
 
 
 def test_gradients_are_the_callers_choice():
     w = torch.ones(3, requires_grad=True, dtype=torch.float64)
-    sample(lambda z, t: z*w, normal(2, 3), 4, 'heun').sum().backward()
+    sample(lambda z, t: z*w, normal(2, 3), Sampler(4)).sum().backward()
     assert w.grad.isfinite().all() and (w.grad != 0).all()
 
 
 @pytest.mark.parametrize('call, message', [
     (lambda n, z: guide(n, n, 2., (.8, .2)), 'low, high'), (lambda n, z: guide(n, n, 2., (0, 1000)), 'low, high'),
     (lambda n, z: internal_guidance(n, 2., (-1, 1)), 'low, high'), (lambda n, z: classifier_free(n, torch.zeros(2), 10, 2., channels=0), 'at least 1'),
-    (lambda n, z: field(n, torch.zeros(3))(z, .5), '3 labels for 2'), (lambda n, z: field(lambda z, t, y: (z, z), torch.zeros(2))(z, .5), 'class token'),
-    (lambda n, z: field(lambda z, t, y: z[:, :1], torch.zeros(2))(z, .5), 'must be equal')])
+    (lambda n, z: velocity_field(n, torch.zeros(3))(z, .5), '3 labels for 2'),
+    (lambda n, z: velocity_field(lambda z, t, y: (z, z), torch.zeros(2))(z, .5), 'class token'),
+    (lambda n, z: velocity_field(lambda z, t, y: z[:, :1], torch.zeros(2))(z, .5), 'must be equal')])
 def test_bad_input_of_guidance(call, message):
     with pytest.raises(UserError, match=message): call(Counting(), torch.zeros(2, 4))

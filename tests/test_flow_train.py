@@ -3,17 +3,24 @@ import math, shutil
 from dataclasses import replace
 import pytest
 import torch
-from vfmvae.core import Gaussian, UserError, load_weights, seed_all
-from vfmvae.data import World, loader
-from vfmvae.dit import FAMILIES, DiT, DiTConfig, open_net, save_net
-from vfmvae.evaluate import bundled_extractor
-from vfmvae.flow import FLOW_WEIGHTS, flow_loss
-from vfmvae.flow_presets import FLOW_PRESETS, FlowPreset, flow_cost, forward_gflop
-from vfmvae.flow_train import FlowConfig, FlowTask, Watch, loss_by_level, sample_latents, vfm_targets
-from vfmvae.generate import generate, nets, sample_labels, tokenizer_of, train_flow
+from vfmvae.core import Gaussian, UserError
+from vfmvae.files import load_weights
+from vfmvae.runtime import seed_all
+from vfmvae.world import World
+from vfmvae.data import loader
+from vfmvae.dit import DiT, DiTConfig, FAMILIES, save_net
+from vfmvae.extractors import bundled_extractor
+from vfmvae.flow import flow_loss, FLOW_WEIGHTS, FlowTargets
+from vfmvae.samplers import Sampler
+from vfmvae.presets import flow_cost, FLOW_PRESETS, FlowPreset, forward_gflop
+from vfmvae.samplers import sample_latents
+from vfmvae.flow_task import FlowConfig, FlowMonitor, FlowTask, loss_by_level, vfm_targets
+from vfmvae.generation import generate, nets, sample_labels, tokenizer_of, train_flow
 from vfmvae.latents import LatentCache
-from vfmvae.recipes import PRESETS, chosen, train_tokenizer
-from vfmvae.train import NotFinite, Run, fit
+from vfmvae.presets import PRESETS
+from vfmvae.recipes import get_preset, train_tokenizer
+from vfmvae.run import Run
+from vfmvae.train import fit, NotFinite
 from vfmvae.vfm import VFM
 
 quiet = lambda rows: None
@@ -57,7 +64,7 @@ def test_every_family_takes_a_step_and_learns(family):
     t = task_of(family, alive=False)
     rows = fit(t, loader(Rows(images=family in ('repa', 'reg')), 16), 16*30, log_every=10, show=quiet)
     assert rows[-1]['loss'] < rows[0]['loss'] and {*t.flow.weights} <= {*rows[-1]}
-    z = sample_latents(t.ema.net, [0, 1, 4], (3, 4, 4), steps=3, guidance=1.5)
+    z = sample_latents(t.ema.net, [0, 1, 4], (3, 4, 4), sampler=Sampler(3, guidance=1.5))
     assert z.shape == (3, 3, 4, 4) and z.isfinite().all()
 
 
@@ -69,14 +76,11 @@ def test_the_terms_are_those_of_flow_loss(family):
     got = t.terms(b, net=net)
     seed_all(5)
     z = Gaussian(b['mean'], b['logvar']).sample()
-    kept, more = {}, {}
-    def call(z_t, level, y, cls=None):
-        out = net(z_t, level, y, cls, layers=())
-        kept['zs'] = out.projections
-        return out.v if out.v_cls is None else (out.v, out.v_cls)
+    more = {}
+    def call(*inputs): return net(*inputs, layers=())
     if family == 'reg':
         cls, h = vfm_targets(vfm, b['image'], (2, 2))
-        more = dict(cls=cls, targets=[torch.cat([cls[:, None], h], 1)], projections=lambda: kept['zs'])
+        more = dict(targets=FlowTargets(cls, tokens=[torch.cat([cls[:, None], h], 1)]))
     want = flow_loss(call, z, b['label'], FLOW_WEIGHTS[family], **more)
     for k in want: torch.testing.assert_close(got[k], want[k])
 
@@ -173,17 +177,18 @@ PARALLEL = '''
 import sys, torch
 sys.path.insert(0, TESTS)
 from test_flow_train import Rows, net_of
-from vfmvae.core import save_weights
-from vfmvae.data import Loader
-from vfmvae.flow_train import FlowConfig, FlowTask
-from vfmvae.train import fit, processes
+from vfmvae.files import save_weights
+from vfmvae.data import ImageLoader
+from vfmvae.flow_task import FlowConfig, FlowTask
+from vfmvae.runtime import make_accelerator
+from vfmvae.train import fit
 class Fixed(FlowTask):                         # noise and its level by the latent: no process draws anything
     def terms(self, batch, seen=0, net=None, **given):
         z = batch["mean"]
         return super().terms(batch, seen, net, t=z.flatten(1).std(1).clamp(0, 1), noise=z.flip(-1)*1.5)
-acc = processes()
+acc = make_accelerator()
 task = Fixed(net_of(label_dropout=0.), FlowConfig(lr=1e-3, clip=.5, ema=.9))
-rows = fit(task, Loader(Rows(wide=False), 16, 0, acc.process_index, acc.num_processes, 0), 96, log_every=1, show=lambda h: None, accelerator=acc)
+rows = fit(task, ImageLoader(Rows(wide=False), 16, 0, acc.process_index, acc.num_processes, 0), 96, log_every=1, show=lambda h: None, accelerator=acc)
 meta = dict(rows=[(r["flow"], r["grad_norm"]) for r in rows], processes=acc.num_processes)
 if acc.is_main_process: save_weights(sys.argv[1], task.ema.net.state_dict(), meta)
 '''
@@ -254,31 +259,31 @@ def test_what_does_not_fit_is_refused():
                        (lambda: FlowTask(net_of('repa'), FlowConfig(FLOW_WEIGHTS['repa'])), 'aligns with 1 VFMs, 0'),
                        (lambda: FlowTask(net_of(), precision='fp8'), 'fp8'),
                        (lambda: FlowConfig(lr=0), 'FlowConfig.lr'), (lambda: FlowConfig(laws=()), 'laws'),
-                       (lambda: Watch(task_of(), Rows(), 0), 'no interval')):
+                       (lambda: FlowMonitor(task_of(), Rows(), 0), 'every: 0 is out of range')):
         with pytest.raises(UserError, match=says) as e: make()
         assert '\n' not in str(e.value)
 
 
 def test_a_sample_depends_on_seed_and_number_alone():
     net = net_of()
-    z = sample_latents(net, [0, 1, 2, 3, 4], (3, 4, 4), seed=7, steps=4, guidance=2., batch_size=5)
+    z = sample_latents(net, [0, 1, 2, 3, 4], (3, 4, 4), sampler=Sampler(4, guidance=2.), seed=7, batch_size=5)
     for size in (1, 2, 3):
-        some = sample_latents(net, [0, 1, 2, 3, 4], (3, 4, 4), seed=7, steps=4, guidance=2., batch_size=size)
+        some = sample_latents(net, [0, 1, 2, 3, 4], (3, 4, 4), sampler=Sampler(4, guidance=2.), seed=7, batch_size=size)
         torch.testing.assert_close(some, z, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(sample_latents(net, [3, 1], (3, 4, 4), seed=7, index=[3, 1], steps=4, guidance=2.), z[[3, 1]], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sample_latents(net, [3, 1], (3, 4, 4), sampler=Sampler(4, guidance=2.), seed=7, index=[3, 1]), z[[3, 1]], atol=1e-5, rtol=1e-4)
     for method in ('sde', 'sde_heun'):
-        a = sample_latents(net, [0, 1, 2], (3, 4, 4), seed=7, steps=4, method=method)
-        torch.testing.assert_close(sample_latents(net, [2], (3, 4, 4), seed=7, index=[2], steps=4, method=method), a[2:], atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(sample_latents(net, [0], (3, 4, 4), seed=8, steps=4), z[:1], atol=1e-2)
+        a = sample_latents(net, [0, 1, 2], (3, 4, 4), sampler=Sampler(4, method), seed=7)
+        torch.testing.assert_close(sample_latents(net, [2], (3, 4, 4), sampler=Sampler(4, method), seed=7, index=[2]), a[2:], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(sample_latents(net, [0], (3, 4, 4), sampler=Sampler(4), seed=8), z[:1], atol=1e-2)
     net.train()
-    a = sample_latents(net, [0, 1], (3, 4, 4), steps=2)
-    assert net.training and torch.equal(a, sample_latents(net.eval(), [0, 1], (3, 4, 4), steps=2))         # no label is dropped
+    a = sample_latents(net, [0, 1], (3, 4, 4), sampler=Sampler(2))
+    assert net.training and torch.equal(a, sample_latents(net.eval(), [0, 1], (3, 4, 4), sampler=Sampler(2)))         # no label is dropped
 
 
 def test_watching_draws_no_number_of_the_run(tmp_path):
     a, b = task_of(), task_of()
     fit(a, loader(Rows(), 8), 160, log_every=2, show=quiet)
-    w = Watch(b, Rows(48), 64, Run(tmp_path/'w'), n=20)
+    w = FlowMonitor(b, Rows(48), 64, Run(tmp_path/'w'), n=20)
     fit(b, loader(Rows(), 8), 160, Run(tmp_path/'w'), log_every=2, show=w)
     assert all(torch.equal(p, q) for p, q in zip(a.net.parameters(), b.net.parameters(), strict=True))
     assert [r['images'] for r in w.rows] == [64, 128] and len((tmp_path/'w'/'watch.jsonl').read_text().splitlines()) == 2
@@ -297,29 +302,29 @@ def test_loss_by_level_is_the_error_at_that_level():
 
 def test_presets_are_the_published_recipes():
     light, reg = FLOW_PRESETS['lightningdit-560ep'], FLOW_PRESETS['reg-640ep']
-    assert light.images//light.batch == 560*1251 and reg.images//reg.batch == 640*1251 and light.batch == reg.batch == 1024
+    assert light.num_images//light.batch_size == 560*1251 and reg.num_images//reg.batch_size == 640*1251 and light.batch_size == reg.batch_size == 1024
     assert light.flow.law(600_000*1024-1) == 'logit_normal' and light.flow.law(600_000*1024) == 'uniform' and reg.flow.law(0) == 'uniform'
     f = light.flow
     assert (f.lr, f.betas, f.weight_decay, f.clip, f.ema) == (2e-4, (.9, .95), 0, None, .9999) and reg.flow.clip == 1.
     assert light.flow.weights == dict(flow=1., cosine=1.) and reg.flow.weights == dict(flow=1., repa=.5, cls=.03)
     assert (light.net.qk_norm, reg.net.qk_norm, reg.net.cls_dim, reg.net.z_dims, reg.net.encoder_depth) == ('rms', 'layer', 768, (768,), 8)
     assert abs(forward_gflop(light.net, light.latent)-237.3) < .1 and abs(forward_gflop(reg.net, reg.latent)-242.4) < .1
-    assert light.sampling['channels'] == 3 and reg.sampling['method'] == 'sde' and not reg.flips and light.flips
+    assert light.sampling.channels == 3 and reg.sampling.method == 'sde' and not reg.flips and light.flips
     half, whole = (flow_cost(FLOW_PRESETS[f'reg-{n}ep'])['hours'] for n in (80, 640))
     assert abs(whole/half-8) < 1e-9
-    assert {*FLOW_PRESETS} <= {*PRESETS} and chosen('reg-80ep', FlowPreset) is FLOW_PRESETS['reg-80ep']
+    assert {*FLOW_PRESETS} <= {*PRESETS} and get_preset('reg-80ep', FlowPreset) is FLOW_PRESETS['reg-80ep']
     with pytest.raises(UserError, match='use train_flow'): train_tokenizer('reg-80ep')
     with pytest.raises(UserError, match='use train_tokenizer'): train_flow('tiny')
 
 
 def test_a_net_says_whose_latents_it_learned(tmp_path):
     p = replace(FLOW_PRESETS['dit-vfmvae-tiny-f8d16'], net=replace(FLOW_PRESETS['dit-vfmvae-tiny-f8d16'].net, hidden_size=32, depth=1, num_heads=2))
-    net, rows = train_flow(p, World(24, seed=9), tmp_path/'c', images=48, batch=8, out=tmp_path/'n.safetensors', log_every=2, show=quiet)
-    opened = open_net(tmp_path/'n.safetensors')
+    net, rows = train_flow(p, World(24, seed=9), tmp_path/'c', num_images=48, batch_size=8, out=tmp_path/'n.safetensors', log_every=2, show=quiet)
+    opened = DiT.load(tmp_path/'n.safetensors')
     assert opened.meta['recipe']['latents'] == 24 and opened.meta['scale']['std'] == net.meta['scale']['std'] and len(rows) == 3
     a, b = (generate(x, [1, 2], steps=2).images for x in (net, tmp_path/'n.safetensors'))
     torch.testing.assert_close(a, b)
-    generate(opened, [1, 2, 3], steps=2, out=tmp_path/'png', batch_size=2, rank=1, processes=2)
+    generate(opened, [1, 2, 3], steps=2, out=tmp_path/'png', batch_size=2, rank=1, num_processes=2)
     assert [f.name for f in sorted((tmp_path/'png').iterdir())] == ['000002.png']
     bare = net_of()
     with pytest.raises(UserError, match='does not say whose latents'): tokenizer_of(bare)
@@ -327,7 +332,7 @@ def test_a_net_says_whose_latents_it_learned(tmp_path):
     save_net(tmp_path/'wrong.safetensors', net, **dict(net.meta, scale=dict(mean=[0.]*16, std=[9.]*16)))
     with pytest.raises(UserError, match='trained anew'): generate(tmp_path/'wrong.safetensors', 2, steps=2)
     with pytest.raises(UserError, match='nearest'): generate('dit-vfmvae-tiny', 2)
-    with pytest.raises(UserError, match='another path|another cache'): train_flow(p, World(24, seed=10), tmp_path/'c', images=48, batch=8)
+    with pytest.raises(UserError, match='another path|another cache'): train_flow(p, World(24, seed=10), tmp_path/'c', num_images=48, batch_size=8)
 
 
 def test_the_second_final_layer_learns_and_guides():
@@ -341,20 +346,21 @@ def test_the_second_final_layer_learns_and_guides():
     z_t = (1-level)*b['mean'] + level*draws['noise']
     said = net(z_t, draws['t'], b['label'], layers=())
     torch.testing.assert_close(terms['base'], (said.base-(draws['noise']-b['mean'])).square().mean())
-    walk = lambda **how: sample_latents(net, [0, 1, 3], (3, 4, 4), steps=3, method='euler', **how)
+    walk = lambda **how: sample_latents(net, [0, 1, 3], (3, 4, 4), sampler=Sampler(3, 'euler', **how))
     torch.testing.assert_close(walk(weak='base'), walk())
     assert not torch.allclose(walk(weak='base', guidance=2.), walk(guidance=2.), atol=1e-3)
-    for act, words in ((lambda: sample_latents(net_of(), [0], (3, 4, 4), weak='base'), 'second final layer'), (lambda: walk(weak='bsae'), "'bsae'"),
+    for act, words in ((lambda: sample_latents(net_of(), [0], (3, 4, 4), sampler=Sampler(weak='base')), 'second final layer'),
+                       (lambda: walk(weak='bsae'), "'bsae'"),
                        (lambda: FlowTask(net_of(base_depth=1)), 'go together'),
                        (lambda: FlowTask(net_of(), FlowConfig(dict(flow=1., base=1.))), 'go together')):
         with pytest.raises(UserError, match=words): act()
     z, y = b['mean'], b['label']
-    with pytest.raises(UserError, match='base='): flow_loss(net_of(), z, y, dict(flow=1., base=1.))
+    with pytest.raises(UserError, match="no output for the weight 'base'"): flow_loss(net_of(), z, y, dict(flow=1., base=1.))
 
 
 def test_a_weaker_net_without_class_is_guidance_and_autoguidance_in_one():
     net, other = net_of(seed=1).eval(), net_of(seed=2).eval()
-    walk = lambda **how: sample_latents(net, [0, 1, 3], (3, 4, 4), steps=3, method='euler', guidance=2., **how)
+    walk = lambda **how: sample_latents(net, [0, 1, 3], (3, 4, 4), sampler=Sampler(3, 'euler', guidance=2., weak_null=how.pop('weak_null', False)), **how)
     torch.testing.assert_close(walk(weak=net, weak_null=True), walk())
     null = lambda z, t, y: other(z, t, torch.full_like(y, 4))
     class Told(torch.nn.Module):
@@ -376,10 +382,10 @@ def test_labels_of_a_set():
 def test_bundled_nets_belong_to_bundled_tokenizers(name):
     net, late = nets[name], name.removesuffix('-early')
     tok, p = tokenizer_of(net), FLOW_PRESETS[late]
-    assert f'dit-{tok.name}' == late and net.config == p.net and net.meta['recipe']['images'] == (p.images if late == name else 4800*p.batch)
+    assert f'dit-{tok.name}' == late and net.config == p.net and net.meta['recipe']['images'] == (p.num_images if late == name else 4800*p.batch_size)
     assert {v.dtype for v in net.state_dict().values()} == {torch.float32}
     assert not net.training and isinstance(LatentCache, type)
-    z = sample_latents(net, [0, 5], tuple(net.meta['latent']), steps=4)
+    z = sample_latents(net, [0, 5], tuple(net.meta['latent']), sampler=Sampler(4))
     assert z.isfinite().all() and .3 < z.std() < 3
 
 
@@ -387,7 +393,7 @@ def test_the_bundled_net_draws_what_is_asked_for():
     s, look = generate('dit-vfmvae-tiny-f8d16', 128, seed=11, steps=8), bundled_extractor()
     with torch.no_grad(): said = torch.cat([look(x)['probs'].argmax(1) for x in s.images.split(64)])
     assert (said == s.labels).double().mean() > .7      # .8 of what it says of real images, less three errors of 128 samples
-    assert s.facts['guidance'] == dict(guidance=4.5, interval=[.2, 1.], weak='dit-vfmvae-tiny-f8d16-early', weak_null=True)
+    assert s.facts['guidance'] == dict(guidance=4.5, interval=(.2, 1.), weak='dit-vfmvae-tiny-f8d16-early', weak_null=True)
 
 
 NAN = float('nan')
@@ -421,13 +427,16 @@ SAMPLING = [dict(steps=v) for v in (0, -1, 1.5, NAN, 'x', True)] + [dict(guidanc
 def test_sampling_of_wrong_values_is_one_line(wrong):
     net = net_of()
     for weak in (None, net) if 'guidance' in wrong else (None,):
-        with pytest.raises(UserError) as e: sample_latents(net, [0, 1], (3, 4, 4), weak=weak, **dict(steps=2) | wrong)
+        with pytest.raises(UserError) as e:
+            own = {k: v for k, v in wrong.items() if k in ('seed', 'batch_size')}
+            sampler = Sampler(**dict(steps=2) | {k: v for k, v in wrong.items() if k not in own})
+            sample_latents(net, [0, 1], (3, 4, 4), sampler=sampler, weak=weak, **own)
         assert '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('labels', [[], [5], [-1], [.5], ['x'], torch.tensor([7])], ids=str)
 def test_labels_that_are_none_are_one_line(labels):
-    with pytest.raises(UserError) as e: sample_latents(net_of(), labels, (3, 4, 4), steps=1)
+    with pytest.raises(UserError) as e: sample_latents(net_of(), labels, (3, 4, 4), sampler=Sampler(1))
     assert '\n' not in str(e.value)
 
 
@@ -436,15 +445,15 @@ def test_sampling_that_leaves_the_numbers_says_so(method):
     net = net_of()
     with torch.no_grad(): net.final_layer.linear.weight.fill_(3e38)
     for how in (dict(), dict(states=True)):
-        with pytest.raises(UserError, match='ended in NaN or infinity') as e: sample_latents(net, [0, 1], (3, 4, 4), steps=2, method=method, **how)
+        with pytest.raises(UserError, match='ended in NaN or infinity') as e: sample_latents(net, [0, 1], (3, 4, 4), sampler=Sampler(2, method), **how)
         assert '\n' not in str(e.value) and not net.final_layer.linear.weight.isnan().any()
-    for seed in (2**60, -3): assert sample_latents(net_of(), [0], (3, 4, 4), seed=seed, steps=1).isfinite().all()
+    for seed in (2**60, -3): assert sample_latents(net_of(), [0], (3, 4, 4), sampler=Sampler(1), seed=seed).isfinite().all()
 
 
 def test_a_watch_that_goes_on_keeps_its_schedule(tmp_path):
     def go(name, images):
         t, run = task_of(), Run(tmp_path/name)
-        w = Watch(t, Rows(48), 64, run, n=8)
+        w = FlowMonitor(t, Rows(48), 64, run, n=8)
         fit(t, loader(Rows(), 8), images, run, log_every=2, save_every=3, show=w)
         return w.rows, run.rows('watch.jsonl')
     straight, _ = go('a', 200)

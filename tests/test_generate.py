@@ -2,17 +2,22 @@
 import copy, io, json, tarfile
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vfmvae.core import UserError, load_weights, save_weights
-from vfmvae.data import CLASSES, World, folder, shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from vfmvae.core import UserError
+from vfmvae.world import CLASSES, World
+from vfmvae.folders import folder, shards
 from vfmvae.dit import DiT
-from vfmvae.flow_presets import FLOW_PRESETS
-from vfmvae.generate import Samples, evaluate_samples, generate, open_flow, sample_labels, tokenizer_of, train_flow
-from vfmvae.latents import LatentCache, cache_latents
-from vfmvae.recipes import decode_latents, encode_images, evaluate_tokenizer, evaluate_warps, open_data, open_tokenizer
+from vfmvae.presets import FLOW_PRESETS
+from vfmvae.generation import evaluate_samples, generate, open_net, sample_labels, Samples, tokenizer_of, train_flow
+from vfmvae.latents import cache_latents, LatentCache
+from vfmvae.recipes import decode_latents, evaluate_equivariance, evaluate_tokenizer, open_data
+from vfmvae.tokenizer import open_tokenizer
 from test_latents import Toy, folder_of
 
 PRESET = FLOW_PRESETS['dit-conv-f8d16']
@@ -27,7 +32,7 @@ def one_line(f, *args, **kw):
 
 def small(steps=2):
     "A preset that trains in a second."
-    return replace(PRESET, net=replace(PRESET.net, in_channels=3, hidden_size=32, depth=1, num_heads=2), latent=(3, 8, 8), images=16*steps, batch=16)
+    return replace(PRESET, net=replace(PRESET.net, in_channels=3, hidden_size=32, depth=1, num_heads=2), latent=(3, 8, 8), num_images=16*steps, batch_size=16)
 
 
 def net_of(channels=3):
@@ -55,8 +60,18 @@ def tar(path, *names):
 
 class Grey(Toy):
     "Each picture's own grey, so that pictures can be told apart."
-    def __init__(self): super().__init__(scaled=False, wide=False)
+    def __init__(self):
+        super().__init__(scaled=False, wide=False)
+        self.stats.set(torch.zeros(3), torch.full((3,), .5))
     def encode(self, x): return self.stats.scale(type(super().encode(x))(torch.nn.functional.avg_pool2d(x, 8)))
+
+
+class Named:
+    "Pictures with these names, each of its own grey."
+    classes = ('0',)
+    def __init__(self, names): self.names, self.x = names, torch.stack([torch.full((3, 16, 16), (20*k+10)/127.5-1) for k in range(len(names))])
+    def __len__(self): return len(self.names)
+    def batch(self, at): return dict(image=self.x[list(at)], label=torch.zeros(len(at)).long(), key=[self.names[i] for i in at])
 
 
 def greys(files): return [int(np.asarray(Image.open(f))[4, 4, 0]) for f in files]
@@ -64,11 +79,11 @@ def greys(files): return [int(np.asarray(Image.open(f))[4, 4, 0]) for f in files
 
 @pytest.mark.parametrize('names', [('a.jpg', 'a.png', 'b.png'), ('a.png', 'A.png', 'a.webp'), ('c/a.png', 'd/a.png', 'c/b.png'),
                                    ('a.v1.png', 'a.v2.png', 'a.png'), ('a.jpg', 'a.png', 'a.jpg.png'), ('x.jpg', 'x.png/y.jpg', 'x.png/z.jpg'),
-                                   ('a-2.png', 'a.png', 'a.bmp')], ids=' '.join)
+                                   ('a-2.png', 'a.png', 'a.bmp'), ('a', 'a', 'a')], ids=' '.join)
 def test_every_picture_gets_a_file_of_its_own(tmp_path, names):
-    tok, z = Grey(), torch.stack([torch.full((3, 2, 2), (20*k+10)/127.5-1) for k in range(len(names))])
-    save_weights(tmp_path/'z.safetensors', dict(mean=z), dict(tokenizer=tok.name, names=list(names)))
-    files = decode_latents(tok, tmp_path/'z.safetensors', tmp_path/'out', batch_size=2)
+    tok, cache = Grey(), cache_latents(Grey(), Named(names), tmp_path/'z', shard_size=2)
+    assert LatentCache(tmp_path/'z').names() == list(names)
+    files = decode_latents(tok, cache, tmp_path/'out', batch_size=2)
     assert sorted(files) == sorted(f for f in (tmp_path/'out').rglob('*.png') if f.is_file()) and greys(files) == [20*k+10 for k in range(len(names))]
     assert len({str(f).casefold() for f in files}) == len(names)
     assert all(f.parent.relative_to(tmp_path/'out').as_posix() == (n.rpartition('/')[0] or '.') for f, n in zip(files, names, strict=True))
@@ -77,18 +92,23 @@ def test_every_picture_gets_a_file_of_its_own(tmp_path, names):
 def test_keys_that_repeat_across_shards_and_folders_stay_apart(tmp_path):
     tar(tmp_path/'0.tar', '000.png', '001.png')
     tar(tmp_path/'1.tar', '000.png', '001.png', 'x/000.png')
-    f = encode_images(Grey(), shards(str(tmp_path/'{0..1}.tar'), size=16), tmp_path/'z.safetensors')
-    files = decode_latents(Grey(), f, tmp_path/'out')
+    cache_latents(Grey(), shards(str(tmp_path/'{0..1}.tar'), size=16), tmp_path/'z')
+    files = decode_latents(Grey(), tmp_path/'z', tmp_path/'out')
     assert len({*files}) == 5 == len(list((tmp_path/'out').rglob('*.png'))) and greys(files) == [10, 30, 10, 30, 50]
-    assert len({*load_weights(f)[1]['names']}) == 5
 
 
-@pytest.mark.parametrize('name', ['../../x.png', '/vfmvae-away/x.png', 'a/../../x', '..', '.', '', 'a\0b', 'n'*300, 'C:\\x', 7, None])
+def test_mirrored_latents_are_not_decoded_in_their_place(tmp_path):
+    tok, data = open_tokenizer('conv-f8d16'), World(4, seed=8)
+    files = [decode_latents(tok, cache_latents(tok, data, tmp_path/f'{flips}', flips=flips), tmp_path/f'png{flips}') for flips in (False, True)]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+
+
+@pytest.mark.parametrize('name', ['../../x.png', '/vfmvae-away/x.png', 'a/../../x', '..', '.', '', 'a\0b', 'n'*300, 'C:\\x'])
 def test_a_name_that_leaves_the_folder_is_refused_before_anything_is_written(tmp_path, name):
-    tok = Grey()
-    save_weights(tmp_path/'z.safetensors', dict(mean=torch.zeros(2, 3, 2, 2)), dict(tokenizer=tok.name, names=['fine', name]))
-    one_line(decode_latents, tok, tmp_path/'z.safetensors', tmp_path/'a'/'b'/'out')
-    assert [p.name for p in tmp_path.rglob('*')] == [p.name for p in tmp_path.glob('z.*')] or not list((tmp_path/'a').rglob('*.png'))
+    tok, cache = Grey(), cache_latents(Grey(), Named(['fine', name]), tmp_path/'z')
+    there = sorted(tmp_path.rglob('*'))
+    one_line(decode_latents, tok, cache, tmp_path/'a'/'b'/'out')
+    assert sorted(tmp_path.rglob('*')) == there or not list((tmp_path/'a').rglob('*.png'))
     assert not list(tmp_path.rglob('x*.png'))
 
 
@@ -96,9 +116,16 @@ def test_a_link_in_the_folder_does_not_lead_out_of_it(tmp_path):
     (tmp_path/'out').mkdir()
     (tmp_path/'away').mkdir()
     (tmp_path/'out'/'c').symlink_to(tmp_path/'away')
-    save_weights(tmp_path/'z.safetensors', dict(mean=torch.zeros(1, 3, 2, 2)), dict(names=['c/x.png']))
-    one_line(decode_latents, Grey(), tmp_path/'z.safetensors', tmp_path/'out')
+    one_line(decode_latents, Grey(), cache_latents(Grey(), Named(['c/x.png', 'y']), tmp_path/'z'), tmp_path/'out')
     assert not list((tmp_path/'away').iterdir())
+
+
+def spoil(cache, names=None, **tensors):
+    "Rewrites the first shard of a cache."
+    f = cache.dir/'shard-00000.safetensors'
+    with safe_open(f, 'pt') as s: kept, head = {k: s.get_tensor(k).clone() for k in s.keys()}, s.metadata()      # noqa: SIM118
+    f.unlink()
+    save_file(kept | tensors, f, head if names is None else dict(about=names))
 
 
 BROKEN = {'NaN': torch.full((2, 3, 2, 2), float('nan')), 'infinite': torch.full((2, 3, 2, 2), float('-inf')), 'none': torch.zeros(0, 3, 2, 2),
@@ -107,26 +134,38 @@ BROKEN = {'NaN': torch.full((2, 3, 2, 2), float('nan')), 'infinite': torch.full(
 
 @pytest.mark.parametrize('kind', list(BROKEN))
 def test_latents_that_cannot_be_are_refused_and_nothing_is_written(tmp_path, kind):
-    save_weights(tmp_path/'z.safetensors', dict(mean=BROKEN[kind]), dict(tokenizer='toy-f8d3'))
-    one_line(decode_latents, Grey(), tmp_path/'z.safetensors', tmp_path/'out')
+    spoil(cache_latents(Grey(), Named(['a', 'b']), tmp_path/'z'), mean=BROKEN[kind])
+    one_line(decode_latents, Grey(), tmp_path/'z', tmp_path/'out')
     assert not list(tmp_path.rglob('*.png'))
 
 
-def test_fewer_names_than_latents_are_refused(tmp_path):
-    save_weights(tmp_path/'z.safetensors', dict(mean=torch.zeros(3, 3, 2, 2)), dict(names=['a', 'b']))
-    assert 'no name for each' in one_line(decode_latents, Grey(), tmp_path/'z.safetensors', tmp_path/'out')
+@pytest.mark.parametrize('names', ['{"names": ["a"]}', '{"names": "ab"}', '{"names": ["a", 7]}', '{"names": ["a", ""]}', '["a", "b"]', '{'])
+def test_names_that_are_none_are_refused(tmp_path, names):
+    spoil(cache_latents(Grey(), Named(['a', 'b']), tmp_path/'z'), names)
+    assert 'shard-00000.safetensors' in one_line(decode_latents, Grey(), tmp_path/'z', tmp_path/'out')
+
+
+def test_where_no_name_is_known_there_are_numbers(tmp_path):
+    spoil(cache_latents(Grey(), Named(['a', 'b', 'c']), tmp_path/'z', shard_size=2), '{}')
+    assert [f.name for f in decode_latents(Grey(), tmp_path/'z', tmp_path/'out')] == ['000000.png', '000001.png', 'c.png']
 
 
 def test_latents_of_other_weights_or_another_scale_are_not_decoded(tmp_path):
     tok, data = open_tokenizer('conv-f8d16'), World(2, seed=8)
-    f = encode_images(tok, data, tmp_path/'z.safetensors')
-    for change in ('weights', 'scale'):
+    f = cache_latents(tok, data, tmp_path/'z').dir
+    for change, says in (('weights', 'other weights than conv-f8d16'), ('scale', 'another scale than conv-f8d16')):
         other = copy.deepcopy(tok)
         if change == 'scale': other.stats.set(other.stats.mean+1, other.stats.std)
         else:
             with torch.no_grad(): next(iter(other.trainable().values())).add_(1e-3)
-        assert 'other weights of conv-f8d16' in one_line(decode_latents, other, f, tmp_path/'out')
+        assert says in one_line(decode_latents, other, f, tmp_path/'out')
     assert len(decode_latents(copy.deepcopy(tok), f, tmp_path/'out')) == 2
+
+
+def test_a_flat_picture_is_encoded_too(tmp_path):
+    from vfmvae.data import TensorSet
+    tok = open_tokenizer('conv-f8d16')
+    assert len(decode_latents(tok, cache_latents(tok, TensorSet(torch.zeros(1, 3, 64, 64)), tmp_path/'z'), tmp_path/'out')) == 1
 
 
 # not finite --------------------------------------------------------------------------------------------------------------------------------------
@@ -136,21 +175,18 @@ class Sick(Grey):
     def decode(self, z): return super().decode(z)*float('inf')
 
 
-@pytest.mark.parametrize('measure', [evaluate_tokenizer, evaluate_warps])
+@pytest.mark.parametrize('measure', [evaluate_tokenizer, evaluate_equivariance])
 def test_a_tokenizer_that_gives_nan_is_no_number(measure): assert 'NaN or infinite' in one_line(measure, Sick(), World(4, seed=8))
 
 
 def test_pictures_and_latents_that_are_not_finite_are_not_written(tmp_path):
-    f = encode_images(Grey(), World(2, seed=8), tmp_path/'z.safetensors')
+    f = cache_latents(Grey(), World(2, seed=8), tmp_path/'z').dir
     one_line(decode_latents, Sick(), f, tmp_path/'out')
-    tok = Grey()
-    tok.encode = lambda x: Grey.encode(tok, x*float('nan'))
-    one_line(encode_images, tok, World(2, seed=8), tmp_path/'y.safetensors')
     one_line(generate, net_of(), 2, tokenizer=Sick(), steps=2, out=tmp_path/'out')
     net = net_of()
     with torch.no_grad(): next(net.parameters()).fill_(float('nan'))
     for more in (dict(out=tmp_path/'out'), {}): assert 'NaN or' in one_line(generate, net, 1, tokenizer=Grey(), steps=1, **more)
-    assert not list(tmp_path.rglob('*.png')) and not (tmp_path/'y.safetensors').exists()
+    assert not list(tmp_path.rglob('*.png'))
 
 
 def test_a_perfect_reconstruction_is_said_to_be_infinite():
@@ -164,7 +200,7 @@ def test_a_perfect_reconstruction_is_said_to_be_infinite():
 # what is asked for -------------------------------------------------------------------------------------------------------------------------------
 
 UNDRAWN = [*(dict(labels=v) for v in ([], 0, -3, [-3], [16], [10**30], [.5], 2.5, ['a'], [[1]], True, None, 'four')), dict(batch_size=0),
-           dict(batch_size=-1), dict(seed=2**70), dict(seed=.5), dict(rank=1, processes=2), dict(rank=2, processes=2, out='x'), dict(processes=0),
+           dict(batch_size=-1), dict(seed=2**70), dict(seed=.5), dict(rank=1, num_processes=2), dict(rank=2, num_processes=2, out='x'), dict(num_processes=0),
            dict(policy='even'), dict(out='/dev/null/x')]
 
 
@@ -182,14 +218,15 @@ def test_numbers_of_numpy_and_torch_count(tmp_path):
         assert torch.equal(call(labels).images, want)
     assert sample_labels(np.int64(4), 3).tolist() == [0, 1, 2, 0]
     assert sample_labels(9, 5, 'random', 7).tolist() == np.random.default_rng(7).integers(0, 5, 9).tolist()
-    files = [call(3, out=tmp_path, batch_size=1, rank=r, processes=2) for r in range(2)]
+    files = [call(3, out=tmp_path, batch_size=1, rank=r, num_processes=2) for r in range(2)]
     assert sorted(f.name for part in files for f in part) == ['000000.png', '000001.png', '000002.png']
     assert json.loads((tmp_path/'samples.json').read_text())['classes'] == [0, 1, 2]
 
 
-@pytest.mark.parametrize('bad', [dict(images=0), dict(batch=0), dict(batch=-1), dict(images=8), dict(n=0), dict(lr=-1.), dict(lr=float('nan')),
-                                 dict(lr=float('inf')), dict(accumulate=0), dict(workers=-1), dict(seed=2**70), dict(out='net.pt'),
-                                 dict(out='/dev/null/x/net.safetensors'), dict(data=''), dict(data=['a.tar', 'b.tar'])], ids=str)
+@pytest.mark.parametrize('bad', [
+    dict(num_images=0), dict(batch_size=0), dict(batch_size=-1), dict(num_images=8), dict(num_imagse=8), dict(n=0), dict(lr=-1.), dict(lr=float('nan')),
+    dict(lr=float('inf')), dict(accumulate=0), dict(workers=-1), dict(seed=2**70), dict(out='net.pt'), dict(out='/dev/null/x/net.safetensors'),
+    dict(run='/dev/null/x/'), dict(data=''), dict(data=['a.tar', 'b.tar'])], ids=str)
 def test_a_training_that_cannot_be_is_refused_before_anything_is_cached(bad, tmp_path, monkeypatch):
     monkeypatch.setenv('VFMVAE_HOME', str(tmp_path/'home'))
     one_line(train_flow, small(), **{'data': World(32, seed=1), 'tokenizer': Toy(), **bad})
@@ -218,7 +255,7 @@ class Grown(Toy):
 def test_a_net_knows_the_weights_of_its_tokenizer(tmp_path):
     tok, other = Grown(1.), Grown(1.1)
     net, _ = train_flow(small(), World(16, seed=1), tmp_path/'c', tok, out=tmp_path/'net.safetensors')
-    assert tokenizer_of(open_flow(tmp_path/'net.safetensors'), Grown(1.)).name == tok.name
+    assert tokenizer_of(open_net(tmp_path/'net.safetensors'), Grown(1.)).name == tok.name
     assert 'other weights than when the net learned' in one_line(generate, net, 1, tokenizer=other, steps=1)
     with pytest.raises(UserError, match='trained anew'): train_flow(small(), World(16, seed=1), LatentCache(tmp_path/'c'), other)
     net.meta.pop('digest')                        # a file of an older version: its scale is compared, as ever
@@ -259,7 +296,7 @@ def test_n_of_a_sorted_set_is_spread_in_every_measure(tmp_path):
     r = evaluate_tokenizer(Grey(), Watch(), 6)
     assert {ds.labels[i] for i in seen} == {0, 1, 2} and (r['n'], r['of'], r['size']) == (6, 30, 64) and 'enlarged' not in r
     seen.clear()
-    evaluate_warps(Grey(), Watch(), 6)
+    evaluate_equivariance(Grey(), Watch(), 6)
     assert {ds.labels[i] for i in seen} == {0, 1, 2}
     assert evaluate_tokenizer(Grey(), World(9, seed=8), 4)['psnr'] == evaluate_tokenizer(Grey(), World(4, seed=8), None)['psnr']   # its first
     for bad in (0, -1, 2.5): one_line(evaluate_tokenizer, Grey(), World(9), bad)
@@ -280,7 +317,7 @@ def test_accuracy_is_measured_where_the_extractor_is():
         places.append(x.device.type)
         return dict(probs=torch.eye(16)[:len(x)])
     judge.forward = look
-    import vfmvae.generate as g
+    import vfmvae.generation as g
     was, g.gfid = g.gfid, lambda *a, **k: type('R', (), dict(metrics={}))()
     try:
         import dataclasses
@@ -297,3 +334,9 @@ def test_a_cache_takes_the_sets_of_others(tmp_path):
     x = World(4, seed=1).batch(range(4))['image']
     a, b = (cache_latents(Toy(), d, tmp_path/k) for k, d in dict(a=x, b=[*x]).items())
     assert torch.equal(a.batch(range(4))['mean'], b.batch(range(4))['mean']) and a.manifest['fingerprint'] == b.manifest['fingerprint']
+
+
+@pytest.mark.parametrize('wrong', [3, None, ['a'], Path('nowhere'), 'dit-vfmvae-tiny-f8d61'], ids=str)
+def test_what_is_no_name_of_a_net_is_one_line(wrong):
+    with pytest.raises(UserError, match='^no net named .*train_flow') as e: open_net(wrong)
+    assert '\n' not in str(e.value)

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vfmvae.adversarial import BatchNormLocal, PatchGAN, ProjectedDiscriminator, blur, diff_augment, feature_matching, gan_loss_d, gan_loss_g
+from vfmvae.discriminators import (BatchNormLocal, blur, diff_augment, feature_matching, gan_loss_d, gan_loss_g,
+                                   PatchGAN, ProjectedDiscriminator)
 from vfmvae.vfm import VFM
 
 SHARED = Path(os.environ.get('VFMVAE_SHARED') or Path(__file__).resolve().parents[2]/'shared')
@@ -107,7 +108,7 @@ def test_names_and_shapes_are_the_published_ones(nets):
 
 @torch.no_grad()
 def test_readouts(nets):
-    h = nets.D.vfm.features(nets.D.look(nets.gold['in.x']), nets.D.layers, cls=True)
+    h = nets.D.vfm.features(nets.D.preprocess(nets.gold['in.x']), nets.D.layers, cls=True)
     assert nets.D.layers == [3, 6, 9, 12, 0]
     for i, layer in enumerate(nets.D.layers): torch.testing.assert_close(h[layer].mT[..., :8], nets.gold[f'dino.{i}'], atol=2e-5, rtol=1e-5)
 

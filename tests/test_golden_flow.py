@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from vfmvae.flow import PATHS as PATHS_OF
-from vfmvae.flow import (FLOW_WEIGHTS, classifier_free, coefficients, convert, cosine_loss, diffusion, dimension_shift, field, flow_loss, guide,
-                         half_diffusion, interpolate, join, part, prediction_error, repa_loss, sample, shift_t, time_grid)
+from vfmvae.flow import (coefficients, convert, cosine_loss, dimension_shift, flow_loss, FLOW_WEIGHTS, FlowTargets,
+                         half_diffusion, interpolate, prediction_error, repa_loss, shift_t)
+from vfmvae.samplers import (classifier_free, diffusion, guide, pack_state, sample, Sampler, time_grid, unpack_state,
+                             velocity_field)
 
 SHARED = Path(os.environ.get('VFMVAE_SHARED') or Path(__file__).resolve().parents[2]/'shared')
 GOLD = SHARED/'golden/diffusion'
@@ -106,14 +108,14 @@ def law(z, t, y, path='linear', offset=0.):
     return da*mu + (a*da*s**2 + b*db)/(a**2*s**2 + b**2)*(z - a*mu)
 
 
-def exact(path='linear'): return field(partial(law, path=path), walks['labels'])
+def exact(path='linear'): return velocity_field(partial(law, path=path), walks['labels'])
 
 
-def states(kind, method, **kw): return sample(exact(PATHS[kind]), walks['z_init'], 25, method, states=True, path=PATHS[kind], **kw)[1]
+def states(kind, method, **kw): return sample(exact(PATHS[kind]), walks['z_init'], Sampler(25, method, path=PATHS[kind], **kw), states=True)
 
 
 def test_the_net_of_these_tests_ends_where_the_file_says():
-    exactly(sample(exact(), walks['z_init'], 400, 'rk4'), 'exact_endpoint_from_prior', tol=1e-9)
+    exactly(sample(exact(), walks['z_init'], Sampler(400, 'rk4')), 'exact_endpoint_from_prior', tol=1e-9)
 
 
 @pytest.mark.parametrize('kind', ('Linear', 'GVP'))
@@ -135,8 +137,8 @@ def test_dopri5(key):
 def test_sit_sde(key):
     _, _, kind, method, form, last, _, _ = key.split('.')
     last = None if last == 'lastNone' else last.removeprefix('last').lower()
-    got = sample(exact(PATHS[kind]), walks['z_init'], 26 if last else 25, dict(Euler='sde', Heun='sde_heun')[method], states=True, path=PATHS[kind],
-                 form=form, last=last, draw=iter(walks['sit.sde.noise']).__next__)[1][1:]
+    s = Sampler(26 if last else 25, dict(Euler='sde', Heun='sde_heun')[method], path=PATHS[kind], form=form, last=last)
+    got = sample(exact(PATHS[kind]), walks['z_init'], s, states=True, draw=iter(walks['sit.sde.noise']).__next__)[1:]
     if last is None: got = torch.cat([got, got[-1:]])   # they save the identity as a step
     close(got, key, 1e-5)
     SEEN.add('sit.sde.noise')
@@ -146,7 +148,7 @@ def test_sbdm_starts_where_it_is_finite():
     SEEN.add('sit.sde.Linear.SBDM.first_state_nonfinite_flag')
     assert walks['sit.sde.Linear.SBDM.first_state_nonfinite_flag'] == 1   # theirs
     draw = partial(torch.randn, 4, 5, generator=torch.Generator().manual_seed(0))
-    for method in ('sde', 'sde_heun'): assert sample(exact(), walks['z_init'], 60, method, form='sbdm', states=True, draw=draw)[1].isfinite().all()
+    for method in ('sde', 'sde_heun'): assert sample(exact(), walks['z_init'], Sampler(60, method, form='sbdm'), states=True, draw=draw).isfinite().all()
 
 
 @pytest.mark.parametrize('shift', ('0.0', '0.3'))
@@ -156,13 +158,13 @@ def test_lightningdit_ode(shift):
 
 def test_lightningdit_guidance_on_three_channels():
     y, z = walks['labels'], walks['lightningdit.cfg.z_init']
-    guided, null = classifier_free(law, y, NULL, 3., channels=3, interval=(0, .875)), field(law, torch.full_like(y, NULL))
-    how = dict(steps=25, method='euler', shift=1/.3)
-    close(sample(guided, z, states=True, **how)[1], 'lightningdit.cfg3.start0.125.shift0.3.n26.traj_cond_half', 1e-5)
+    guided, null = classifier_free(law, y, NULL, 3., channels=3, interval=(0, .875)), velocity_field(law, torch.full_like(y, NULL))
+    how = Sampler(25, 'euler', 1/.3)
+    close(sample(guided, z, how, states=True), 'lightningdit.cfg3.start0.125.shift0.3.n26.traj_cond_half', 1e-5)
     def both(x, t):   # their batch is [conditional; null]: the second half sees the states of the first, and its unguided channels stay null's
         v = guided(x[:4], t)
         return torch.cat([v, torch.cat([v[:, :3], null(x[:4], t)[:, 3:]], 1)])
-    close(sample(both, torch.cat([z, z]), **how)[4:], 'lightningdit.cfg3.final_null_half', 1e-5)
+    close(sample(both, torch.cat([z, z]), how)[4:], 'lightningdit.cfg3.final_null_half', 1e-5)
     SEEN.add('lightningdit.cfg.z_init')
 
 
@@ -172,8 +174,8 @@ def test_repa(key):
     scale, low, high = map(float, re.search(r'cfg(\d\.\d)\.(\d\.\d)-(\d\.\d)', key).groups())
     path = dict(linear='linear', cosine='gvp')[kind]
     f = classifier_free(partial(law, path=path), walks['labels'], 1000, scale, interval=(low, high))
-    if mode == 'ode': got = sample(f, walks['z_init'], 20, 'heun_held' if 'heun1' in key else 'euler', path=path)
-    else: got = sample(f, walks['z_init'], 20, 'sde', path=path, form='linear', draw=iter(walks['repa.sde.noise']).__next__)
+    if mode == 'ode': got = sample(f, walks['z_init'], Sampler(20, 'heun_held' if 'heun1' in key else 'euler', path=path))
+    else: got = sample(f, walks['z_init'], Sampler(20, 'sde', path=path, form='linear'), draw=iter(walks['repa.sde.noise']).__next__)
     exactly(got, key, tol=1e-9)
     SEEN.add('repa.sde.noise')
 
@@ -181,7 +183,7 @@ def test_repa(key):
 def test_heun_asks_the_interval_at_both_ends_unless_told_otherwise():
     f = classifier_free(law, walks['labels'], 1000, 1.8, interval=(0., .7))
     key = 'repa.ode.linear.heun1.cfg1.8.0.0-0.7.n20'
-    assert 1e-5 < (sample(f, walks['z_init'], 20, 'heun')-walks[key]).abs().max() < .5
+    assert 1e-5 < (sample(f, walks['z_init'], Sampler(20))-walks[key]).abs().max() < .5
 
 
 @pytest.mark.parametrize('key', [k for k in walks if re.match(r'reg\.sde\.cfg', k)])
@@ -190,15 +192,15 @@ def test_reg(key):
     def net(z, t, y, cls): return law(z, t, y), law(cls, t, y, offset=.5)
     f = classifier_free(net, walks['labels'], 1000, scale, interval=(0., high), shape=(5,), cls_scale=cls_scale)
     noise = walks['reg.sde.noise_img_then_cls_interleaved'].view(19, 2, 4, 5)
-    got = sample(f, join(walks['z_init'], walks['reg.cls_z_init']), 20, 'sde', draw=iter([join(*n) for n in noise]).__next__)
-    exactly(part(got, (5,))[0], key, tol=1e-9)
+    got = sample(f, pack_state(walks['z_init'], walks['reg.cls_z_init']), Sampler(20, 'sde'), draw=iter([pack_state(*n) for n in noise]).__next__)
+    exactly(unpack_state(got, (5,))[0], key, tol=1e-9)
     SEEN.update(('reg.cls_z_init', 'reg.sde.noise_img_then_cls_interleaved'))
 
 
 @pytest.mark.parametrize('shift', ('1.000', '6.928'))
 def test_rae(shift):
     grid = time_grid(25, dimension_shift((768, 16, 16)) if shift != '1.000' else 1., (1e-3, 1))
-    got = sample(exact(), walks['z_init'], grid=grid, states=True)[1]
+    got = sample(exact(), walks['z_init'], Sampler(method='euler', grid=grid), states=True)
     close(got, f'rae.ode.euler.shift{shift}.n26.traj', 1e-5)
 
 
@@ -269,13 +271,13 @@ def test_lightningdit_losses_of_nets(name):
 @pytest.mark.parametrize('name', ALIGNED)
 def test_repa_and_reg_losses_of_nets(name):
     net, g = loaded(name)
-    extra = dict(cls=g['in.cls'], cls_noise=g['loss.noise_cls']) if 'in.cls' in g else {}
+    extra = dict(targets=FlowTargets(g['in.cls'], g['loss.noise_cls'])) if 'in.cls' in g else {}
     out = flow_loss(net, g['in.x'], g['in.y'], dict(flow=1.) | ({'cls': .03} if extra else {}), t=g['loss.t'], noise=g['loss.noise'], **extra)
     near(out['per_sample'], g['loss.denoise_per_sample'])
     if extra: near(out['cls'], g['loss.denoise_cls_per_sample'].mean())
 
 
 def test_autoguidance_is_the_same_arithmetic():
-    a, b = (field(partial(law, offset=o), walks['labels']) for o in (0., .3))
+    a, b = (velocity_field(partial(law, offset=o), walks['labels']) for o in (0., .3))
     z = walks['z_init']
     assert torch.allclose(guide(a, b, 1.42)(z, .5), b(z, .5)+1.42*(a(z, .5)-b(z, .5)), atol=1e-14)

@@ -129,7 +129,7 @@ def test_taps(full_case):
     for i in range(3):
         t = seen[f'patch_quants.{i}']
         grid = t.mT.unflatten(2, (round(t.shape[1]**.5), -1))
-        seen[f'patch_quants.{i}'] = to_tokens(F.pixel_unshuffle(grid, m.config.shuffle))
+        seen[f'patch_quants.{i}'] = to_tokens(F.pixel_unshuffle(grid, m.config.space_to_depth))
     assert set(taps) == set(seen)
     for k, v in taps.items(): (image_close if 'block' in k or 'z_convs' in k or 'ws' in k else adapter_close)(seen[k][:len(v)], v)
 

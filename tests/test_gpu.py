@@ -77,9 +77,10 @@ class Odd:
 
 
 def unlike_noise(m):
-    from vfmvae import flow_train
-    plain = flow_train.ImageNoise
-    m.setattr(flow_train, 'ImageNoise', lambda seed, index, *a, **k: plain(seed, range(len(index)), *a, **k))
+    from vfmvae import samplers
+    class Unlike(samplers.ImageNoise):
+        def __init__(self, seed, index, *a, **k): super().__init__(seed, range(len(index)), *a, **k)
+    m.setattr(samplers, 'ImageNoise', Unlike)
 
 
 def waiting(m):
@@ -98,7 +99,7 @@ PATCHES = dict(
     card=lambda m: m.setattr(gpu, 'matmul_tflops', lambda: 1e12),
     large=lambda m: m.setattr(gpu, 'peak_gb', lambda: 1e4), odd=lambda m: m.setattr(gpu, 'keyed', Odd), noise=unlike_noise,
     reads=lambda m: m.setattr(gpu, 'step_of', reading), waiting=waiting,
-    forgets=lambda m: m.setattr('vfmvae.train.load_task_state', lambda *a: None), dark=lambda m: m.setattr(gpu, 'pinned', lambda x: x//2),
+    forgets=lambda m: m.setattr('vfmvae.run.load_task_state', lambda *a: None), dark=lambda m: m.setattr(gpu, 'pinned', lambda x: x//2),
     broken=lambda m: m.setattr(gpu, 'PYTHON', ['false']), plain=half_card)
 
 BREAKS = (   # part, words in the line's name, what spoils it; the first that fits

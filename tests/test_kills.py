@@ -9,7 +9,7 @@ from kills import run, state, torn  # noqa: E402
 MOMENTS = {'a checkpoint is being written': ('flow', r'step-0*4\.safetensors', 'write'),
            'a checkpoint has no JSON yet': ('flow', r'step-0*4\.safetensors', 'written'),
            'half of an old checkpoint is gone': ('flow', r'step-0*2\.json', 'delete'),
-           'a look is being written': ('tokenizer', r'look\.png', 'write', 2),
+           'a preview is being written': ('tokenizer', r'preview\.png', 'write', 2),
            'half a row of the log is on disk': ('flow', r'log\.jsonl', 'log', 5),
            'a row of a watch is half on disk': ('flow', r'watch\.jsonl', 'log', 2),
            'a shard of latents is being written': ('cache', r'shard-00001\.safetensors', 'write'),

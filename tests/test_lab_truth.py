@@ -6,17 +6,25 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from vfmvae.core import UserError, data_dir
-from vfmvae.data import World, as_dataset, folder, to_pil, to_uint8
+from vfmvae.core import UserError
+from vfmvae.files import data_dir
+from vfmvae.images import to_pil, to_uint8
+from vfmvae.world import World
+from vfmvae.folders import folder
+from vfmvae.data import as_dataset
 from vfmvae.dit import DiT, DiTConfig
-from vfmvae.explorer import Banks, Explorer, ExplorerState, Shelf, _mark, _same
-from vfmvae.generate import open_flow
-from vfmvae.labs import EmbeddingLab, EmbeddingState, LayerLab, NeighbourLab, ReconstructionLab, SamplerLab, SamplerState
-from vfmvae.plots import STYLE, curves, to_png
+from vfmvae.session import FeatureCache, fingerprint, ReferenceImages, same_net
+from vfmvae.explorer import Explorer, ExplorerState
+from vfmvae.generation import open_net
+from vfmvae.labs import EmbeddingLab, EmbeddingState, LayerLab, NeighbourLab, ReconstructionLab
+from vfmvae.sampler_lab import SamplerLab, SamplerState
+from vfmvae.plots import curves, paper_style, STYLE, to_png
 from vfmvae.tokenizer import save_tokenizer, tokenizers
 from vfmvae.vfm import VFM
-from vfmvae.views import LatentFeatures, as_source
-from vfmvae.widgets import KeepsLab, KeepsState, _images
+from vfmvae.tokenizer import LatentFeatures
+from vfmvae.views import as_source
+from vfmvae.lab_base import lab_images
+from vfmvae.keeps_lab import KeepsLab, KeepsState
 
 NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16', 'conv-f8d16')
 pytestmark = pytest.mark.skipif(not all((data_dir()/'weights'/f'{n}.safetensors').is_file() for n in NAMES), reason='the bundled weights are not there')
@@ -53,6 +61,8 @@ def pictures(root, n=14, classes=(''), seed=5):
 
 
 def rows(lab): return lab.figure().data
+def adds(lab): return [r['adds'] for r in rows(lab)]
+def tiles(lab): return [t.pixels for t in lab.page().sections[0].tiles]
 
 
 CONV = dict(tokenizer='conv-f8d16')
@@ -67,7 +77,7 @@ def test_two_different_nets_of_one_name_are_refused(Which, conv, tiny):
     for own in ([mine, changed(mine)], [changed(conv)], [changed(tiny)], [mine, eye], changed(conv)):
         with pytest.raises(UserError, match=r'^two different nets are named [^\n]+$'): Which(own=own)
     again = copy.deepcopy(conv)
-    assert list(Which(own=[mine, copy.deepcopy(mine), again]).seen.own) == ['mine', 'conv-f8d16']     # two objects of one net are one source
+    assert list(Which(own=[mine, copy.deepcopy(mine), again]).session.own) == ['mine', 'conv-f8d16']     # two objects of one net are one source
 
 
 @pytest.mark.parametrize('bad', [3, [3], [nn.Linear(2, 2)], ['no-such-net'], [None]])
@@ -86,20 +96,20 @@ def test_a_velocity_net_has_a_name_of_its_own_too(tiny):
     name, tok = 'dit-vfmvae-tiny-f8d16', tokenizers['vfmvae-tiny-f8d16']
     for nets in ({name: (dit(), tok)}, {'tiny': (dit(), tok)}, {'conv-f8d16': (dit(), tok)}):
         with pytest.raises(UserError, match=ONE_LINE): LayerLab(nets=nets)
-    assert LayerLab(nets={name: open_flow(name), 'again': name, 'pair': (name, 'vfmvae-tiny-f8d16')}).velocity[:3] == (name, 'again', 'pair')
+    assert LayerLab(nets={name: open_net(name), 'again': name, 'pair': (name, 'vfmvae-tiny-f8d16')}).velocity[:3] == (name, 'again', 'pair')
 
 
 def test_a_mark_tells_weights_settings_and_code_apart(conv, tiny):
     class Own(nn.Module):
         name, layers = 'own', ('a',)
-    assert _mark(conv) == _mark(copy.deepcopy(conv)) and _same(tiny, VFM('tiny'))
-    assert len({_mark(s) for s in (conv, changed(conv), tiny, changed(tiny), LatentFeatures(conv), LatentFeatures(conv, sample_seed=1),
+    assert fingerprint(conv) == fingerprint(copy.deepcopy(conv)) and same_net(tiny, VFM('tiny'))
+    assert len({fingerprint(s) for s in (conv, changed(conv), tiny, changed(tiny), LatentFeatures(conv), LatentFeatures(conv, sample_seed=1),
                                   LatentFeatures(conv, sample_seed=2))}) == 7
-    assert _mark(Own()) == '' and not _same(Own(), Own())                # code of one's own: none can tell
+    assert fingerprint(Own()) == '' and not same_net(Own(), Own())                # code of one's own: none can tell
     twin = copy.deepcopy(conv)
-    before = _mark(twin)
+    before = fingerprint(twin)
     with torch.no_grad(): twin.decoder.conv_out.weight.mul_(2)
-    assert _mark(twin) != before
+    assert fingerprint(twin) != before
 
 
 # what changes under an open lab -------------------------------------------------------------------------------------------------------------------
@@ -163,12 +173,12 @@ def replaced(root):
 def test_a_folder_that_changes_under_an_open_lab_is_read_anew(change, tmp_path):
     root = pictures(tmp_path/'set')
     lab, handed = (NeighbourLab(images=s, n=14, k=3, **CONV) for s in (str(root), folder(root, size=64)))
-    first = lab._whole().adds
-    assert handed._whole().adds == first
+    first = adds(lab)
+    assert adds(handed) == first
     change(root)
-    now = lab._whole().adds
-    assert now == NeighbourLab(lab.state, images=str(root), n=14)._whole().adds != first
-    if change in (edited, edited_and_dated_back): assert handed._whole().adds == now         # a set that was handed over keeps its list of files
+    now = adds(lab)
+    assert now == adds(NeighbourLab(lab.state, images=str(root), n=14)) != first
+    if change in (edited, edited_and_dated_back): assert adds(handed) == now         # a set that was handed over keeps its list of files
 
 
 @pytest.mark.parametrize('Which, how', [(Explorer, dict(k=3, tokenizers='conv-f8d16', transform='hflip', strength=1.)), (EmbeddingLab, dict(colour='cluster')),
@@ -191,7 +201,7 @@ def test_the_widget_reads_an_edited_picture_at_the_next_move(tmp_path):
     for i in range(14): invert(tmp_path/f'{i:02d}.png')
     lab.controls['image'].value = 5
     lab.settle()
-    assert 'computed' not in lab.readout.value and lab.png == NeighbourLab(lab.state, images=str(tmp_path), n=14).sheet(lab._whole(), 7.6).png()
+    assert 'computed' not in lab.readout.value and lab.picture.value == NeighbourLab(lab.state, images=str(tmp_path), n=14).page().html()
     (tmp_path/'05.png').write_bytes(b'no picture any more')
     lab.controls['image'].value = 6
     lab.settle()
@@ -221,10 +231,10 @@ def test_two_folders_of_one_name_are_two_sets(tmp_path, monkeypatch):
 def test_features_on_disk_are_of_these_pixels_and_these_weights(conv, tmp_path):
     tall, wide = torch.rand(16, 3, 32, 16)*2-1, None
     wide = tall.reshape(16, 3, 16, 32)                 # the same bytes
-    one, two = (Banks(Shelf(as_dataset(x)), tmp_path) for x in (tall, wide))
+    one, two = (FeatureCache(ReferenceImages(as_dataset(x)), tmp_path) for x in (tall, wide))
     one.job([as_source(conv)], None).run(lambda: None, lambda n: None)
     assert one.get(as_source(conv), None) is not None and two.get(as_source(conv), None) is None
-    assert Banks(one.shelf, tmp_path).get(as_source(changed(conv)), None) is None
+    assert FeatureCache(one.images, tmp_path).get(as_source(changed(conv)), None) is None
     views = [one.key(as_source(conv), v)[1] for v in (None, ('blur', .1), ('blur', .1000001), ('noise', .1))]
     assert len({*views}) == 4 and one.key(as_source(conv), ('noise', .1), 1) != one.key(as_source(conv), ('noise', .1), 2)
 
@@ -233,7 +243,7 @@ def test_features_on_disk_are_of_these_pixels_and_these_weights(conv, tmp_path):
 
 def test_n_of_a_sorted_folder_has_all_classes_and_says_so(tmp_path):
     pictures(tmp_path, 10, 'abcd')
-    shelf = Shelf(folder(tmp_path, size=64), 20)
+    shelf = ReferenceImages(folder(tmp_path, size=64), 20)
     assert torch.bincount(shelf.labels).tolist() == [5, 5, 5, 5]
     for lab in (Explorer(images=str(tmp_path), n=20, k=3, tokenizers='conv-f8d16', transform='hflip', strength=1.),
                 NeighbourLab(images=str(tmp_path), n=20, k=3, **CONV), LayerLab(images=str(tmp_path), n=20, k=3, second='conv-f8d16'),
@@ -245,11 +255,12 @@ def test_n_of_a_sorted_folder_has_all_classes_and_says_so(tmp_path):
 
 def test_an_image_is_not_its_own_neighbour_wherever_it_stands(tmp_path):
     pictures(tmp_path, 10, 'abcd')
-    lab, shelf = Explorer(images=str(tmp_path), n=20, k=3, transform='hflip', strength=1.), Shelf(folder(tmp_path, size=64), 20)
+    lab, shelf = Explorer(images=str(tmp_path), n=20, k=3, transform='hflip', strength=1.), ReferenceImages(folder(tmp_path, size=64), 20)
     keys = folder(tmp_path, size=64).keys
     for i in (0, 7, 21, 39):
-        r = lab.set(image=i)._whole()
-        assert all(shelf.names[j] != keys[i] for s in (r.strip, r.sides[0].strip) for j in s.near)
+        lab.set(image=i).finish()
+        r = lab.compute(lab.state)
+        assert all(shelf.names[j] != keys[i] for s in (r.overlap, r.nets[0].overlap) for j in s.near)
         assert torch.equal(to_uint8(r.clean), to_uint8(folder(tmp_path, size=64)[i]['image']))
 
 
@@ -263,7 +274,7 @@ def test_whatever_stands_for_a_set_gives_the_same_numbers(tmp_path):
     from torchvision.datasets import ImageFolder
     pictures(tmp_path/'one'/'class')
     sets = [str(tmp_path/'one'), files, [*map(str, files)], ims, [(im, 0) for im in ims], tensors, ImageFolder(tmp_path/'one'), [np.asarray(i) for i in ims]]
-    assert len({Shelf(_images(s)).digest for s in sets}) == 1
+    assert len({ReferenceImages(lab_images(s)).digest for s in sets}) == 1
     for Which, how in ((NeighbourLab, dict(n=14, k=3)), (KeepsLab, dict(image=3)), (ReconstructionLab, dict(image=3, other=4))):
         a, b = (rows(Which(images=s, **how, **CONV)) for s in (sets[0], ims))
         assert [{k: v for k, v in r.items() if k != 'key'} for r in a] == [{k: v for k, v in r.items() if k != 'key'} for r in b]
@@ -317,7 +328,7 @@ def test_a_set_that_its_net_does_not_know_is_said_to_be_so(monkeypatch, tmp_path
     def says(tok, images):
         asked.append((tok.name, tuple(images.shape)))
         return f'{tok.name} never saw such images' if tok.name == 'conv-f8d16' else ''
-    monkeypatch.setattr('vfmvae.widgets.unfamiliar', says)
+    monkeypatch.setattr('vfmvae.lab_base.unfamiliar', says)
     root = str(pictures(tmp_path))
     labs = [Explorer(images=root, n=14, k=3, tokenizers=('conv-f8d16', 'vfmvae-tiny-f8d16'), transform='hflip', strength=1.),
             ReconstructionLab(images=root, tokenizer='conv-f8d16'), NeighbourLab(images=root, n=14, k=3, tokenizer='conv-f8d16'),
@@ -352,7 +363,7 @@ def test_whether_a_transform_fits_depends_on_the_size_of_the_images(name, streng
     for State in (ExplorerState, KeepsState, EmbeddingState): State(transform=name, strength=strength)
     large = World(20, seed=8, size=128)
     kept = KeepsLab(images=large, transform=name, strength=strength)
-    assert kept.state.strength == strength and kept.look(kept.state).clean.shape == (3, 128, 128)
+    assert kept.state.strength == strength and tiles(kept)[0].shape == (3, 128, 128)
     Explorer(images=large, n=14, k=3, transform=name, strength=strength)
     small = [Explorer(n=14, k=3), KeepsLab(), EmbeddingLab(n=14, colour='transform')]
     for lab in small:
@@ -379,7 +390,6 @@ def test_numbers_of_numpy_and_torch_are_numbers():
 
 def test_figures_drawn_by_many_threads_leave_the_users_settings_alone():
     import matplotlib
-    from vfmvae.plots import _style
     assert matplotlib.rcParams['font.size'] != STYLE['font.size']
     before = dict(matplotlib.rcParams)
     plain = to_png(curves({'a': [1, 2, 1]}, 'x', 'y'))
@@ -387,13 +397,13 @@ def test_figures_drawn_by_many_threads_leave_the_users_settings_alone():
     assert dict(matplotlib.rcParams) == before and all(m == plain for m in made)
     inside, go = threading.Event(), threading.Event()
     def slow():
-        with _style():
+        with paper_style():
             inside.set()
             go.wait(10)
     t = threading.Thread(target=slow)
     t.start()
     inside.wait(10)
-    second = threading.Thread(target=lambda: _style().__enter__ and to_png(curves({'a': [1, 2]}, 'x', 'y')))
+    second = threading.Thread(target=lambda: paper_style().__enter__ and to_png(curves({'a': [1, 2]}, 'x', 'y')))
     second.start()                                        # enters only when the first has left
     matplotlib.rcParams['lines.linewidth'] = 7            # somebody's own choice, made meanwhile
     go.set()
@@ -403,36 +413,36 @@ def test_figures_drawn_by_many_threads_leave_the_users_settings_alone():
 
 
 def test_a_way_that_two_threads_ask_for_is_one(monkeypatch):
-    from vfmvae import labs
-    made, real, lab = [], labs._Way, SamplerLab(dit(), steps=4)
+    from vfmvae import sampler_lab
+    made, real, lab = [], sampler_lab.Trajectory, SamplerLab(dit(), steps=4)
     def slow(*how):
         time.sleep(.05)
         made.append(real(*how))
         return made[-1]
-    monkeypatch.setattr(labs, '_Way', slow)
+    monkeypatch.setattr(sampler_lab, 'Trajectory', slow)
     gate = threading.Barrier(3)
     def ask(_):
         gate.wait(10)
-        return lab._way(lab.state)
+        return lab.trajectory(lab.state)
     with ThreadPoolExecutor(3) as pool: found = [*pool.map(ask, range(3))]
     assert len(made) == 1 and all(f is made[0] for f in found)
-    for seed in range(40): lab._way(SamplerState(stage='net', steps=4, seed=seed))
-    assert len(lab._ways) <= 33
+    for seed in range(40): lab.trajectory(SamplerState(stage='net', steps=4, seed=seed))
+    assert len(lab.trajectories) <= 33
 
 
 def test_a_way_of_a_net_that_failed_or_was_trained_on_starts_anew():
     net = dit()
     lab = SamplerLab(net, steps=3, step=3)
-    end = lab._whole().final
+    end = tiles(lab)[2]
     hook = net.register_forward_pre_hook(lambda *_: 1/0)
     lab.set(seed=1)
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError): lab._whole()
+        with pytest.raises(ZeroDivisionError): lab.page()
     hook.remove()
-    assert torch.equal(lab._whole().final, SamplerLab(net, state=lab.state)._whole().final)
+    assert torch.equal(tiles(lab)[2], tiles(SamplerLab(net, state=lab.state))[2])
     with torch.no_grad(): net.final_layer.linear.weight.mul_(2)
     lab.set(seed=0)
-    assert torch.equal(lab._whole().final, SamplerLab(net, state=lab.state)._whole().final) and not torch.equal(lab._whole().final, end)
+    assert torch.equal(tiles(lab)[2], tiles(SamplerLab(net, state=lab.state))[2]) and not torch.equal(tiles(lab)[2], end)
 
 
 @pytest.mark.parametrize('guidance', [-1., 1e5, 1e300, float('nan')])
@@ -442,9 +452,9 @@ def test_a_guidance_that_leaves_all_numbers_is_told(guidance):
 
 def test_nets_may_be_names_and_files(tmp_path):
     path = str(save_tokenizer(tmp_path/'mine.safetensors', tokenizers['conv-f8d16']))
-    assert list(Explorer(own=['tiny', 'conv-f8d16', path]).seen.own) == ['tiny', 'conv-f8d16', path]
+    assert list(Explorer(own=['tiny', 'conv-f8d16', path]).session.own) == ['tiny', 'conv-f8d16', path]
     a, b = (rows(NeighbourLab(n=16, k=4, own=own, tokenizer=t)) for own, t in (([path], path), ((), path)))
     assert a == b and [r['adds'] for r in a] == [r['adds'] for r in rows(NeighbourLab(n=16, k=4, tokenizer='conv-f8d16'))]
     name = 'dit-vfmvae-tiny-f8d16'
-    assert torch.equal(SamplerLab(name, step=2, steps=3)._whole().final, SamplerLab(dict(a=open_flow(name)), step=2, steps=3)._whole().final)
+    assert torch.equal(tiles(SamplerLab(name, step=2, steps=3))[2], tiles(SamplerLab(dict(a=open_net(name)), step=2, steps=3))[2])
     with pytest.raises(UserError, match=ONE_LINE): SamplerLab('no-such-net')

@@ -1,25 +1,30 @@
 "Laws of the explorer and its sisters: what they show is what the library computes, heavy work is done once, and bad input leaves them alive."
-import asyncio, copy, html, io, time
+import asyncio, copy, datetime, html, io, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vfmvae.align import alignment_under, knn_graph, prepare
-from vfmvae.core import UserError, data_dir
-from vfmvae.data import World
+from vfmvae.neighbours import knn_graph, prepare
+from vfmvae.align import cknna, score_sources
+from vfmvae.core import UserError
+from vfmvae.files import data_dir
+from vfmvae.world import World
 from vfmvae.dit import DiT, DiTConfig
-from vfmvae.explorer import Banks, Explorer, ExplorerState, Shelf, strip
-from vfmvae.labs import EDITS, EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab, SamplerLab, edit_latent
+from vfmvae.session import FeatureCache, ReferenceImages
+from vfmvae.explorer import Explorer, ExplorerState, neighbour_overlap
+from vfmvae.labs import edit_latent, EDITS, EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab
+from vfmvae.sampler_lab import SamplerLab
 from vfmvae.tokenizer import tokenizers
 from vfmvae.vfm import VFM
-from vfmvae.views import Fitted, as_source
-from vfmvae.widgets import KeepsLab
+from vfmvae.views import as_source, ResizePadVFM
+from vfmvae.keeps_lab import KeepsLab
 
 NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16', 'conv-f8d16')
 pytestmark = pytest.mark.skipif(not all((data_dir()/'weights'/f'{n}.safetensors').is_file() for n in NAMES), reason='the bundled weights are not there')
 ONE_LINE = r'^[^\n]+$'
+NOW = datetime.datetime.now(datetime.UTC)
 
 
 @pytest.fixture(scope='module')
@@ -34,24 +39,24 @@ def lab():
 def test_the_curve_is_the_library(lab):
     lab.set(tokenizers='vfmvae-tiny-f8d16', transform='blur', strength=2., k=5, layer=-1, image=0)
     few = [World(seed=8)[i] for i in range(32)]
-    table = alignment_under([(tokenizers['vfmvae-tiny-f8d16'], (Fitted(VFM('tiny')), -1))], few, [('blur', 2), ('blur', 4)], k=5, times=20, quiet=True)
+    table = score_sources([(tokenizers['vfmvae-tiny-f8d16'], (ResizePadVFM(VFM('tiny')), -1))], few, [('blur', 2), ('blur', 4)], k=5, times=20, quiet=True)
     mine = {d['strength']: d['value'] for d in lab.figure().data}
     for strength, row in zip((0, 2, 4), table, strict=True): assert abs(mine[strength]-row['value']) < 1e-5
 
 
-def test_the_strip_is_the_row_of_the_graph_and_an_unchanged_image_keeps_all():
+def test_the_overlap_is_the_row_of_the_graph_and_an_unchanged_image_keeps_all():
     f = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     for i in (0, 7, 39):
-        s = strip(f, f[[i, i]], 6, own=i)
+        s = neighbour_overlap(f, f[[i, i]], 6, own=i)
         assert list(s.near) == knn_graph(prepare(f), 6).idx[i].tolist() and all(s.kept)
-    s = strip(f, torch.stack([f[3], -f[3]]), 6, own=3)
+    s = neighbour_overlap(f, torch.stack([f[3], -f[3]]), 6, own=3)
     assert not any(s.kept)
 
 
 def test_of_twenty_events_most_are_not_computed_and_the_last_one_is_shown(lab):
     computed = []
-    look = lab.look
-    lab.look = lambda s: (computed.append(s.strength), look(s))[1]
+    compute = lab.compute
+    lab.compute = lambda s: (computed.append(s.strength), compute(s))[1]
     async def drag():
         for strength in (.5, 1., 2., 3., 4.)*4:
             lab.controls['strength'].value = strength
@@ -62,9 +67,9 @@ def test_of_twenty_events_most_are_not_computed_and_the_last_one_is_shown(lab):
         lab.set(strength=3.)
         computed.clear()
         asyncio.run(drag())
-    finally: lab.look = look
+    finally: lab.compute = compute
     assert len(computed) <= 12 and computed[-1] == lab.state.strength == 4. and 'blur 4' in lab.readout.value
-    assert lab.png == lab.sheet(lab.look(lab.state), 7.6).png()
+    assert lab.picture.value == lab.layout(lab.compute(lab.state)).html()
 
 
 def test_two_tokenizers_are_one_click_and_leave_at_least_one(lab):
@@ -79,23 +84,32 @@ def test_two_tokenizers_are_one_click_and_leave_at_least_one(lab):
 
 
 def test_features_are_found_again_and_not_those_of_other_weights_or_images(tmp_path):
-    class Eye:
-        name, layers, calls = 'eye', ('a',), 0
+    class Own:
+        name, layers, calls = 'own', ('a',), 0
         def features(self, x, layers=None):
-            Eye.calls += 1
+            Own.calls += 1
             return {'a': x.flatten(2).transpose(1, 2)}
-    shelf, mine, eye = Shelf(World(seed=8), 16), as_source(tokenizers['conv-f8d16']), Eye()
-    banks = Banks(shelf, tmp_path)
-    banks.job([mine, eye], None).run(lambda: None, lambda n: None)
-    again = Banks(shelf, tmp_path)
-    assert torch.equal(again.get(mine, None)['latent'], banks.get(mine, None)['latent'])
-    assert Banks(Shelf(World(seed=9), 16), tmp_path).get(mine, None) is None
+    images, mine, own = ReferenceImages(World(seed=8), 16), as_source(tokenizers['conv-f8d16']), Own()
+    cache = FeatureCache(images, tmp_path)
+    cache.job([mine, own], None).run(lambda: None, lambda n: None)
+    again = FeatureCache(images, tmp_path)
+    assert torch.equal(again.get(mine, None)['latent'], cache.get(mine, None)['latent'])
+    assert FeatureCache(ReferenceImages(World(seed=9), 16), tmp_path).get(mine, None) is None
     # nobody can know what code of one's own computed in another session: it is found again as long as it lives
-    assert banks.get(eye, None)['a'].shape == (16, 3) and Eye.calls == 1 and again.get(eye, None) is None and banks.get(Eye(), None) is None
+    assert cache.get(own, None)['a'].shape == (16, 3) and Own.calls == 1 and again.get(own, None) is None and cache.get(Own(), None) is None
     other = as_source(copy.deepcopy(mine.tokenizer))
-    assert torch.equal(again.get(other, None)['latent'], banks.get(mine, None)['latent'])          # two objects of one net
+    assert torch.equal(again.get(other, None)['latent'], cache.get(mine, None)['latent'])          # two objects of one net
     with torch.no_grad(): other.tokenizer.stats.mean.copy_(other.tokenizer.stats.mean.flip(0))     # the same numbers in another order
     assert again.get(other, None) is None
+
+
+def tiles(lab, part=0): return [t.pixels for t in lab.page().sections[part].tiles]
+
+
+def upload(lab, name, content):
+    "As the control hands a file over."
+    lab.controls['upload'].value = (dict(name=name, type='image/png', size=len(content), content=content, last_modified=NOW),)
+    lab.controls['upload'].value = ()
 
 
 def data(im, kind='PNG', **how):
@@ -107,7 +121,7 @@ def data(im, kind='PNG', **how):
                                                   ('c.png', data(Image.new('RGB', (90, 90)))[:60], 'c.png'), ('d.png', b'', 'd.png')])
 def test_an_upload_that_is_no_image_is_told_and_changes_nothing(lab, name, content, words):
     before = lab.state
-    lab._received([dict(name=name, content=memoryview(content))])
+    upload(lab, name, memoryview(content))
     assert words in lab.readout.value and lab.state == before and name not in lab.uploads
 
 
@@ -118,7 +132,7 @@ def test_every_kind_of_image_can_be_uploaded(lab, name):
                    cmyk=lambda: data(Image.new('CMYK', (70, 90), (9, 99, 0, 0)), 'JPEG'),
                    moving=lambda: data(two[0], 'WEBP', save_all=True, append_images=two[1:]),
                    clear=lambda: data(Image.new('RGBA', (40, 40), (9, 9, 9, 0))))[name]()
-    lab._received([dict(name=name, content=content)])
+    upload(lab, name, content)
     lab.settle()
     assert lab.state.uploaded == name and f'image {name} of' in lab.readout.value
     lab.set(uploaded='').settle()
@@ -158,13 +172,13 @@ def test_whatever_a_field_is_given_the_answer_is_a_line_or_the_state_is_a_value(
 
 
 def test_a_layer_counted_from_the_end_is_the_same_layer(lab):
-    last = lab.seen.vfm('tiny').vfm.depth
+    last = lab.session.vfm('tiny').vfm.depth
     assert lab.set(layer=-2).state.layer == NeighbourLab(layer=-2).state.layer == last and lab.set(layer=-2).figure().data[0]['layer'] == last
     assert lab.set(layer=-1).state.layer == -1
 
 
 def test_a_picture_depends_on_the_state_and_not_on_the_way_there(lab):
-    def uploaded(colour): lab._received([dict(name='same name', content=data(Image.new('RGB', (64, 64), colour)))])
+    def uploaded(colour): upload(lab, 'same name', data(Image.new('RGB', (64, 64), colour)))
     lab.set(image=0, layer=-1, tokenizers='vfmvae-tiny-f8d16', transform='blur', strength=1.)
     for move in (dict(image=3), dict(layer=2), dict(strength=2.), dict(tokenizers=('conv-f8d16', 'vfmvae-tiny-f8d16')), dict(layer=0), dict(k=4),
                  'red', 'blue', dict(image=0)):
@@ -173,7 +187,7 @@ def test_a_picture_depends_on_the_state_and_not_on_the_way_there(lab):
         if lab.state.uploaded:
             fresh.uploads = dict(lab.uploads)
             fresh.set(**{k: getattr(lab.state, k) for k in lab.state.__dataclass_fields__})
-        assert lab.sheet(lab._whole(), 5).png() == fresh.sheet(fresh._whole(), 5).png(), move
+        assert lab.page().html() == fresh.page().html(), move
     lab.set(tokenizers='vfmvae-tiny-f8d16', k=5, layer=-1)
 
 
@@ -204,7 +218,7 @@ def test_the_reconstruction_lab_takes_tokenizers_of_ones_own_and_a_folder(tmp_pa
     own.name = 'mine'
     for i in range(3): Image.new('RGB', (50, 70), (80*i, 40, 90)).save(tmp_path/f'{i}.png')
     lab = ReconstructionLab(images=str(tmp_path), size=32, own=[own], tokenizer='mine', image=2, other=0)
-    assert lab._whole().image.shape == (3, 32, 32) and {d['tokenizer'] for d in lab.figure().data} == {'mine'}
+    assert tiles(lab)[0].shape == (3, 32, 32) and {d['tokenizer'] for d in lab.figure().data} == {'mine'}
     assert 'mine' in lab.panel(lab.state)['tokenizer'].options
     with pytest.raises(UserError, match='there are 3'): lab.set(image=3)
     with pytest.raises(UserError, match=ONE_LINE): ReconstructionLab(images=str(tmp_path/'none'))
@@ -212,9 +226,12 @@ def test_the_reconstruction_lab_takes_tokenizers_of_ones_own_and_a_folder(tmp_pa
 
 def test_the_neighbour_lab_adds_up():
     lab = NeighbourLab(n=24, k=4, image=2)
-    r = lab._whole()
-    data = lab.figure().data
-    assert abs(data[-1]['share']-1) < 1e-9 and [d['adds'] > 0 for d in data] == [a > 0 for a in r.adds] and f'{r.score:.3f}' in lab.text()
+    data, cache = lab.figure().data, lab.session.cache('world')
+    graphs = [knn_graph(prepare(cache.get(lab.source(n), None)[at]), 4) for n, at in (('tiny', -1), ('vfmvae-tiny-f8d16', 'latent'))]
+    shared = [bool({*a} & {*b}) for a, b in zip(*(g.idx.tolist() for g in graphs), strict=True)]
+    assert abs(data[-1]['share']-1) < 1e-9 and [d['adds'] > 0 for d in data] == shared
+    score = cknna(*graphs, 4)
+    assert f'{score:.3f}' in lab.text() and all(abs(d['cknna']-score) < 1e-9 for d in data)
 
 
 def net(channels=16, seed=0):
@@ -227,25 +244,30 @@ def net(channels=16, seed=0):
 def test_the_layer_lab_knows_nets_and_itself():
     tok = tokenizers['vfmvae-tiny-f8d16']
     lab = LayerLab(nets=dict(a=(net(seed=0), tok), b=(net(seed=1), tok)), first='a', second='a', n=24, k=4, t=.25)
-    own = lab._whole().scores
-    assert own.shape == (4, 4) and (own.diagonal() > .999).all()
-    assert not torch.allclose(lab.set(second='b')._whole().scores, own)     # two nets of one tokenizer do not share a cache
+    def scores(): return torch.tensor([d['cknna'] for d in lab.page().rows]).view(4, 4)
+    own = scores()
+    assert (own.diagonal() > .999).all()
+    lab.set(second='b')
+    assert not torch.allclose(scores(), own)     # two nets of one tokenizer do not share a cache
     assert 'noise level 0.25' in lab.text().lower()
 
 
 def test_the_embedding_lab_puts_the_chosen_image_first():
     lab = EmbeddingLab(n=24, image=5, colour='transform', transform='noise', strength=.1)
-    r = lab._whole()
-    assert r.places.shape == (48, 2) and len(r.near) == 8 and 5 not in r.near and len(lab.figure().data) == 48
-    with pytest.raises(UserError, match='choose one of'): lab.set(method='tsne')
+    page = lab.page()
+    first, *near = [t.caption for t in page.sections[1].tiles]
+    assert first == 'image 5' and len(near) == 8 and '5' not in near and len(page.rows) == len(lab.figure().data) == 48
+    at = torch.tensor([(d['x'], d['y']) for d in page.rows])
+    assert near == [str(i) for i in (at[:24]-at[5]).square().sum(1).argsort()[1:9].tolist()]
+    with pytest.raises(UserError, match='no method .* .known: pca, umap.'): lab.set(method='tsne')
 
 
 def test_the_sampler_lab_walks_from_its_noise_to_its_end():
     lab = SamplerLab(net(), steps=4, step=4)
-    r = lab._whole()
-    assert r.t == 0 and r.far[-1] == 0 < r.far[0] and torch.equal(r.now, r.final)
-    first = lab.set(step=0)._whole()
-    assert first.t == 1 and not torch.equal(first.now, first.final) and len(lab._ways) == 1
+    rows, shown = lab.page().rows, tiles(lab)
+    assert [rows[i]['t'] for i in (0, 4)] == [1, 0] and rows[-1]['distance'] == 0 < rows[0]['distance'] and torch.equal(shown[0], shown[2])
+    first = tiles(lab.set(step=0))
+    assert lab.page().sections[0].tiles[0].caption == 'step 0, t 1.00' and not torch.equal(first[0], first[2]) and len(lab.trajectories) == 1
     for bad in (dict(step=5), dict(label=17), dict(method='x'), dict(stage='x'), dict(guidance=-1.), dict(guidance=float('nan')), dict(guidance='x')):
         with pytest.raises(UserError, match=ONE_LINE): lab.set(**bad)
     with pytest.raises(UserError, match='bundled'): SamplerLab(tokenizer='rae-tiny-f8d128')
@@ -266,10 +288,10 @@ def test_a_long_way_is_shown_as_far_as_it_is_and_left_when_another_is_asked_for(
         await lab._filler
     asyncio.run(drag())
     assert 'seed 1: step 12 of 12' in lab.readout.value and 'distance' in lab.readout.value and lab.mark.layout.visibility == 'hidden'
-    assert lab.png == lab.sheet(lab._whole(), 7.6).png() and len(lab._way(lab.state).gone) == 13
-    assert len(lab._way(replace(lab.state, seed=0)).gone) < 13 and len(calls) < 2*24
+    assert lab.picture.value == lab.page().html() and len(lab.trajectory(lab.state).done) == 13
+    assert len(lab.trajectory(replace(lab.state, seed=0)).done) < 13 and len(calls) < 2*24
     fresh = SamplerLab(lab.nets['net'], state=lab.state)
-    assert torch.equal(fresh._whole().final, lab._whole().final)
+    assert torch.equal(tiles(fresh)[2], tiles(lab)[2])
 
 
 def test_the_jobs_of_many_labs_leave_the_pictures_a_thread():
@@ -308,7 +330,7 @@ def test_every_lab_has_pictures_words_and_controls():
     for lab in (ReconstructionLab().set(edit='noise'), NeighbourLab(n=24, k=4), LayerLab(n=24, k=4), EmbeddingLab(n=24), SamplerLab(net(), steps=3)):
         lab.widget()
         lab.settle()
-        assert lab.png[:4] == b'\x89PNG' and lab.text() and all(c.help for c in lab.panel(lab.state).values())
+        assert 'data:image/png;base64,iVBOR' in lab.picture.value and lab.text() and all(c.help for c in lab.panel(lab.state).values())
         assert lab.figure('column').get_figwidth() == 3.25 and lab.figure().data
 
 

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-import vfmvae.data as d
-from vfmvae.core import Draws, Notice, UserError, to_json
-from vfmvae.data import Subset, TensorSet, World, as_dataset, fingerprint, folder, loader, random_crop_flip, shards, stamps, take, to_tensor
+import vfmvae.data as data
+
+import vfmvae.images as images
+import vfmvae.tar as tar
+from vfmvae.core import Draws, Notice, UserError
+from vfmvae.files import to_json
+from vfmvae.images import random_crop_flip, to_tensor
+from vfmvae.world import World
+from vfmvae.folders import folder, shards
+from vfmvae.data import as_dataset, fingerprint, loader, stamps, Subset, take, TensorSet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
 import sets  # noqa: E402
@@ -44,8 +51,8 @@ def two(tmp_path, home):
 @pytest.fixture
 def reads(monkeypatch):
     "How often shards are read."
-    calls, real = [], d._read_shards
-    monkeypatch.setattr(d, '_read_shards', lambda paths: (calls.append(1), real(paths))[1])
+    calls, real = [], tar._read_shards
+    monkeypatch.setattr(tar, '_read_shards', lambda paths: (calls.append(1), real(paths))[1])
     return calls
 
 
@@ -61,9 +68,9 @@ TEXTS = {'none': [], 'one': ['a'], 'paths': [f'n{i % 7}/n{i}.png' for i in range
 
 @pytest.mark.parametrize('kind', [*TEXTS, 'numbers', 'part'])
 def test_a_column_is_a_list(kind):
-    if kind == 'numbers': want, got = [*range(-5, 5000)], d._numbers(np.arange(-5, 5000, dtype=np.int32))
-    elif kind == 'part': want, got = TEXTS['paths'][10:8000:7], d._some(d._texts(*d._pack(TEXTS['paths'])), range(10, 8000, 7))
-    else: want, got = TEXTS[kind], d._texts(*d._pack(iter(TEXTS[kind])))
+    if kind == 'numbers': want, got = [*range(-5, 5000)], tar.number_column(np.arange(-5, 5000, dtype=np.int32))
+    elif kind == 'part': want, got = TEXTS['paths'][10:8000:7], data._some(tar.text_column(*tar.pack_texts(TEXTS['paths'])), range(10, 8000, 7))
+    else: want, got = TEXTS[kind], tar.text_column(*tar.pack_texts(iter(TEXTS[kind])))
     n = len(want)
     assert len(got) == n and list(got) == want and got == want and want == got and got.tolist() == want == [*reversed([*reversed(got)])]
     assert not got == [*want, 'x'] and (not want or not got == [*want[:-1], None]) and got != 'x' and sorted(got) == sorted(want)
@@ -211,9 +218,9 @@ def odd_tars(root):
                                            (b'19 mtime=1500000000\n', False), (b'11 path=a.b\n', False), (b'20 mtime=1500000000', False), (b'', False)])
 def test_what_may_be_said_of_the_next_member(records, plain):
     row = bytes(512) + records.ljust(512, b'\0')
-    if plain: assert d._aside(ord('x'), 'a', len(records), row)
+    if plain: assert tar._aside(ord('x'), 'a', len(records), row)
     else:
-        with pytest.raises(ValueError): d._aside(ord('x'), 'a', len(records), row)
+        with pytest.raises(ValueError): tar._aside(ord('x'), 'a', len(records), row)
 
 
 def told(path, by):
@@ -227,16 +234,16 @@ def told(path, by):
 def by_tarfile(path, skipped, monkeypatch):
     def never(p): raise ValueError
     with monkeypatch.context() as m:
-        m.setattr(d, '_plain_members', never)
-        return d._shard_index(path, skipped)
+        m.setattr(tar, '_plain_members', never)
+        return tar._shard_index(path, skipped)
 
 
 def test_a_shard_is_what_tarfile_says(tmp_path, monkeypatch):
     for name, (path, plain) in odd_tars(tmp_path).items():
-        fast, asked, real = [], [], d._by_tarfile
+        fast, asked, real = [], [], tar._by_tarfile
         with monkeypatch.context() as m:
-            m.setattr(d, '_by_tarfile', lambda *a, asked=asked, real=real: (asked.append(1), real(*a))[1])
-            fast = told(path, d._shard_index)
+            m.setattr(tar, '_by_tarfile', lambda *a, asked=asked, real=real: (asked.append(1), real(*a))[1])
+            fast = told(path, tar._shard_index)
         assert fast == told(path, lambda p, s: by_tarfile(p, s, monkeypatch)), name
         assert bool(asked) != plain, name
 
@@ -254,7 +261,7 @@ def test_any_damage_to_a_head_is_seen_as_tarfile_sees_it(tmp_path, monkeypatch, 
             bad[at+148:at+156] = b'%06o\0 ' % sum(bad[at:at+512])
         (tmp_path/'b.tar').write_bytes(bad)
         want = told(tmp_path/'b.tar', lambda p, s: by_tarfile(p, s, monkeypatch))
-        assert told(tmp_path/'b.tar', d._shard_index) == want
+        assert told(tmp_path/'b.tar', tar._shard_index) == want
         seen[type(want)] += 1
     assert min(seen.values()) > 5 and len(seen) == 2                               # some of these are errors, and some are not
 
@@ -264,7 +271,7 @@ def test_pictures_of_any_size_between_heads(tmp_path, monkeypatch, side):
     rng = np.random.default_rng(side)
     data = [rng.integers(0, 256, int(rng.integers(1, 60*side)), np.uint8).tobytes() for _ in range(1300)]
     path = make_tar(tmp_path/'a.tar', [m for i, b in enumerate(data) for m in ((f'{i}.jpg', b), (f'{i}.cls', str(i % 9).encode()))])
-    images, labels = d._gather(d._plain_members(str(path)), d._first, 'a', Counter())
+    images, labels = tar._keyed(tar._plain_members(str(path)), tar._first, 'a', Counter())
     assert (images, labels) == by_tarfile(str(path), Counter(), monkeypatch) and len(images) == 1300
     raw = path.read_bytes()
     assert [raw[a:a+n] for a, n in images.values()] == data
@@ -299,7 +306,7 @@ def test_an_index_of_other_shards_is_not_taken(two, reads, monkeypatch, change):
     if change == 'name': b.rename(two/'train-000002.tar')
     if change == 'order': pattern = [b, a]
     if change == 'fewer': pattern = a
-    if change == 'endings': monkeypatch.setattr(d, 'SUFFIXES', d.SUFFIXES | {'.gif'})
+    if change == 'endings': monkeypatch.setattr(tar, 'SUFFIXES', images.SUFFIXES | {'.gif'})
     if change == 'content and time': b.write_bytes(b.read_bytes().replace(b'n0000', b'm0000', 3))
     if change == 'content and time':
         with pytest.raises(UserError, match=b.name): shards(pattern)             # its heads are wrong now
@@ -314,7 +321,7 @@ def test_an_index_of_other_shards_is_not_taken(two, reads, monkeypatch, change):
 def flip(at): return lambda b: b[:at] + bytes([b[at] ^ 64]) + b[at+1:]
 
 
-def about(two): return json.dumps([1, sorted(d.SUFFIXES), d._known_by(sorted(map(str, two.iterdir())))]).encode()
+def about(two): return json.dumps([1, sorted(images.SUFFIXES), tar._known_by(sorted(map(str, two.iterdir())))]).encode()
 
 
 @pytest.mark.parametrize('spoil', [*(flip(int(k)) for k in np.linspace(0, 55_000, 12)), lambda b: b[:-1], lambda b: b[:len(b)//2], lambda b: b'',
@@ -326,22 +333,22 @@ def test_a_damaged_index_is_not_trusted(two, home, reads, spoil):
     assert len(good) > 56_000
     file.write_bytes(spoil(good))
     assert known(shards(two/'*.tar')) == first
-    assert d._load_index(file, about(two)) is not None                             # mended, or it was a byte that says nothing
+    assert tar._load_index(file, about(two)) is not None                             # mended, or it was a byte that says nothing
 
 
 def test_every_byte_of_an_index_that_matters_is_checked(two, home):
     shards(two/'*.tar')
     file, = (home/'shards').glob('*.npz')
     good, told = file.read_bytes(), about(two)
-    want = d._load_index(file, told)
+    want = tar._load_index(file, told)
     rng = random.Random(0)
     file.write_bytes(good.replace(b"'shape': (1200, 2", b"'shape': (1000, 2"))
-    assert d._load_index(file, told) is None
+    assert tar._load_index(file, told) is None
     file.write_bytes(good)
-    assert want is not None and d._load_index(file, told+b' ') is None
+    assert want is not None and tar._load_index(file, told+b' ') is None
     for at in [rng.randrange(len(good)) for _ in range(300)]:
         file.write_bytes(flip(at)(good))
-        got = d._load_index(file, told)
+        got = tar._load_index(file, told)
         assert got is None or all(np.array_equal(got[k], v) and got[k].dtype == v.dtype for k, v in want.items()), at
 
 
@@ -359,13 +366,13 @@ def test_where_no_index_can_be_there_is_none(two, home, reads, monkeypatch, home
 
 def test_an_index_that_cannot_be_written_is_no_error(two, reads, monkeypatch):
     def full(path, write): raise UserError('no space left')
-    monkeypatch.setattr(d, 'write_atomic', full)
+    monkeypatch.setattr(tar, 'write_atomic', full)
     assert known(shards(two/'*.tar')) == known(shards(two/'*.tar')) and len(reads) == 2
 
 
 def test_a_shard_that_changes_while_it_is_read_leaves_no_index(two, home, monkeypatch):
-    real = d._read_shards
-    monkeypatch.setattr(d, '_read_shards', lambda paths: (real(paths), os.utime(paths[0]))[0])
+    real = tar._read_shards
+    monkeypatch.setattr(tar, '_read_shards', lambda paths: (real(paths), os.utime(paths[0]))[0])
     assert len(shards(two/'*.tar')) == 1200 and not [*(home/'shards').glob('*.npz')]
 
 
@@ -380,20 +387,21 @@ def test_a_shard_of_just_now_is_read_once_the_clock_of_files_went_on(two, monkey
 
 
 OPEN = """
-import sys, time, vfmvae.data as d
-real = d._read_shards
+import sys, time
+from vfmvae import data, folders, tar
+real = tar._read_shards
 def slow(paths):
     open(sys.argv[2], 'a').write('x')
     time.sleep(1.)
     return real(paths)
-d._read_shards = slow
-ds = d.shards(sys.argv[1]+'/*.tar')
-print(len(ds), d.fingerprint(ds))
+tar._read_shards = slow
+ds = folders.shards(sys.argv[1]+'/*.tar')
+print(len(ds), data.fingerprint(ds))
 """
 
 
 def test_processes_that_start_at_once_read_the_shards_once(two, tmp_path, reads):
-    env = dict(os.environ, PYTHONPATH=str(Path(d.__file__).parent.parent))
+    env = dict(os.environ, PYTHONPATH=str(Path(data.__file__).parent.parent))
     kids = [subprocess.Popen([sys.executable, '-c', OPEN, str(two), str(tmp_path/'log')], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     said = {k.communicate(timeout=120)[0] for k in kids}
     ds = shards(two/'*.tar')
@@ -414,7 +422,7 @@ def test_nobody_waits_for_ever_for_another_process(two, home, reads, monkeypatch
         if maker == 'killed':
             kid.send_signal(signal.SIGKILL)
             kid.wait()
-        else: monkeypatch.setattr(d, '_PATIENCE', .3)
+        else: monkeypatch.setattr(tar, '_PATIENCE', .3)
         begun = time.monotonic()
         assert known(shards(two/'*.tar')) == want and len(reads) == 2 and file.is_file()
         assert maker == 'killed' or time.monotonic()-begun > .3                    # it did wait
@@ -435,7 +443,7 @@ def slow_fingerprint(ds, marks):
 @pytest.mark.parametrize('small', [True, False])
 def test_fingerprints_are_of_names_classes_and_stamps(two, tmp_path, monkeypatch, small):
     sets.make_files(tmp_path/'f', 30, 3)
-    if not small: monkeypatch.setattr(d._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(pieces=pieces, _small=False))
+    if not small: monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(pieces=pieces, _small=False))
     for ds in (folder(tmp_path/'f', size=8), shards(two/'*.tar', size=8)):
         def mark(path, offset, length):
             s, f = os.stat(path), Path(path).read_bytes()
@@ -450,7 +458,7 @@ def test_fingerprints_are_of_names_classes_and_stamps(two, tmp_path, monkeypatch
 
 def test_a_shard_is_looked_at_once_for_all_its_images(two, monkeypatch):
     ds = shards(two/'*.tar')
-    monkeypatch.setattr(d._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(pieces=pieces, _small=False))
+    monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(pieces=pieces, _small=False))
     looked, real = [], os.stat
     monkeypatch.setattr(os, 'stat', lambda *a, **k: (looked.append(a), real(*a, **k))[1])
     assert len(stamps(ds)) == 1200 and len(looked) == 2
@@ -473,7 +481,7 @@ def every(tmp_path_factory):
     make_tar(root/'a.tar', [(f'{i}.png', p.read_bytes()) for i, p in enumerate(files)])
     world, grey = World(16, seed=3, size=20), torch.arange(256.).view(1, 1, 16, 16).expand(2, 3, -1, -1)/127.5-1
     pics, wild = folder(root/'f', size=32), folder(root/'f', size=32, augment=True)
-    return {**{f'folder, {c}': folder(root/'f', size=32, crop=c) for c in d.CROPS}, 'augmented': wild, 'shards': shards(root/'a.tar', size=24),
+    return {**{f'folder, {c}': folder(root/'f', size=32, crop=c) for c in images.CROPS}, 'augmented': wild, 'shards': shards(root/'a.tar', size=24),
             'augmented shards': shards(root/'a.tar', size=16, augment=True), 'list': as_dataset([picture(i) for i in range(5)], size=16), 'world': world,
             'large world': World(40, size=64), 'tensors': TensorSet(world.batch(range(8))['image']), 'greys': TensorSet(grey),
             'part': Subset(pics, [3, 1, 2]), 'part of a world': Subset(world, [5, 2, 9]), 'augmented part': Subset(wild, [3, 1, 2])}
@@ -502,7 +510,7 @@ def test_a_crop_belongs_to_an_image_in_an_epoch(every):
     for epoch, seed in itertools.product(range(3), range(3)):
         b = ds.batch([6, 0, 3, 3], epoch=epoch, seed=seed)['image']
         u = Draws(seed, [3]).uniform(f'crop/{epoch}', (4,))[0].tolist()
-        want = to_tensor(random_crop_flip(ds.read(3), 32, d._Uniforms(u)))
+        want = to_tensor(random_crop_flip(ds.read(3), 32, images.GivenUniforms(u)))
         assert torch.equal(b[2], want) and torch.equal(b[3], want) and torch.equal(ds.image(3, epoch, seed), want)
         for other in (ds.batch([3, 7], epoch=epoch, seed=seed), Subset(ds, [3]).batch([0], epoch=epoch, seed=seed)): assert torch.equal(other['image'][0], want)
         seen += [x.sum().item() for x in b[:3]]
@@ -521,7 +529,7 @@ class Canvas:
 def test_crops_are_drawn_as_they_always_were():
     n, rows = 20_000, []
     for u in Draws(0, range(n)).uniform('crop/0', (4,)).tolist():
-        random_crop_flip(c := Canvas(), 32, d._Uniforms(u))
+        random_crop_flip(c := Canvas(), 32, images.GivenUniforms(u))
         left, top, right, bottom = c.box
         assert right-left == bottom-top and 0 <= left and 0 <= top and right <= 400 and bottom <= 300
         rows.append((right-left, left/(400-right+left), top/max(1, 300-bottom+top), c.turned))
@@ -530,9 +538,9 @@ def test_crops_are_drawn_as_they_always_were():
     for x in (left, top):                                                          # narrow ranges of whole pixels round
         assert abs(x[side < 250].mean()-.5) < .012 and abs(np.std(x[side < 250])-12**-.5) < .01 and x.min() == 0 and x.max() == 1
     assert abs(turned.mean()-.5) < .018 and abs(np.corrcoef(np.array(rows).T)-np.eye(4)).max() < .03
-    random_crop_flip(c := Canvas(), 32, d._Uniforms([0, 1-2**-24, 1-2**-24, .5]))
+    random_crop_flip(c := Canvas(), 32, images.GivenUniforms([0, 1-2**-24, 1-2**-24, .5]))
     assert c.box == (250, 150, 400, 300) and not c.turned                          # the last place counts
-    random_crop_flip(c := Canvas(), 32, d._Uniforms([1-2**-24, 0, 0, .49]))
+    random_crop_flip(c := Canvas(), 32, images.GivenUniforms([1-2**-24, 0, 0, .49]))
     assert c.box == (0, 0, 299, 299) and c.turned
 
 
@@ -548,5 +556,5 @@ def test_the_benchmark_measures_the_sets_that_it_makes(tmp_path):
     for k in ('folder', 'shards'): rows[f'{k}, memory'] = [dict(bytes=50, peak=100, n=2)]
     got = sets.summary(rows)
     assert got['folder_over_ImageFolder'] == 1 and got['shards, memory'] == dict(bytes_per_image=25, peak_per_image=50) and got['shards, first']['cpu'] == 2
-    row = sets.opened(Path(d.__file__).parent.parent, tmp_path/'home', 'shards', tmp_path)
+    row = sets.opened(Path(data.__file__).parent.parent, tmp_path/'home', 'shards', tmp_path)
     assert row['n'] == 80 and row['print'] == fingerprint(tars)

@@ -5,9 +5,13 @@ import pytest
 import torch
 from vfmvae import latents
 from vfmvae.core import Gaussian, UserError
-from vfmvae.data import World, folder, loader
-from vfmvae.latents import LatentCache, cache_latents, cache_name, export_latents, import_latents, latent_digest, latent_stats
-from vfmvae.tokenizer import LatentStats, tokenizers
+from vfmvae.world import World
+from vfmvae.folders import folder
+from vfmvae.data import loader
+from vfmvae.latents import cache_latents, cache_name, latent_digest, latent_stats, LatentCache
+from vfmvae.layouts import export_latents, import_latents
+from vfmvae.protocols import LatentStats
+from vfmvae.tokenizer import tokenizers
 
 VFM = 'vfmvae-tiny-f8d16'
 
@@ -28,9 +32,9 @@ class Toy:
 @pytest.mark.parametrize('wide', [True, False])
 def test_what_is_read_is_what_was_encoded(tmp_path, scaled, wide):
     tok, data = Toy(scaled, wide), World(70, seed=4)
-    c = cache_latents(tok, data, tmp_path/'c', batch_size=13, shard=32)
+    c = cache_latents(tok, data, tmp_path/'c', batch_size=13, shard_size=32)
     assert len(c) == 70 and [n for _, n in c.manifest['shards']] == [32, 32, 6]
-    c.check(tok)                                   # one without a scale gets it here
+    c.bind(tok)                                   # one without a scale gets it here
     at = [69, 0, 33, 33, 31]
     want, b = tok.encode(data.batch(at)['image']), c.batch(at)
     torch.testing.assert_close(b['mean'], want.mean, atol=1e-5, rtol=1e-5)
@@ -45,7 +49,7 @@ def test_statistics_in_two_passes_survive_a_large_offset():
     g = torch.Generator().manual_seed(0)
     z = torch.randn(500, 2, 3, 3, generator=g, dtype=torch.float64)*.01 + 1e4
     parts = [dict(mean=z[i:i+77], logvar=torch.full_like(z[i:i+77], -9.)) for i in range(0, 500, 77)]
-    mean, std = latent_stats(lambda: iter(parts))
+    mean, std = latent_stats(parts)
     rows = z.transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean, rows.mean(1), rtol=1e-12, atol=0)
     torch.testing.assert_close(std**2, rows.var(1)+torch.exp(torch.tensor(-9.).double())*rows.shape[1]/(rows.shape[1]-1), rtol=1e-9, atol=0)
@@ -53,7 +57,7 @@ def test_statistics_in_two_passes_survive_a_large_offset():
 
 def test_flips_are_the_mirrored_images_and_half_of_what_is_read(tmp_path):
     tok, data = Toy(), World(64, seed=2)
-    c = cache_latents(tok, data, tmp_path/'c', flips=True, shard=40)
+    c = cache_latents(tok, data, tmp_path/'c', flips=True, shard_size=40)
     x = data.batch(range(64))['image']
     plain, mirrored = tok.encode(x).mean, tok.encode(x.flip(-1)).mean
     taken = []
@@ -72,8 +76,8 @@ def test_flips_are_the_mirrored_images_and_half_of_what_is_read(tmp_path):
 @pytest.mark.parametrize('processes', [2, 3])
 def test_several_processes_write_the_cache_of_one(tmp_path, processes):
     tok, data = Toy(), World(90, seed=6)
-    one = cache_latents(tok, data, tmp_path/'one', shard=16)
-    many = [cache_latents(tok, data, tmp_path/'many', shard=16, rank=r, processes=processes) for r in range(processes)]
+    one = cache_latents(tok, data, tmp_path/'one', shard_size=16)
+    many = [cache_latents(tok, data, tmp_path/'many', shard_size=16, rank=r, num_processes=processes) for r in range(processes)]
     assert many[:-1] == [None]*(processes-1)
     for k in ('stats', 'scale', 'shards', 'n', 'shape'): assert one.manifest[k] == many[-1].manifest[k]
     assert torch.equal(one.batch(range(90))['mean'], many[-1].batch(range(90))['mean'])
@@ -81,7 +85,7 @@ def test_several_processes_write_the_cache_of_one(tmp_path, processes):
 
 def test_an_interrupted_cache_goes_on(tmp_path, monkeypatch):
     tok, data, seen = Toy(), World(60, seed=1), []
-    whole = cache_latents(tok, data, tmp_path/'whole', shard=20)
+    whole = cache_latents(tok, data, tmp_path/'whole', shard_size=20)
     class Stops:
         classes = data.classes
         def fingerprint(self): return 'the same'
@@ -91,29 +95,29 @@ def test_an_interrupted_cache_goes_on(tmp_path, monkeypatch):
             if max(at) >= 40 and stop: raise KeyboardInterrupt
             return data.batch(at)
     stop = True
-    with pytest.raises(KeyboardInterrupt): cache_latents(tok, Stops(), tmp_path/'c', shard=20)
+    with pytest.raises(KeyboardInterrupt): cache_latents(tok, Stops(), tmp_path/'c', shard_size=20)
     assert sorted(p.name for p in (tmp_path/'c').iterdir()) == ['manifest.json', 'shard-00000.safetensors', 'shard-00001.safetensors']
     with pytest.raises(UserError, match='2 of 3 shards'): LatentCache(tmp_path/'c')
     stop, seen[:] = False, []
-    c = cache_latents(tok, Stops(), tmp_path/'c', shard=20)
+    c = cache_latents(tok, Stops(), tmp_path/'c', shard_size=20)
     assert set(seen) == {0, *range(40, 60)} and torch.equal(c.batch(range(60))['mean'], whole.batch(range(60))['mean'])
 
 
 @pytest.mark.parametrize('harm', ['cut', 'empty', 'gone', 'noise', 'short'])
 def test_a_damaged_shard_is_named_and_made_again(tmp_path, harm):
     tok, data = Toy(), World(40, seed=1)
-    c = cache_latents(tok, data, tmp_path/'c', shard=20)
+    c = cache_latents(tok, data, tmp_path/'c', shard_size=20)
     want, f = c.batch(range(40))['mean'], tmp_path/'c'/'shard-00001.safetensors'
     if harm == 'cut': f.write_bytes(f.read_bytes()[:-7])
     if harm == 'empty': f.write_bytes(b'')
     if harm == 'gone': f.unlink()
     if harm == 'noise': f.write_bytes(np.random.default_rng(0).bytes(4000))
-    if harm == 'short': shutil.copy(cache_latents(tok, data, tmp_path/'d', shard=7).dir/'shard-00000.safetensors', f)
+    if harm == 'short': shutil.copy(cache_latents(tok, data, tmp_path/'d', shard_size=7).dir/'shard-00000.safetensors', f)
     with pytest.raises(UserError, match='shard-00001.safetensors.*cache again: only what is missing is made') as e: LatentCache(tmp_path/'c').batch([25])
     assert '\n' not in str(e.value)
     LatentCache(tmp_path/'c').batch([5])            # the others still read
     if harm in ('cut', 'empty', 'noise', 'short'): f.unlink()      # as the message says
-    torch.testing.assert_close(cache_latents(tok, data, tmp_path/'c', shard=20).batch(range(40))['mean'], want)
+    torch.testing.assert_close(cache_latents(tok, data, tmp_path/'c', shard_size=20).batch(range(40))['mean'], want)
 
 
 def test_a_full_disk_is_said_and_what_is_there_is_kept(tmp_path, monkeypatch):
@@ -125,33 +129,33 @@ def test_a_full_disk_is_said_and_what_is_there_is_kept(tmp_path, monkeypatch):
         if count[0] == 2: raise OSError(28, 'No space left on device')
         return plain(tensors, path, metadata)
     monkeypatch.setattr(safetensors.torch, 'save_file', full)
-    with pytest.raises(UserError, match='no space left for .*shard-00001.*free some and call again') as e: cache_latents(tok, data, tmp_path/'c', shard=20)
+    with pytest.raises(UserError, match='no space left for .*shard-00001.*free some and call again') as e: cache_latents(tok, data, tmp_path/'c', shard_size=20)
     assert '\n' not in str(e.value) and sorted(p.name for p in (tmp_path/'c').iterdir()) == ['manifest.json', 'shard-00000.safetensors']
-    assert len(cache_latents(tok, data, tmp_path/'c', shard=20)) == 40
+    assert len(cache_latents(tok, data, tmp_path/'c', shard_size=20)) == 40
     monkeypatch.setattr(latents.shutil, 'disk_usage', lambda p: type('Usage', (), dict(free=0)))
-    with pytest.raises(UserError, match='no space left'): cache_latents(tok, data, tmp_path/'d', shard=20)
+    with pytest.raises(UserError, match='no space left'): cache_latents(tok, data, tmp_path/'d', shard_size=20)
 
 
 def test_a_cache_of_something_else_is_refused(tmp_path):
     tok, data = Toy(), World(40, seed=1)
-    c = cache_latents(tok, data, tmp_path/'c', shard=20)
-    with pytest.raises(UserError, match='n: 40 there, 30 here'): cache_latents(tok, data, tmp_path/'c', 30, shard=20)
-    with pytest.raises(UserError, match='data: .*seed 1 there, .*seed 2 here'): cache_latents(tok, World(40, seed=2), tmp_path/'c', shard=20)
-    with pytest.raises(UserError, match=f'of toy-f8d3, not of {VFM}'): c.check(tokenizers[VFM])
+    c = cache_latents(tok, data, tmp_path/'c', shard_size=20)
+    with pytest.raises(UserError, match='n: 40 there, 30 here'): cache_latents(tok, data, tmp_path/'c', 30, shard_size=20)
+    with pytest.raises(UserError, match='data: .*seed 1 there, .*seed 2 here'): cache_latents(tok, World(40, seed=2), tmp_path/'c', shard_size=20)
+    with pytest.raises(UserError, match=f'of toy-f8d3, not of {VFM}'): c.bind(tokenizers[VFM])
     other = Toy()
     other.stats.set(other.stats.mean, other.stats.std*1.1)
-    with pytest.raises(UserError, match='trained anew'): c.check(other)
-    with pytest.raises(UserError, match='the scale'): cache_latents(other, data, tmp_path/'c', shard=20)
+    with pytest.raises(UserError, match='trained anew'): c.bind(other)
+    with pytest.raises(UserError, match='the scale'): cache_latents(other, data, tmp_path/'c', shard_size=20)
     with pytest.raises(UserError, match='no latent cache'): LatentCache(tmp_path)
     with pytest.raises(UserError, match='does not say which way'): cache_latents(tok, data, tmp_path/'f', flips=True).with_images(data)
     with pytest.raises(UserError, match='39 images for 40'): c.with_images(World(39, seed=1))
-    for bad in (dict(rank=2, processes=2), dict(n=0, shard=0)):
+    for bad in (dict(rank=2, num_processes=2), dict(n=0, shard_size=0)):
         with pytest.raises(UserError): cache_latents(tok, data, tmp_path/'e', **bad)
 
 
 def test_the_published_layouts_come_back(tmp_path):
     tok, data = Toy(), World(50, seed=1)
-    c = cache_latents(tok, data, tmp_path/'c', flips=True, shard=20)
+    c = cache_latents(tok, data, tmp_path/'c', flips=True, shard_size=20)
     reg = import_latents(export_latents(c, tmp_path/'reg', 'reg'), tmp_path/'r', 'reg', tok.name, data.classes)
     a, b = c.batch(range(50), epoch=0), reg.batch(range(50))
     assert b['label'].tolist() == a['label'].tolist() and not reg.augment
@@ -170,7 +174,7 @@ def test_the_published_layouts_come_back(tmp_path):
     raw = tok.stats.unscale(want.mean)
     width = (want.logvar/2).exp()*tok.stats.std[:, None, None]
     assert abs(((t['latents']-raw[:20])/width[:20]).std()-1) < .03                   # samples of the posterior, on the raw scale
-    torch.testing.assert_close(light.check(tok).scale().std, tok.stats.std)
+    torch.testing.assert_close(light.bind(tok).scale().std, tok.stats.std)
 
 
 def test_damaged_published_files_are_named(tmp_path):
@@ -247,16 +251,16 @@ def test_an_edited_picture_is_another_set(tmp_path):
 @pytest.mark.parametrize('name', ['conv-f8d16', 'rae-tiny-f8d128'])
 def test_other_weights_under_the_same_name_and_scale_are_refused(name, tmp_path):
     tok, data = tokenizers[name], World(4, seed=1)
-    c = cache_latents(tok, data, tmp_path/'c').check(tok)
+    c = cache_latents(tok, data, tmp_path/'c').bind(tok)
     other = copy.deepcopy(tok)
     with torch.no_grad(): next(iter(other.trainable().values())).add_(1e-3)
-    with pytest.raises(UserError, match=f'other weights than {name} has now.*trained anew'): c.check(other)
+    with pytest.raises(UserError, match=f'other weights than {name} has now.*trained anew'): c.bind(other)
     with pytest.raises(UserError, match='another cache.*digest'): cache_latents(other, data, tmp_path/'c')
     assert cache_name(tok, data) != cache_name(other, data) and cache_name(tok, data) == cache_name(copy.deepcopy(tok), data)
     unscaled = copy.deepcopy(tok)
     unscaled.stats.set(torch.zeros_like(tok.stats.mean), torch.ones_like(tok.stats.std))
     assert latent_digest(unscaled) == latent_digest(tok) != latent_digest(tok, scale=True) != latent_digest(unscaled, scale=True)
-    assert c.check(unscaled).check(unscaled) is c                   # it took the cache's scale; its weights are the same
+    assert c.bind(unscaled).bind(unscaled) is c                   # it took the cache's scale; its weights are the same
 
 
 def test_a_cache_of_an_older_version_is_taken_with_a_word(tmp_path):
@@ -266,7 +270,7 @@ def test_a_cache_of_an_older_version_is_taken_with_a_word(tmp_path):
     m = {k: v for k, v in json.loads(file.read_text()).items() if k not in ('fingerprint', 'digest', 'taken')}
     file.write_text(json.dumps(m))
     with pytest.warns(UserWarning, match='of which images and of which weights'): c = cache_latents(tok, data, tmp_path/'c')
-    with pytest.warns(UserWarning, match='of which weights'): c.check(tok)
+    with pytest.warns(UserWarning, match='of which weights'): c.bind(tok)
     with pytest.warns(UserWarning, match='of which images'): c.with_images(data)
     file.write_text(json.dumps(m | dict(n=6, shards=[['shard-00000.safetensors', 6]])))       # it took the first 6, we would take 6 of all
     with pytest.raises(UserError, match='the first 6 there'): cache_latents(tok, data, tmp_path/'c', 6)
@@ -301,7 +305,7 @@ HARMS = {'no logvar': lambda t: t.pop('logvar'), 'no flips': lambda t: [t.pop(k)
 def test_a_shard_that_is_not_as_the_manifest_says_is_one_line(tmp_path, harm):
     from safetensors.torch import load_file, save_file
     tok, data = Toy(), World(16, seed=1)
-    whole = cache_latents(tok, data, tmp_path/'c', flips=True, shard=8).batch(range(16))
+    whole = cache_latents(tok, data, tmp_path/'c', flips=True, shard_size=8).batch(range(16))
     f = tmp_path/'c'/'shard-00001.safetensors'
     t = {k: v.clone() for k, v in load_file(f).items()}
     HARMS[harm](t)
@@ -311,20 +315,43 @@ def test_a_shard_that_is_not_as_the_manifest_says_is_one_line(tmp_path, harm):
         for epoch in range(8): LatentCache(tmp_path/'c').batch(range(16), epoch=epoch)
     assert '\n' not in str(e.value)
     f.unlink()
-    again = cache_latents(tok, data, tmp_path/'c', flips=True, shard=8).batch(range(16))
+    again = cache_latents(tok, data, tmp_path/'c', flips=True, shard_size=8).batch(range(16))
     assert all(torch.equal(whole[k], again[k]) for k in ('mean', 'logvar', 'label'))
 
 
 def test_a_shard_of_another_cache_is_told_by_its_header(tmp_path):
     tok = Toy()
-    a, b = (cache_latents(tok, World(16, seed=s), tmp_path/f'{s}', shard=8) for s in (1, 2))
+    a, b = (cache_latents(tok, World(16, seed=s), tmp_path/f'{s}', shard_size=8) for s in (1, 2))
     shutil.copy(b.dir/'shard-00001.safetensors', a.dir)
     with pytest.raises(UserError, match='shard-00001.* belongs to another cache'): LatentCache(a.dir).batch([9])
-    again = cache_latents(tok, World(16, seed=1), a.dir, shard=8)                     # and it is made again
+    again = cache_latents(tok, World(16, seed=1), a.dir, shard_size=8)                     # and it is made again
     torch.testing.assert_close(again.batch([9])['mean'], tok.encode(World(16, seed=1).batch([9])['image']).mean, atol=1e-5, rtol=1e-5)
     (b.dir/'manifest.json').write_text('{"torn": ')                                   # nobody knows whose shards these were, but they do
-    c = cache_latents(tok, World(16, seed=3), b.dir, shard=8)
+    c = cache_latents(tok, World(16, seed=3), b.dir, shard_size=8)
     torch.testing.assert_close(c.batch([9])['mean'], tok.encode(World(16, seed=3).batch([9])['image']).mean, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('about', ['[]', '7', 'null', 'a file of mine', '{"whose": "x"}', '{"names": "all"}', '{"names": [1, 2]}'])
+def test_a_header_of_another_kind_is_one_line(tmp_path, about):
+    # safetensors lets anybody write anything into a header
+    from safetensors.torch import save_file
+    c = cache_latents(Toy(), World(8, seed=1), tmp_path/'a', shard_size=8)
+    save_file({k: v.clone() for k, v in c.shard(0).items()}, c.dir/'shard-00000.safetensors', dict(about=about))
+    with pytest.raises(UserError, match='shard-00000.*delete it and cache again') as e: LatentCache(c.dir).names()
+    assert '\n' not in str(e.value)
+
+
+def test_a_cache_is_closed_in_one_reading(tmp_path, monkeypatch):
+    read, plain = [], latents._read_shard
+    monkeypatch.setattr(latents, '_read_shard', lambda folder, m, k, values=False: (read.append((k, values)), plain(folder, m, k, values))[1])
+    c = cache_latents(Toy(), World(24, seed=1), tmp_path/'a', shard_size=8)
+    assert sorted(k for k, values in read if values) == [0, 1, 2]
+    z = torch.cat([c.shard(k)['mean'] for k in range(3)]).double()
+    spread = z.var((0, 2, 3), correction=0) + torch.cat([c.shard(k)['logvar'] for k in range(3)]).double().exp().mean((0, 2, 3))
+    n = z.numel()//z.shape[1]
+    kept = c.manifest['stats']
+    torch.testing.assert_close(torch.tensor(kept['mean'], dtype=torch.float64), z.mean((0, 2, 3)), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.tensor(kept['std'], dtype=torch.float64), (spread*n/(n-1)).sqrt(), atol=1e-6, rtol=1e-6)
 
 
 ZERO, ONE = [0.]*3, [1.]*3
@@ -397,8 +424,8 @@ def test_a_path_is_a_path_however_it_is_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='file'): cache_latents(tok, data, './file/c')
 
 
-@pytest.mark.parametrize('bad', [dict(n=0), dict(n=-1), dict(n=2.5), dict(batch_size=0), dict(shard=0), dict(rank=-1, processes=2),
-                                 dict(rank=0, processes=0), dict(rank=True, processes=2), dict(dtype=torch.int64)], ids=str)
+@pytest.mark.parametrize('bad', [dict(n=0), dict(n=-1), dict(n=2.5), dict(batch_size=0), dict(shard_size=0), dict(rank=-1, num_processes=2),
+                                 dict(rank=0, num_processes=0), dict(rank=True, num_processes=2), dict(dtype=torch.int64)], ids=str)
 def test_numbers_that_cannot_be_are_one_line(tmp_path, bad):
     with pytest.raises(UserError) as e: cache_latents(Toy(), World(4, seed=1), tmp_path/'c', **bad)
     assert '\n' not in str(e.value) and not (tmp_path/'c').exists()
@@ -422,10 +449,10 @@ def test_latents_that_are_not_finite_are_not_written(tmp_path):
 
 
 def test_files_of_a_dead_writer_are_swept(tmp_path):
-    from vfmvae import core
+    from vfmvae import files
     dead = subprocess.Popen(['true'])
     dead.wait()
     (tmp_path/'c').mkdir()
-    for pid in (dead.pid, os.getpid()): (tmp_path/'c'/f'.shard-00000.safetensors.{core._HOST}-{pid}-abcdef12.tmp').write_bytes(b'half')
+    for pid in (dead.pid, os.getpid()): (tmp_path/'c'/f'.shard-00000.safetensors.{files._HOST}-{pid}-abcdef12.tmp').write_bytes(b'half')
     cache_latents(Toy(), World(4, seed=1), tmp_path/'c')
     assert [p.name.split('-')[-2] for p in (tmp_path/'c').glob('.*.tmp')] == [str(os.getpid())]     # one that lives may still write

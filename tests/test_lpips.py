@@ -3,7 +3,8 @@ import pytest
 import torch
 from torchvision.models.vgg import cfgs, make_layers
 
-from vfmvae.core import UserError, save_weights
+from vfmvae.core import UserError
+from vfmvae.files import save_weights
 from vfmvae.losses import lpips
 
 

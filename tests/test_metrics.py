@@ -5,7 +5,8 @@ import torch
 
 from vfmvae.core import UserError
 from vfmvae.losses import ssim_loss
-from vfmvae.metrics import _inside, frechet, frechet_features, inception_score, moments, precision_recall, psnr, ssim, ssim_signed
+from vfmvae.metrics import (_inside, frechet, frechet_features, inception_score, moments, precision_recall, psnr, ssim,
+                            ssim_signed)
 
 
 def normal(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -105,6 +106,7 @@ LOPSIDED = EYE + np.triu(np.full((3, 3), .1), 1)
     (lambda: moments(torch.zeros(5, 0)), '(n,d)'),
     (lambda: moments(normal(5, 2)*1j), 'complex'),
     (lambda: moments(normal(5, 2) > 0), 'bool'),
+    (lambda: moments(normal(5, 2).numpy() > 0), 'bool'), (lambda: moments([[True, False], [False, True]]), 'bool'),
     (lambda: moments(normal(5, 2).to_sparse()), 'sparse'),
     (lambda: moments([[1, 2], [3]]), 'different lengths'),
     (lambda: moments([['a', 'b'], ['c', 'd']]), 'real numbers'),

@@ -59,10 +59,37 @@ def test_the_metadata_come_from_settings_ini(built):
     assert meta['Summary'] == cfg['DEFAULT']['description'] and meta['Requires-Python'] == f">={cfg['DEFAULT']['min_python']}"
     core = {r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r}
     assert len(core) == len(cfg['DEFAULT']['requirements'].split()) and any(r.startswith('torch>=') for r in core)
-    assert set(meta.get_all('Provides-Extra')) == {'widgets', 'notebooks', 'eval', 'scale', 'hf', 'diffusers', 'ode', 'dev'}
+    assert set(meta.get_all('Provides-Extra')) == {'widgets', 'notebooks', 'eval', 'diffusers', 'ode', 'dev'}
 
 
 def test_the_unpacked_wheel_finds_its_data(built, tmp_path):
-    probe = 'from vfmvae.core import data_dir; import vfmvae; print(vfmvae.__file__); print(data_dir())'
+    probe = 'from vfmvae.files import data_dir; import vfmvae; print(vfmvae.__file__); print(data_dir())'
     package, data = run(sys.executable, '-c', probe, cwd=tmp_path, PYTHONPATH=str(built[1])).splitlines()
     assert Path(package).parent == built[1]/'vfmvae' and Path(data) == built[1]/'vfmvae'/'data'
+
+
+def test_the_wheel_is_small(built):
+    wheel, = built[1].parent.glob('wheel/vfmvae-*.whl')
+    assert wheel.stat().st_size <= 40e6, f'{wheel.stat().st_size/1e6:.1f} MB: store weights with `files.halve`'
+
+
+def test_half_precision_moves_nothing_that_is_printed(tmp_path):
+    # numbers of the bundled nets that were halved, before and after: LOG.md
+    import torch
+    from vfmvae.files import data_dir, halve, load_weights
+    from vfmvae.world import World
+    from vfmvae.recipes import evaluate_tokenizer
+    from vfmvae.tokenizer import load_tokenizer
+    for f in (data_dir()/'weights').glob('vfmvae-tiny-f8d16.*'): shutil.copy(f, tmp_path/f.name)
+    path = tmp_path/'vfmvae-tiny-f8d16.safetensors'
+    nets = {'float32': load_tokenizer(path), 'half': load_tokenizer(halve(path))}
+    rows = {k: evaluate_tokenizer(net, World(10_000, seed=8), 64) for k, net in nets.items()}
+    assert abs(rows['half']['psnr'] - rows['float32']['psnr']) < .005 and abs(rows['half']['ssim'] - rows['float32']['ssim']) < .0005
+    for f in (data_dir()/'weights').glob('*.safetensors'):
+        halved = any(t.dtype == torch.float16 for t in load_weights(f)[0].values())
+        assert halved == f.stem.startswith(('conv-', 'rae-', 'dit-')), f.name
+    assert all(p.dtype == torch.float32 for net in nets.values() for p in net.parameters())
+    from vfmvae.generation import nets as bundled
+    from vfmvae.tokenizer import tokenizers
+    for net in (tokenizers['conv-f8d16'], bundled['dit-conv-f8d16']):
+        assert all(p.dtype == torch.float32 for p in net.parameters())

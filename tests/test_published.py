@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from vfmvae.baselines import ConvVAE, ConvVAEConfig
 from vfmvae.core import UserError
 from vfmvae.dit import DiT, DiTConfig
-from vfmvae.dit_layers import sincos_table
-from vfmvae.published import config_of, load_convvae, load_net, load_vfmvae, open_published, read_checkpoint
+from vfmvae.layers import sincos_table
+from vfmvae.checkpoints import read_checkpoint
+from vfmvae.published_baselines import load_convvae
+from vfmvae.published import config_of, load_net, load_vfmvae, open_published
 from vfmvae.vae import VFMVAE
 
 HERE = Path(__file__).resolve().parent

@@ -16,15 +16,16 @@ TWO = 'accelerate launch --cpu --num_machines 1 --num_processes 2 --main_process
 LATER = ''              # not run here, for the reason beside it; that make would run this very line is checked
 # a line of README, or what its make says that it would run -> what runs instead; None: the line itself
 SMOKE = {
-    'make demo': None, 'make demo IMAGES=folder/of/pictures': None, 'make train IMAGES=folder/of/pictures ARGS=\'--size 128 --images 50000 --run mine\'': None,
+    'make demo': None, 'make demo IMAGES=folder/of/pictures': None,
+    'make train IMAGES=folder/of/pictures ARGS=\'--size 128 --num-images 50000 --run mine\'': None,
     'make lab': None, 'make docs': None, 'make test': None, 'make bench': None, 'make gpu': None,
     'vfmvae demo': LATER,                                                    # the same with images, below
-    'vfmvae demo --images "folder/of/pictures"': 'vfmvae demo --images "folder/of/pictures" --train-images 32',
-    'vfmvae train-tokenizer --data "folder/of/pictures" --out outputs/tokenizer.safetensors --size 128 --images 50000 --run mine':
-        'vfmvae train-tokenizer --data "folder/of/pictures" --out outputs/tokenizer.safetensors --size 64 --images 40 --run mine',
+    'vfmvae demo --data "folder/of/pictures"': 'vfmvae demo --data "folder/of/pictures" --num-images 32',
+    'vfmvae train-tokenizer --data "folder/of/pictures" --out outputs/tokenizer.safetensors --size 128 --num-images 50000 --run mine':
+        'vfmvae train-tokenizer --data "folder/of/pictures" --out outputs/tokenizer.safetensors --size 64 --num-images 40 --run mine',
     'jupyter lab nbs/index.ipynb': LATER,                                    # a server
-    'python -m vfmvae.docs': 'python -m vfmvae.docs --help',                 # tests/test_docs.py makes pages
-    **{f'python -m vfmvae.{b}': f'python -m vfmvae.{b} --help' for b in ('bench', 'bench --cknna', 'bench_flow', 'lab_bench')},      # minutes each
+    'python docs/build.py': LATER,                                           # tests/test_docs.py makes the pages
+    'python benchmarks/speed.py': LATER,                                     # tests/test_reference.py runs its smoke size
     'python3 benchmarks/gpu.py': LATER,                                      # tests/test_gpu.py runs its smoke size
     'python benchmarks/sets.py': LATER,                                      # it writes sets of ImageNet's size
     'ruff check': LATER, 'mypy': LATER, 'OMP_NUM_THREADS=1 nbdev-test --n-workers 2': LATER,                       # what runs this test
@@ -32,8 +33,8 @@ SMOKE = {
     'vfmvae lab': 'vfmvae lab --dry-run --n 32',
     'vfmvae lab -- --no-browser --port 8890': 'vfmvae lab --dry-run --n 32 -- --no-browser --port 8890',
     'vfmvae doctor': None,
-    'vfmvae train-tokenizer --data folder/of/pictures --vfm dinov2-s --critic tiny --size 256 --dry-run':
-        'vfmvae train-tokenizer --data folder/of/pictures --vfm dinov2-s --critic tiny --size 64 --dry-run',
+    'vfmvae train-tokenizer --data folder/of/pictures --vfm dinov2-s --discriminator tiny --size 256 --dry-run':
+        'vfmvae train-tokenizer --data folder/of/pictures --vfm dinov2-s --discriminator tiny --size 64 --dry-run',
     'vfmvae train-tokenizer --data folder/of/pictures --stages ssim,gan --start mine/weak_align --run branch': None,
     'export FULL="train-tokenizer --preset f16d32 --data imagenet-train-{0000..1023}.tar --precision bf16 --workers 12 --run big"':
         'export FULL="train-tokenizer --preset f16d32 --data imagenet-train-{0000..0001}.tar --precision bf16 --workers 12 --run big"',
@@ -44,7 +45,7 @@ SMOKE = {
         'accelerate launch --cpu --num_machines 1 --num_processes 1 --machine_rank $MACHINE --main_process_ip $HEAD --main_process_port $PORT '
         '$(command -v vfmvae) $FULL-8 --stages strong_align',
     'vfmvae train-tokenizer --preset f16d32-512 --dry-run': None,
-    'vfmvae align --images folder/of/pictures --tokenizer conv-tiny-f8d16': 'vfmvae align --images folder/of/pictures --tokenizer conv-tiny-f8d16 --times 20',
+    'vfmvae align --data folder/of/pictures --tokenizer conv-tiny-f8d16': 'vfmvae align --data folder/of/pictures --tokenizer conv-tiny-f8d16 --times 20',
     'vfmvae train-flow --preset reg-80ep --dry-run': None,
     'export TOKENIZER="--tokenizer vfm_vae_f16d32_..._legacy.pth --g-kwargs training.yaml"': None,
     'accelerate launch $(command -v vfmvae) train-flow --preset reg-80ep $TOKENIZER --data imagenet/train --compile --run reg --out reg.safetensors':
@@ -159,9 +160,9 @@ def test_readme_runs(place, monkeypatch, capsys):
     assert 'hours on one' in said and 'f16d32' not in said and 'step' in said
     for made in ('mine.safetensors', 'outputs/tokenizer.safetensors', 'reg.safetensors', 'samples/000003.png', 'outputs/demo/index.html'):
         assert (here/made).exists(), made
-    from vfmvae.dit import open_net
-    assert open_net(here/'reg.safetensors').meta['recipe']['latents'] == 16      # all of the pictures
-    assert "crop 'adm'" in open_net(here/'reg.safetensors').meta['recipe']['data']
+    from vfmvae.dit import DiT
+    assert DiT.load(here/'reg.safetensors').meta['recipe']['latents'] == 16      # all of the pictures
+    assert "crop 'adm'" in DiT.load(here/'reg.safetensors').meta['recipe']['data']
 
 def test_no_rule_is_left_over(place):
     "A line that README dropped is dropped from SMOKE, too."

@@ -5,7 +5,10 @@ import pytest
 import torch
 from PIL import Image
 from vfmvae.core import Notice, UserError
-from vfmvae.data import Subset, World, as_dataset, fingerprint, folder, shards, spread, stamps, take, taken, to_uint8
+from vfmvae.images import to_uint8
+from vfmvae.world import World
+from vfmvae.folders import folder, shards
+from vfmvae.data import as_dataset, fingerprint, spread, stamps, Subset, take, taken
 from vfmvae.features import Bank, banks, batches
 
 CLASSES = ('ant', 'bee', 'cat')
@@ -277,7 +280,7 @@ def test_grey_of_any_depth(tmp_path, mode, value, grey):
 
 @pytest.mark.parametrize('name', ['vfmvae-tiny-f8d16', 'conv-f8d16'])
 def test_photographs_are_outside_of_what_a_bundled_net_knows_and_its_world_is_not(name, photos, shared):
-    from vfmvae.data import transform
+    from vfmvae.images import transform
     from vfmvae.tokenizer import LatentFeatures, tokenizers, unfamiliar
     tok, world = tokenizers[name], World(48, seed=77)
     x = world.batch(range(48))['image']

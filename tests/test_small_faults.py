@@ -7,17 +7,21 @@ import torch
 from test_latents import Toy
 
 from vfmvae.baselines import ConvVAEConfig
-from vfmvae.core import UserError, at_least_float32, resized
-from vfmvae.data import World
-from vfmvae.flow_train import vfm_targets
-from vfmvae.latents import cache_latents, export_latents, import_latents
+from vfmvae.core import at_least_float32, resized, UserError
+from vfmvae.world import World
+from vfmvae.flow_task import vfm_targets
+from vfmvae.generation import train_flow
+from vfmvae.latents import cache_latents
+from vfmvae.layouts import export_latents, import_latents
 from vfmvae.losses import multiscale, perceptual, resize, target_transform, vfm_taps
 from vfmvae.layers import Pointwise
-from vfmvae.recipes import Preset, start_size, train_tokenizer
-from vfmvae.tok_train import Stage
+from vfmvae.presets import Preset
+from vfmvae.recipes import start_size, train_tokenizer
+from vfmvae.tokenizer_task import Stage
 from vfmvae.tokenizer import load_tokenizer, save_tokenizer
-from vfmvae.vfm import VFM, CarriesVFM
-from vfmvae.views import Fitted
+from vfmvae.vfm import VFM
+from vfmvae.protocols import FrozenVFMMixin
+from vfmvae.views import ResizePadVFM
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -32,14 +36,15 @@ def test_every_resize_takes_half_precision(dtype):
     forms = dict(
         core=lambda v: resized(v, (40, 24)), bicubic=lambda v: resized(v, (40, 24), 'bicubic'), plain=lambda v: resized(v, (90, 70), antialias=False),
         losses=lambda v: resize(v, 40), target=lambda v: target_transform(v, .5, 1), shrink=lambda v: vfm.shrink(v, .5),
-        without_vfm=lambda v: CarriesVFM().shrink(v, .5))
+        without_vfm=lambda v: FrozenVFMMixin().shrink(v, .5))
     for name, f in forms.items():
         half, whole = f(h), f(h.float())
         assert half.dtype == dtype, name
         assert torch.equal(half, whole.to(dtype)), name           # as if the numbers had been float32: nothing is lost but the last rounding
     net = perceptual(h, x, features=vfm_taps(vfm, size=32))
-    values = [vfm_targets(vfm, h, (4, 4))[1], Fitted(vfm, .75).features(h, [-1])[-1], net, torch.stack(multiscale([h], x[..., ::2, ::2]))]
-    wanted = [vfm_targets(vfm, h.float(), (4, 4))[1], Fitted(vfm, .75).features(h.float(), [-1])[-1], perceptual(h.float(), x, features=vfm_taps(vfm, size=32)),
+    values = [vfm_targets(vfm, h, (4, 4))[1], ResizePadVFM(vfm, .75).features(h, [-1])[-1], net, torch.stack(multiscale([h], x[..., ::2, ::2]))]
+    wanted = [vfm_targets(vfm, h.float(), (4, 4))[1], ResizePadVFM(vfm, .75).features(h.float(), [-1])[-1],
+              perceptual(h.float(), x, features=vfm_taps(vfm, size=32)),
               torch.stack(multiscale([h.float()], x[..., ::2, ::2]))]
     for a, b in zip(values, wanted, strict=True): torch.testing.assert_close(at_least_float32(a), b, atol=.05, rtol=.05)
 
@@ -60,7 +65,7 @@ def test_every_family_trains_compiled(preset, named, compiled, monkeypatch):
     seen = []
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda m, *a, **k: (seen.append(m), plain(m, *a, **k))[1])
-    how = dict(images=8, batch=4, stages=['first'])
+    how = dict(num_images=8, batch_size=4, stages=['first'])
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters['stats']
     counted.clear()
@@ -70,12 +75,20 @@ def test_every_family_trains_compiled(preset, named, compiled, monkeypatch):
     assert fast[-1]['loss'] == pytest.approx(slow[-1]['loss'], rel=1e-4)
 
 
+def test_a_net_is_compiled_by_the_backend_that_was_named(monkeypatch):
+    # train_flow took the name for a yes, and compiled by inductor
+    asked = []
+    monkeypatch.setattr(torch, 'compile', lambda net, **how: (asked.append(how), net)[1])
+    for compile in ('eager', True): train_flow('dit-vfmvae-tiny-f8d16', World(16, seed=100), n=16, num_images=8, batch_size=4, compile=compile)
+    assert asked == [dict(backend='eager'), dict(backend='inductor')]
+
+
 def test_a_compiled_decoder_can_be_balanced_against_the_alignment():
     # the adaptive weight asks the compiled graph for gradients twice, so a backward may not write into what the forward kept
     import torch._functorch.config as compiled
     torch._dynamo.reset()
     shape = ConvVAEConfig(4, 4, (1, 1), 1, 1, img_size=16, vfm='tiny', patch=8, dim=128)
-    recipe = Preset(shape, (Stage('first', dict(l1=1., vf=1.), (), images=4),), 4)
+    recipe = Preset(shape, (Stage('first', dict(l1=1., vf=1.), (), num_images=4),), 4)
     during, before = [], compiled.donated_buffer
     def look(rows): during.append(compiled.donated_buffer)
     (_, fast), (_, slow) = (train_tokenizer(recipe, compile=c, show=look) for c in ('aot_eager', False))
@@ -95,20 +108,20 @@ def test_a_compiler_never_meets_the_lean_forms():
 
 
 def test_what_cannot_be_compiled_is_said():
-    from vfmvae.recipes import _compile_decoder
-    with pytest.raises(UserError, match='no decoder that can be compiled'): _compile_decoder(Toy())
+    from vfmvae.recipes import compile_decoder
+    with pytest.raises(UserError, match='no decoder that can be compiled'): compile_decoder(Toy())
 
 
 # --start -----------------------------------------------------------------------------------------------------------------------------------
 
 def test_start_keeps_the_size_of_what_it_starts_from(tmp_path):
-    how = dict(batch=4, stages=['first'])
-    first, _ = train_tokenizer('conv-f8d16', World(16, seed=1, size=32), images=4, size=32, run=tmp_path/'run', out=tmp_path/'a.safetensors', **how)
+    how = dict(batch_size=4, stages=['first'])
+    first, _ = train_tokenizer('conv-f8d16', World(16, seed=1, size=32), num_images=4, size=32, run=tmp_path/'run', out=tmp_path/'a.safetensors', **how)
     assert first.config.img_size == 32 and start_size(None) is None
     for start in (tmp_path/'a.safetensors', tmp_path/'run'):
         assert start_size(start) == 32
-        assert train_tokenizer('conv-f8d16', images=4, start=start, **how)[0].config.img_size == 32
-        assert train_tokenizer('conv-f8d16', images=4, start=start, size=48, **how)[0].config.img_size == 48
+        assert train_tokenizer('conv-f8d16', num_images=4, start=start, **how)[0].config.img_size == 32
+        assert train_tokenizer('conv-f8d16', num_images=4, start=start, size=48, **how)[0].config.img_size == 48
     (tmp_path/'a.json').unlink()                                         # the head of the tensors' file says it, too
     assert start_size(tmp_path/'a.safetensors') == 32
     plain = save_tokenizer(tmp_path/'b.safetensors', load_tokenizer(Path('data/weights/conv-f8d16.safetensors')))
@@ -224,15 +237,7 @@ def alive(group: int) -> bool:
 def test_the_module_is_the_command_too():
     # accelerate launch -m vfmvae.cli ...: it did nothing, and said nothing
     out = subprocess.run([sys.executable, '-m', 'vfmvae.cli', 'encode', '--tokenizer', 'no-such'], capture_output=True, text=True)
-    assert out.returncode == 2 and 'required: --images' in out.stderr
-
-
-def test_benches_take_a_device():
-    from vfmvae.bench import bench
-    from vfmvae.bench_flow import bench_flow
-    for run in (bench, bench_flow):
-        with pytest.raises(UserError, match="no device 'cuda:9'"): run(device='cuda:9')
-    assert bench_flow(batch=2, rounds=1, device='cpu')['ours']['images_per_s'] > 0
+    assert out.returncode == 2 and "no tokenizer named 'no-such'" in out.stderr
 
 
 def test_where_gloo_is_missing_a_line_says_so(monkeypatch, capsys):

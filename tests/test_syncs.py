@@ -3,12 +3,14 @@ import accelerate
 import pytest
 import torch
 from fakecuda import COPIED, SYNC, clear, cuda
-from vfmvae.data import World, loader
+from vfmvae.world import World
+from vfmvae.data import loader
 from vfmvae.dit import DiT, DiTConfig
-from vfmvae.flow_presets import FLOW_PRESETS
-from vfmvae.flow_train import FlowConfig, FlowTask
-from vfmvae.recipes import PRESETS, build_training, plan
-from vfmvae.tok_train import TokenizerTask
+from vfmvae.presets import FLOW_PRESETS
+from vfmvae.flow_task import FlowConfig, FlowTask
+from vfmvae.presets import PRESETS
+from vfmvae.recipes import build_training, schedule_stages
+from vfmvae.tokenizer_task import TokenizerTask
 from vfmvae.train import fit, to_device
 from vfmvae.vfm import VFM
 
@@ -35,7 +37,7 @@ def counted(task, data, batch):
     clear()
     fit(task, feed, 2*batch, **how)
     # the pretended card sums a second gradient of a convolution as a copy, which a card does not (see fakecuda); the last row of a log is read once
-    waits = {k: n for k, n in SYNC.items() if 'backward' not in k and ' row ' not in k and not ('_descend' in k and 'copy_' in k)}
+    waits = {k: n for k, n in SYNC.items() if 'backward' not in k and ' write ' not in k and not ('_descend' in k and 'copy_' in k)}
     return waits, sum(COPIED.values())
 
 
@@ -43,11 +45,11 @@ def counted(task, data, batch):
 def test_a_tokenizers_step_waits_once_a_descent_and_images_travel_as_bytes(preset, stage):
     with cuda():
         p = PRESETS[preset]
-        todo = plan(p, None, None, [stage], 8)
-        model, critics, perceive = build_training(p, todo, None, None, None, 0, None)
-        task = TokenizerTask(model, todo[0], perceive, p.half_life, p.betas, p.clip, critics)
+        todo = schedule_stages(p, None, None, [stage], 8)
+        model, discriminators, perceive = build_training(p, todo, None, None, None, 0, None)
+        task = TokenizerTask(model, todo[0], perceive, p.half_life, p.betas, p.clip, discriminators)
         waits, copied = counted(task, World(24), 8)
-    assert sum(waits.values()) <= 2*(1 + bool(critics)), waits
+    assert sum(waits.values()) <= 2*(1 + bool(discriminators)), waits
     pictures = 2*8*3*64*64
     assert pictures <= copied < 1.05*pictures
 

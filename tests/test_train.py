@@ -5,12 +5,20 @@ import pytest, torch
 from torch import nn
 from dataclasses import replace
 from functools import partial
-from vfmvae.adversarial import PatchGAN, ProjectedDiscriminator
-from vfmvae.core import UserError, home, load_weights, save_weights, write_atomic
-from vfmvae.data import World, folder as image_folder, loader
+from vfmvae.discriminators import PatchGAN, ProjectedDiscriminator
+from vfmvae.baselines import ConvVAE, ConvVAEConfig, RAE, RAEConfig
+from vfmvae.core import UserError
+from vfmvae.files import home, load_weights, save_weights, write_atomic
+from vfmvae.world import World
+from vfmvae.folders import folder as image_folder
+from vfmvae.data import loader
 from vfmvae.losses import latent_transform, perceptual, pixel, ssim_loss, target_transform, vfm_taps
-from vfmvae.tok_train import SCALES, STAGES, TINY, Settled, Stage, TokenizerTask, fitting_scales, select, tokenizer_losses
-from vfmvae.train import EMA, NotFinite, Run, fit, load_nets, provenance, read_nets, task_state, warm_cosine
+from vfmvae.tokenizer_task import (fitting_scales, PlateauDetector, SCALES, select, Stage, STAGES, TINY,
+                                   tokenizer_losses, TokenizerTask)
+from vfmvae.protocols import check_trainable, TrainableTokenizer
+from vfmvae.runtime import provenance
+from vfmvae.run import EMA, load_nets, read_nets, Run, task_state
+from vfmvae.train import fit, NotFinite, warm_cosine
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 from vfmvae.vfm import VFM
 
@@ -30,7 +38,7 @@ def critics(**kw):
     return dict(gan=ProjectedDiscriminator(VFM('tiny'), **kw), patchgan=PatchGAN(width=4))
 
 
-def full(seed=0, stage=FULL, **kw): return task(seed, stage, perceptual=partial(pixel, p=2), critics=critics(), **kw)
+def full(seed=0, stage=FULL, **kw): return task(seed, stage, perceptual=partial(pixel, p=2), discriminators=critics(), **kw)
 def plain(history): return [{k: v for k, v in r.items() if k not in ('images_per_s', 'memory_gb')} for r in history]
 
 
@@ -67,14 +75,14 @@ def test_stop_and_resume_with_discriminators_and_a_warm_up_is_bitwise_the_straig
     kw = dict(lr=warm_cosine(1e-3, 10), log_every=2, show=quiet)
     straight, stopped, resumed = full(), full(), full(seed=1)
     resumed.model.vfm.load_state_dict(stopped.model.vfm.state_dict())
-    for t in (straight, stopped, resumed): t.waits['gan'] = Settled(9., 9., window=4, times=2)   # begins within the run: after 6 steps
+    for t in (straight, stopped, resumed): t.waits['gan'] = PlateauDetector(9., 9., window=4, times=2)   # begins within the run: after 6 steps
     a = fit(straight, data(), 40, run=Run(tmp_path/'a'), **kw)
     fit(stopped, data(), 16, run=Run(tmp_path/'b'), **kw)
     assert not stopped.waits['gan'].done and stopped.waits['gan'].values
     b = fit(resumed, data(), 40, run=Run(tmp_path/'b'), **kw)
     assert same(straight, resumed) and plain(a) == plain(b)
     assert [('gan' in r) for r in a] == [False, False, False, True, True] and all('patchgan' in r for r in a)
-    assert {n.split('.')[1] for n in task_state(straight)[0]} >= {'nets', 'optimizers', 'ema'} and len(straight.optimizers['critics'].state) > 0
+    assert {n.split('.')[1] for n in task_state(straight)[0]} >= {'nets', 'optimizers', 'ema'} and len(straight.optimizers['discriminators'].state) > 0
 
 
 def test_a_torn_checkpoint_is_not_resumed(tmp_path):
@@ -131,7 +139,7 @@ def test_a_published_stage_moves_what_it_names_and_nothing_else(row):
     fit(t, data(), 8, show=quiet)
     moved = {k for k, v in state().items() if not torch.equal(v, start[k])}
     buffers = {f'{k}.{n}' for k, net in t.nets.items() for n, _ in net.named_buffers()}
-    wanted = {f'model.{k}' for k in select(t.model, row.train)} | {f'{k}.{n}' for k, c in t.critics.items() for n in c.trainable()}
+    wanted = {f'model.{k}' for k in select(t.model, row.train)} | {f'{k}.{n}' for k, c in t.discriminators.items() for n in c.trainable()}
     if 'vf' not in row.weights: wanted -= {'model.ldm_adapter.linear_proj.weight'}
     still = wanted - moved
     assert moved - buffers <= wanted and not [k for k in still if not k.endswith(HIDDEN)], still
@@ -155,7 +163,7 @@ def bad_at(*steps):
 
 def test_a_loss_that_is_not_finite_skips_the_step_and_says_so(tmp_path, capsys):
     run = Run(tmp_path/'a')
-    t = task(stage=FULL, perceptual=bad_at(1, 2), critics=critics())
+    t = task(stage=FULL, perceptual=bad_at(1, 2), discriminators=critics())
     history = fit(t, data(), 20, run=run, log_every=1, show=quiet, patience=3)
     skipped = [json.loads(x) for x in (run.dir/'skipped.jsonl').read_text().splitlines()]
     assert [r['step'] for r in skipped] == [2, 3] and all(r['terms'] == ['perceptual'] for r in skipped)
@@ -165,7 +173,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_says_so(tmp_path, capsys):
 
 def test_a_skipped_step_changes_nothing():
     for terms in (bad_at(0), lambda y, x: (y-y.detach()).abs().sqrt().sum()):           # an infinite loss; a finite one with an infinite slope
-        t = task(stage=replace(FULL, warmup=()), perceptual=terms, critics=critics())
+        t = task(stage=replace(FULL, warmup=()), perceptual=terms, discriminators=critics())
         start = {k: v.clone() for k, v in task_state(t)[0].items()}
         with pytest.raises(NotFinite, match='perceptual'): t.step([data().batch_at(0)], lambda x: x.backward(), lambda ok=True: ok, 4)
         end = task_state(t)[0]
@@ -183,7 +191,7 @@ def test_a_picture_that_is_not_finite_is_named_and_leaves_no_trace():
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path):
     run = Run(tmp_path/'a')
-    t = task(stage=replace(FULL, warmup=()), perceptual=bad_at(*range(2, 99)), critics=critics())
+    t = task(stage=replace(FULL, warmup=()), perceptual=bad_at(*range(2, 99)), discriminators=critics())
     with pytest.raises(UserError, match='perceptual not finite') as e: fit(t, data(), 80, run=run, show=quiet, patience=3, save_every=1)
     assert '\n' not in str(e.value) and len((run.dir/'skipped.jsonl').read_text().splitlines()) == 3
     assert run.load(full(stage=replace(FULL, warmup=()))) == 4                                # the last checkpoint before it gave up: nothing was lost
@@ -196,25 +204,25 @@ def test_a_stage_that_lacks_its_discriminator_or_has_a_strange_precision_is_one_
 
 def test_a_patchgan_that_waited_ends_the_reconstruction_losses():
     t = full(stage=replace(FULL, warmup=('patchgan',)))
-    t.waits['patchgan'] = Settled(9., 9., window=2, times=1)
+    t.waits['patchgan'] = PlateauDetector(9., 9., window=2, times=1)
     history = fit(t, data(), 20, log_every=1, show=quiet)
     terms = [{k for k in r if k in ('l1', 'kl', 'vf', 'gan', 'patchgan', 'feature_matching')} for r in history]
     assert terms[1] == {'l1', 'kl', 'vf', 'gan'} and terms[2] == terms[4] == {'gan', 'patchgan', 'feature_matching'}
 
 
 def test_settled_follows_its_definition():
-    s = Settled(.1, .01)
+    s = PlateauDetector(.1, .01)
     assert [i for i in range(1200) if s.add(.05)][0] == 99 + 9*50          # ten windows, half of each new
-    s = Settled(.1, .01)
+    s = PlateauDetector(.1, .01)
     assert not any(s.add(.05 if i % 100 < 50 else .09) for i in range(3000))   # low but not flat
-    again = Settled(.1, .01)
+    again = PlateauDetector(.1, .01)
     again.load(json.loads(json.dumps(s.state())))
     assert again.state() == s.state()
 
 
 def test_a_skipped_step_forgets_what_a_discriminator_that_just_began_has_learned():
     t = full()                                                     # gan waits, patchgan learns
-    t.waits['gan'] = Settled(9., 9., window=2, times=1)
+    t.waits['gan'] = PlateauDetector(9., 9., window=2, times=1)
     for i in (0, 1): t.step([data().batch_at(i)], lambda x: x.backward(), lambda ok=True: ok, 4)
     assert t.waits['gan'].done
     start = {k: v.clone() for k, v in task_state(t)[0].items()}
@@ -238,10 +246,10 @@ def test_a_run_is_not_resumed_with_another_batch_seed_or_discriminator(tmp_path)
     fit(full(stage=stage), data(), 8, run=Run(tmp_path/'a'), show=quiet)
     with pytest.raises(UserError, match='batch: 4 there, 8 here'): fit(full(stage=stage), data(8), 16, run=Run(tmp_path/'a'), show=quiet)
     with pytest.raises(UserError, match='seed: 0 there, 3 here'): fit(full(stage=stage), data(), 16, run=Run(tmp_path/'a'), seed=3, show=quiet)
-    other = task(stage=stage, perceptual=partial(pixel, p=2), critics=critics(policy='color'))
-    with pytest.raises(UserError, match='critics.gan.policy') as e: fit(other, data(), 16, run=Run(tmp_path/'a'), show=quiet)
+    other = task(stage=stage, perceptual=partial(pixel, p=2), discriminators=critics(policy='color'))
+    with pytest.raises(UserError, match='discriminators.gan.policy') as e: fit(other, data(), 16, run=Run(tmp_path/'a'), show=quiet)
     assert len(str(e.value)) < 400
-    other = task(stage=stage, perceptual=partial(pixel, p=2), critics=critics() | dict(patchgan=PatchGAN(width=8)))
+    other = task(stage=stage, perceptual=partial(pixel, p=2), discriminators=critics() | dict(patchgan=PatchGAN(width=8)))
     with pytest.raises(UserError, match='patchgan: .*tokenizer'): load_nets(other, read_nets(tmp_path/'a')[0])
 
 
@@ -288,7 +296,7 @@ def test_a_branch_begins_with_the_weights_of_the_stage_it_leaves(tmp_path):
     load_nets(new, state)
     assert seen == 8 and all(torch.equal(v, t.model.own_state()[k]) for k, v in new.model.own_state().items())
     assert all(torch.equal(v, t.ema.net.own_state()[k]) for k, v in new.ema.net.own_state().items())
-    assert all(torch.equal(v, t.critics['gan'].own_state()[k]) for k, v in new.critics['gan'].own_state().items())
+    assert all(torch.equal(v, t.discriminators['gan'].own_state()[k]) for k, v in new.discriminators['gan'].own_state().items())
     with pytest.raises(UserError, match='no checkpoint'): read_nets(tmp_path)
 
 
@@ -297,7 +305,7 @@ def test_gradients_of_lower_precision_point_where_those_of_the_full_one_do(preci
     x, grads = data().batch_at(0)['image'], {}
     stage = Stage('a', dict(l1=1e-3, ssim=1e-3, multiscale=1e-4, vf=1e-3, kl=1e-9, gan=1e-4), adaptive=False)   # small, as a mean over many pixels would be
     for p in ('fp32', precision):
-        t = task(stage=stage, precision=p, critics=critics(policy=''))
+        t = task(stage=stage, precision=p, discriminators=critics(policy=''))
         for block in t.model.synthesis.blocks: block.conv0.gamma.data.fill_(1.)
         seen = []
         t.optimizers['model'].step = lambda t=t, seen=seen: seen.extend(q.grad.clone() for q in t.params if q.grad is not None)
@@ -334,33 +342,79 @@ def no_chance(**kw):
     torch.manual_seed(0)
     model = VFMVAE(replace(TINY, mode='discrete', vocab=64, codebooks=4, channels=32), VFM('tiny'))
     stage = Stage('a', dict(l1=1., vq=1., vf=1., gan=.1, patchgan=.1, feature_matching=1.), lr=1e-4, adaptive=False)
-    return TokenizerTask(model, stage, half_life=100, critics=critics(policy='', crop=False), betas=(.9, .99), **kw)
+    return TokenizerTask(model, stage, half_life=100, discriminators=critics(policy='', crop=False), betas=(.9, .99), **kw)
+
+
+CONV = ConvVAEConfig(channels=16, width=8, mults=(1, 2, 4, 8), blocks=1, decoder_blocks=1, img_size=64, vfm='tiny', patch=8, dim=128)
+FAMILIES = {'vfmvae': lambda: VFMVAE(TINY, VFM('tiny')), 'conv': lambda: ConvVAE(CONV, VFM('tiny')),
+            'rae': lambda: RAE(RAEConfig('tiny', 8, 128, stride=8, img_size=64, width=64, depth=1, heads=4), VFM('tiny'))}
+MEMBERS = ['align_features', 'align_target', 'channels', 'config', 'decode', 'decode_scales', 'encode', 'encode_parts', 'interpolation', 'last_weight',
+           'name', 'own_state', 'shrink', 'stats', 'stride', 'trainable', 'vfm_features']
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_family_is_a_trainable_tokenizer(family):
+    torch.manual_seed(0)
+    model, x = FAMILIES[family](), data(2).batch_at(0)['image']
+    assert isinstance(model, TrainableTokenizer) and family == model.config.family
+    check_trainable(model)
+    assert {k for k in dir(TrainableTokenizer) if k[0] != '_'} | {'channels', 'name', 'stats', 'stride'} == {*MEMBERS}     # none is left out below
+    parts = model.train().encode_parts(x, model.vfm_features(x))
+    z = parts.posterior.sample()
+    assert z.shape == (2, model.channels, 8, 8) and model.shrink(x, .5).shape == (2, 3, 32, 32) and model.interpolation in ('bilinear', 'bicubic')
+    assert torch.equal(model.eval().decode(z), model.decode_scales(z)[0]) and model.decode(z).shape == x.shape
+    assert (model.last_weight is not None) == model.config.align
+    if model.config.align:
+        assert model.align_features(z).shape == model.align_target(parts).shape and any(p is model.last_weight for p in model.trainable().values())
+    else:
+        with pytest.raises(UserError, match='align=True'): model.align_features(z)
+    t = TokenizerTask(model, Stage('s', dict(l1=1., **({'vf': 1.} if model.config.align else {})), ()))
+    before = {k: v.clone() for k, v in model.own_state().items()}
+    assert t.step([data(2).batch_at(0)], lambda l: l.backward(), lambda ok=True: ok, 2)['l1'] > 0
+    assert any(not torch.equal(v, before[k]) for k, v in model.own_state().items())
+
+
+@pytest.mark.parametrize('member', MEMBERS)
+def test_a_model_that_lacks_a_member_is_refused_before_training(member):
+    class Without(VFMVAE):
+        def __getattribute__(self, name):
+            if name == member: raise AttributeError(name)
+            return super().__getattribute__(name)
+        def __getattr__(self, name):
+            if name == member: raise AttributeError(name)
+            return super().__getattr__(name)
+    model = VFMVAE(TINY, VFM('tiny')).eval()
+    model.__class__ = Without
+    with pytest.raises(UserError, match=f'a Without cannot be trained as a tokenizer: it has no {member};') as e: TokenizerTask(model, STAGE)
+    assert '\n' not in str(e.value) and not model.training
+    with pytest.raises(UserError, match='it has no align_features, align_target, channels'): TokenizerTask(nn.Linear(2, 2), STAGE)
 
 
 def test_accumulated_steps_of_both_optimizers_equal_the_large_batch():
     a, b = no_chance(), no_chance()
-    for opt in (*a.optimizers.values(), *b.optimizers.values()): opt.step = lambda: None     # Adam divides by the gradient: compare that
     grads = []
     for t, micro in ((a, [data(16).batch_at(0)]), (b, [data(8).batch_at(i) for i in (0, 1)])):
-        seen, done = {}, t._descend
-        def spy(name, params, *rest, t=t, seen=seen, done=done):
-            logs = done(name, params, *rest)
-            seen[name] = [None if p.grad is None else p.grad.clone() for p in params]
-            return logs
-        t._descend = spy
+        seen = {}
+        for name, opt in t.optimizers.items():                      # Adam divides by the gradient: compare that, where it would step
+            params = [p for g in opt.param_groups for p in g['params']]
+            opt.step = lambda name=name, params=params, seen=seen: seen.update({name: [p.grad.clone() for p in params if p.grad is not None]})
         t.step(micro, lambda x: x.backward(), lambda ok=True: ok, 16)
         grads.append(seen)
     assert [k for k in data(16).batch_at(0)['key']] == [k for i in (0, 1) for k in data(8).batch_at(i)['key']]
-    for name in ('critics', 'model'):
+    for name in ('discriminators', 'model'):
+        assert len(grads[0][name]) > 10 and any(g.any() for g in grads[0][name])
         for x, y in zip(grads[0][name], grads[1][name], strict=True): torch.testing.assert_close(x, y, atol=2e-6, rtol=2e-3)
 
 
 TOY = '''
 import sys, torch
 from torch import nn
-from vfmvae.core import save_weights
-from vfmvae.data import World, loader
-from vfmvae.train import EMA, fit, processes
+from vfmvae.files import save_weights
+from vfmvae.world import World
+from vfmvae.data import loader
+from vfmvae.runtime import make_accelerator
+from vfmvae.run import EMA
+from vfmvae.train import fit
 class Toy:
     def __init__(self, seed):
         torch.manual_seed(seed)                # differs by rank: the loop must make the start the same
@@ -373,9 +427,9 @@ class Toy:
         loss = sum((net(b['image'])-b['image']).pow(2).mean() for b in micro)/len(micro)
         backward(loss); sync(); opt.step(); self.ema.update(net, 8, seen)
         return dict(loss=loss.item())
-acc = processes()
+acc = make_accelerator()
 toy = Toy(acc.process_index)
-h = fit(toy, loader(World(64), 8, rank=acc.process_index, world=acc.num_processes), 48, log_every=1, show=lambda h: None, accelerator=acc)
+h = fit(toy, loader(World(64), 8, rank=acc.process_index, world_size=acc.num_processes), 48, log_every=1, show=lambda h: None, accelerator=acc)
 if acc.is_main_process: save_weights(sys.argv[1], toy.nets['net'].state_dict(), dict(loss=[r['loss'] for r in h], processes=acc.num_processes))
 '''
 
@@ -390,7 +444,7 @@ def test_two_processes_train_the_same_model(tmp_path):
 def in_processes(folder, source, counts=(1, 2)):
     "Runs a script under each number of processes; what each wrote."
     import socket
-    (folder/'script.py').write_text(textwrap.dedent(source)+'\nfrom vfmvae.train import leave\nleave()\n')
+    (folder/'script.py').write_text(textwrap.dedent(source)+'\nfrom vfmvae.runtime import finish_distributed\nfinish_distributed()\n')
     for n in counts:
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
@@ -402,7 +456,7 @@ def in_processes(folder, source, counts=(1, 2)):
 
 
 def test_a_loader_for_another_number_of_processes_is_refused():
-    with pytest.raises(UserError, match='world=1'): fit(task(), loader(World(64), 4, rank=0, world=2), 8, show=quiet)
+    with pytest.raises(UserError, match="world_size=1"): fit(task(), loader(World(64), 4, rank=0, world_size=2), 8, show=quiet)
 
 
 def test_accumulated_gradient_is_that_of_the_large_batch():
@@ -425,14 +479,14 @@ def test_accumulated_gradient_is_that_of_the_large_batch():
 
 def test_the_live_plot_redraws_curves_and_pictures_in_place(monkeypatch):
     from vfmvae.plots import show_images
-    from vfmvae.train import Live
+    from vfmvae.plots import LivePlot
     shown = []
     class Handle:
         def __init__(self, fig): self.drawn = [fig]; shown.append(self)
         def update(self, fig): self.drawn.append(fig)
     monkeypatch.setattr('IPython.display.display', lambda fig, display_id: Handle(fig))
     t = task()
-    live = Live(every=0, look=lambda: show_images(t.ema.net.decode(torch.zeros(2, 16, 8, 8)).detach()))
+    live = LivePlot(every=0, preview=lambda: show_images(t.ema.net.decode(torch.zeros(2, 16, 8, 8)).detach()))
     live.on = True
     fit(t, data(), 16, log_every=1, show=live)
     assert [len(h.drawn) for h in shown] == [3, 3]                             # from the second row on: the curves, the pictures
@@ -528,7 +582,7 @@ def test_a_run_goes_on_behind_the_same_frozen_weights_only(tmp_path):
     def made(vfm=None, critic=None, seen=None):
         torch.manual_seed(0)
         look = partial(perceptual, features=vfm_taps(seen or VFM('tiny'), [1]))
-        return TokenizerTask(VFMVAE(TINY, vfm or VFM('tiny')), stage, look, 100, critics=dict(gan=ProjectedDiscriminator(critic or VFM('tiny'))))
+        return TokenizerTask(VFMVAE(TINY, vfm or VFM('tiny')), stage, look, 100, discriminators=dict(gan=ProjectedDiscriminator(critic or VFM('tiny'))))
     fit(made(), data(), 4, Run(tmp_path/'a'), show=quiet)
     for name, other in {'model.vfm': dict(vfm=shifted(VFM('tiny'))), 'gan.vfm': dict(critic=shifted(VFM('tiny'))),
                         'perceptual.0': dict(seen=shifted(VFM('tiny')))}.items():
@@ -647,7 +701,7 @@ def test_a_log_is_whole_when_the_disk_is_full(tmp_path, monkeypatch):
     whole = (run.dir/'log.jsonl').read_bytes()
     def full(*a, **kw): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(Path, 'write_text', full)
+        for k in ('write_text', 'write_bytes'): m.setattr(Path, k, full)
         with pytest.raises(UserError, match='No space left') as e: run.history(before=1)
     assert (run.dir/'log.jsonl').read_bytes() == whole and '\n' not in str(e.value)
 
@@ -665,12 +719,12 @@ def test_temporary_files_of_killed_writers_go_at_the_next_start(tmp_path):
     dead = subprocess.Popen([sys.executable, '-c', ''])
     dead.wait()
     names = []
-    write_atomic(run.dir/'look.png', lambda p: names.append(p.parent.name) or p.write_bytes(b''))
+    write_atomic(run.dir/'preview.png', lambda p: names.append(p.parent.name) or p.write_bytes(b''))
     for pid in (dead.pid, os.getpid()):
         (folder := run.dir/names[0].replace(f'-{os.getpid()}-', f'-{pid}-')).mkdir()
-        (folder/'look.png').write_bytes(b'x')
+        (folder/'preview.png').write_bytes(b'x')
     Run(tmp_path/'a')
-    assert [p.name for p in run.dir.glob('.look.png.*.tmp')] == names                                              # the writer that lives
+    assert [p.name for p in run.dir.glob('.preview.png.*.tmp')] == names                                              # the writer that lives
 
 
 def test_readers_and_bar_are_closed_when_a_training_fails():
@@ -692,7 +746,7 @@ def test_readers_and_bar_are_closed_when_a_training_fails():
 
 def test_where_a_result_comes_from_is_its_own_repository(tmp_path, monkeypatch):
     import vfmvae
-    from vfmvae.train import _commit
+    from vfmvae.runtime import _commit
     git = lambda *a: subprocess.run(['git', '-C', tmp_path, '-c', 'user.name=n', '-c', 'user.email=e', *a], check=True, capture_output=True)
     package = tmp_path/'environment'/'vfmvae'
     package.mkdir(parents=True)
@@ -718,13 +772,13 @@ def test_where_a_result_comes_from_is_its_own_repository(tmp_path, monkeypatch):
 
 NUMBERS = [dict(lr=v) for v in (-1., 0., float('nan'), float('inf'), 1e300, '1', True)] + [
     {k: v} for k in ('accumulate', 'log_every', 'save_every', 'patience') for v in (0, -1, 1.5, 'x', True, float('nan'))] + [
-    dict(seed=v) for v in (2**70, -2**70, .5, 'x')] + [dict(images=v) for v in (0, -1, 3, 1.5, float('nan'), 'x')]
+    dict(seed=v) for v in (2**70, -2**70, .5, 'x')] + [dict(num_images=v) for v in (0, -1, 3, 1.5, float('nan'), 'x')]
 
 
 @pytest.mark.parametrize('wrong', NUMBERS, ids=str)
 def test_a_number_out_of_range_is_one_line_before_the_first_step(tmp_path, wrong):
     t = Small()
-    with pytest.raises(UserError, match=next(iter(wrong))) as e: fit(t, data(), **dict(dict(images=8, run=Run(tmp_path/'a'), show=quiet), **wrong))
+    with pytest.raises(UserError, match=next(iter(wrong))) as e: fit(t, data(), **dict(dict(num_images=8, run=Run(tmp_path/'a'), show=quiet), **wrong))
     assert '\n' not in str(e.value) and t.seen == [] and not Run(tmp_path/'a').checkpoints()
     with pytest.raises(UserError): Run(tmp_path/'a', keep=0)
 
@@ -733,8 +787,9 @@ def test_large_seeds_train():
     for seed in (2**62, -1, 10**15): fit(Small(), data(), 4, seed=seed, show=quiet)
 
 
-@pytest.mark.parametrize('wrong', [dict(lr=-1.), dict(lr=0.), dict(lr=float('nan')), dict(lr=float('inf')), dict(lr=1e300), dict(lr='x'), dict(lr_critics=0.),
-                                   dict(images=-1), dict(images=.5), dict(weights=dict(l1=float('inf'))), dict(weights=dict(l1=float('nan'))),
+@pytest.mark.parametrize('wrong', [dict(lr=-1.), dict(lr=0.), dict(lr=float('nan')), dict(lr=float('inf')), dict(lr=1e300), dict(lr='x'),
+                                   dict(lr_discriminators=0.),
+                                   dict(num_images=-1), dict(num_images=.5), dict(weights=dict(l1=float('inf'))), dict(weights=dict(l1=float('nan'))),
                                    dict(weights=dict(l1='x')), dict(weights=3), dict(train='synthesis'), dict(warmup='gan'), dict(equivariance=.5),
                                    dict(equivariance=(float('nan'), 1.)), dict(equivariance=('x', 1.)), dict(multiscale_until=-1), dict(cos_margin='x'),
                                    dict(dist_margin=float('nan'))], ids=str)
@@ -778,10 +833,10 @@ def test_the_average_leaves_the_frozen_vfm_alone_and_is_the_published_one(monkey
 def test_frozen_weights_that_share_memory_share_it_where_they_move():
     from vfmvae.train import _move
     vfm = VFM('tiny')
-    t = TokenizerTask(VFMVAE(TINY, vfm), Stage('s', dict(l1=1., gan=.1)), critics=dict(gan=ProjectedDiscriminator(vfm)))
+    t = TokenizerTask(VFMVAE(TINY, vfm), Stage('s', dict(l1=1., gan=.1)), discriminators=dict(gan=ProjectedDiscriminator(vfm)))
     own = {k: v.double() for k, v in t.model.state_dict().items()}
     _move([*t.nets.values(), t.ema.net], torch.float64)
-    frozen = [{p.data_ptr() for p in n.vfm.parameters()} for n in (t.model, t.critics['gan'], t.ema.net)]
+    frozen = [{p.data_ptr() for p in n.vfm.parameters()} for n in (t.model, t.discriminators['gan'], t.ema.net)]
     assert frozen[0] == frozen[1] == frozen[2] and len(frozen[0]) == len(list(vfm.parameters()))
     assert all(v.dtype == torch.float64 and torch.equal(v, own[k]) for k, v in t.model.state_dict().items())
     moving = {p.data_ptr() for p in t.params}

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from vfmvae.align import cka, cknna, cknna_pairs, cknna_score, knn_accuracy, knn_graph, linear_probe, mutual_knn, prepare, ridge_probe
+from vfmvae.neighbours import knn_graph, mutual_knn, prepare
+from vfmvae.align import cka, cknna, cknna_pairs, cknna_score
+from vfmvae.probes import knn_accuracy, linear_probe, ridge_probe
 from vfmvae.core import UserError
-from vfmvae.measures import METRICS, compare, lds, rmsc
-from vfmvae.neighbours import _copies
+from vfmvae.similarity import compare, lds, METRICS, rmsc
+from vfmvae.neighbours import copies_of
 
 
 def normal(n, d, seed=0, dtype=torch.float64): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -88,7 +90,7 @@ def test_features_that_never_vary_say_nothing(still):
         assert all(math.isnan(v) for v in s[:7]) and s.n == 60
         with warnings.catch_warnings(record=True): t = compare(x, y)
         sides = ('a', 'a -> b', 'b -> a') if x is still else ('b', 'a -> b', 'b -> a')
-        length = still.any() and ('uniformity', 'rankme', 'mean_cosine', 'alignment')         # these know directions, not variance
+        length = still.any() and ('uniformity', 'rankme', 'mean_cosine', 'pair_distance')         # these know directions, not variance
         for r in t: assert math.isnan(r['value']) or r['of'] not in sides or r['metric'] in (length or ()), r
     y = torch.arange(60) % 3
     with pytest.warns(match='probe is nan'): assert all(math.isnan(v) for v in knn_accuracy(still[:40], y[:40], a[40:], y[40:], 3))
@@ -126,7 +128,7 @@ def test_copies_are_counted_and_ordinary_rows_are_not(strict, kind):
             twins = x.repeat_interleave(torch.tensor(times + [1]*(n-len(times))), 0)[torch.randperm(sum(times)+n-len(times),
                                                                                             generator=torch.Generator().manual_seed(d))]
             if kind == 'relu' and d == 3: continue
-            found = _copies(twins)
+            found = copies_of(twins)
             assert len(twins)-len(found.unique()) == sum(times)-len(times)
             same = (twins[:40, None] == twins[None, :40]).all(2)
             assert torch.equal(found[:40, None] == found[None, :40], same)
@@ -135,7 +137,7 @@ def test_copies_are_counted_and_ordinary_rows_are_not(strict, kind):
 def test_a_copy_in_another_batch_differs_in_its_last_bits():
     x = normal(200, 64, dtype=torch.float32)
     twins = torch.cat([x, x*(1+1e-7*torch.sign(normal(200, 64, 1, torch.float32)))])
-    assert len(_copies(twins).unique()) == 200 and _copies(torch.cat([x, x+1e-3*normal(200, 64, 1, torch.float32)])) is None
+    assert len(copies_of(twins).unique()) == 200 and copies_of(torch.cat([x, x+1e-3*normal(200, 64, 1, torch.float32)])) is None
 
 
 @pytest.mark.parametrize('k', (3, 10))

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vfmvae.core import UserError, save_weights
-from vfmvae.vfm import _ALIASES, _FAMILIES, VFM, _at_size, _family, _hf_shapes, _interpolation, tiny_vit, vfm_from_hf_siglip, vfms
+from vfmvae.core import UserError
+from vfmvae.files import save_weights
+from vfmvae.vfm import (_at_size, _FAMILIES, _family, _hf_shapes, _interpolation, ALIASES, tiny_vit, VFM,
+                        vfm_from_hf_siglip, vfms)
 
 # family -> (name, arguments): class token or not, registers, rotary, relative bias, pre-norm, distillation token, patch 14, hybrid stem
 SMALL = {
@@ -125,7 +127,8 @@ def test_strict_loading(tmp_path):
     sd = net.state_dict()
     lost = sd.pop('norm.weight')
     save_weights(tmp_path/'c.safetensors', sd | {'extra': lost.clone(), 'norm.bias': torch.zeros(7)}, {})
-    with pytest.raises(UserError, match=r'missing norm.weight; unknown extra; misshaped norm.bias \(7,\) for \(128,\)'): VFM('tiny', tmp_path/'c.safetensors')
+    with pytest.raises(UserError,
+                       match=r'1 missing: norm.weight; 1 extra: extra; 1 misshaped: norm.bias \(7,\) for \(128,\)'): VFM('tiny', tmp_path/'c.safetensors')
     (tmp_path/'d.pth').write_bytes(b'no')
     for f in ('d.pth', 'none.pth', 'none.safetensors'):
         with pytest.raises(UserError): VFM('tiny', tmp_path/f)
@@ -146,7 +149,7 @@ def test_names(monkeypatch):
 
 def test_short_names_exist_in_timm():
     import timm
-    assert set(_ALIASES.values()) <= set(timm.list_pretrained()) and set(vfms) == {'tiny', *_ALIASES}
+    assert set(ALIASES.values()) <= set(timm.list_pretrained()) and set(vfms) == {'tiny', *ALIASES}
 
 def tower(depth=2, dim=64, hidden=100, patch=8, n=16, prefix='vision_model.'):
     g = torch.Generator().manual_seed(0)
@@ -163,9 +166,9 @@ def test_siglip_prefixes_and_optional_head(prefix):
 
 def test_siglip_refuses_what_it_does_not_know():
     sd, e = tower(), 'vision_model.encoder.layers.1.'
-    for bad, say in [({k: v for k, v in sd.items() if k != e+'mlp.fc1.bias'}, 'missing encoder.layers.1.mlp.fc1.bias'),
-                     (sd | {'logit_scale': torch.zeros(1)}, 'unknown logit_scale'), (sd | {'vision_model.head.extra': torch.zeros(1)}, 'unknown head.extra'),
-                     (sd | {e+'layer_norm1.bias': torch.zeros(3)}, r'misshaped encoder.layers.1.layer_norm1.bias \(3,\) for \(64,\)'),
+    for bad, say in [({k: v for k, v in sd.items() if k != e+'mlp.fc1.bias'}, 'missing: encoder.layers.1.mlp.fc1.bias'),
+                     (sd | {'logit_scale': torch.zeros(1)}, 'extra: logit_scale'), (sd | {'vision_model.head.extra': torch.zeros(1)}, 'extra: head.extra'),
+                     (sd | {e+'layer_norm1.bias': torch.zeros(3)}, r'misshaped: encoder.layers.1.layer_norm1.bias \(3,\) for \(64,\)'),
                      ({}, 'not a SigLIP'), (tower(n=15), 'square')]:
         with pytest.raises(UserError, match=say): vfm_from_hf_siglip(bad, num_heads=4)
     with pytest.raises(UserError, match='give num_heads'): vfm_from_hf_siglip(tower(dim=32))
@@ -222,7 +225,7 @@ def test_the_published_word_is_found_in_every_name_of_timm():
     words = {'siglip': 'bilinear', 'mae': 'bilinear', 'dino': 'bicubic', 'eva': 'bicubic', 'qwen': 'bicubic'}
     names = [n for m in _FAMILIES for a in timm.list_models(module=m) for n in (a, *timm.list_pretrained(f'{a}.*'))]
     assert len(names) > 200
-    for n in (*names, *_ALIASES.values()):
+    for n in (*names, *ALIASES.values()):
         said = next((w for w in words if w in n), '')
         assert (_family(n), _interpolation(n, {'interpolation': 'bilinear'})) == (said, words.get(said, 'bilinear')), n
 

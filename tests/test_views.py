@@ -2,14 +2,17 @@
 import json
 import numpy as np
 import pytest, torch
-from vfmvae.align import alignment_under, cknna, prepare, se_cknna, stability
+from vfmvae.neighbours import prepare
+from vfmvae.align import cknna, score_sources, se_cknna, summarize
 from vfmvae.core import UserError
-from vfmvae.data import World, folder, published_noise, to_pil, to_uint8, transform
+from vfmvae.images import published_noise, to_pil, to_uint8, transform
+from vfmvae.world import World
+from vfmvae.folders import folder
 from vfmvae.features import Bank
 from vfmvae.robustness import AXES, layer_figure, layer_scores, robustness, robustness_figure
 from vfmvae.tokenizer import LatentFeatures, tokenizers
 from vfmvae.vfm import VFM
-from vfmvae.views import NOISE, extract_views, label, see, views
+from vfmvae.views import apply_view, extract_views, NOISE, view_name, views
 
 
 @pytest.fixture(scope='module')
@@ -17,30 +20,30 @@ def tiny(): return VFM('tiny'), tokenizers['vfmvae-tiny-f8d16']
 
 
 def test_the_sets_are_those_of_the_paper(shared):
-    assert [label(v) for v in views('published')] == ['mixed', 'noise 0.05', 'noise 0.1', 'noise 0.15', 'noise 0.2']
+    assert [view_name(v) for v in views('published')] == ['mixed', 'noise 0.05', 'noise 0.1', 'noise 0.15', 'noise 0.2']
     turns, scales = {f'rotation {s}' for s in (90, 180, 270)}, {f'scale {s}' for s in (.25, .5, .75)}
-    assert {label(v) for v in views('axes')} == {f'noise {s:g}' for s in NOISE} | turns | scales
+    assert {view_name(v) for v in views('axes')} == {f'noise {s:g}' for s in NOISE} | turns | scales
     expected = json.loads((shared/'golden/alignment/expected.json').read_text())
     key = next(k for k in expected if k.startswith('se_transform_records'))
     records = expected[key]
     records = list(records.values()) if isinstance(records, dict) else records
     x = World(12).batch(range(12))['image']
-    sizes = {r: images.shape[-1] for rows, images in see(x, ('mixed', 1.), range(12)) for r, images in zip(rows, images[:, None], strict=True)}
+    sizes = {r: images.shape[-1] for rows, images in apply_view(x, ('mixed', 1.), range(12)) for r, images in zip(rows, images[:, None], strict=True)}
     assert [sizes[i] for i in range(12)] == [int(64*float(r['scale'])) for r in records]
 
 
 def test_noise_is_the_published_one_to_the_bit():
     x = World(5, seed=3).batch(range(5))['image']
-    seen = see(x, ('noise', .15), [7, 8, 9, 100, 3])[0][1]
+    seen = apply_view(x, ('noise', .15), [7, 8, 9, 100, 3])[0][1]
     for i, j in enumerate([7, 8, 9, 100, 3]):
         by_hand = published_noise(to_uint8(x[i]).permute(1, 2, 0).numpy(), .15, j)
         assert np.array_equal(to_uint8(seen[i]).permute(1, 2, 0).numpy(), by_hand)
 
 
-@pytest.mark.parametrize('view', [('mixed', 1.), ('noise', .1), ('crop', .3), ('occlusion', .2), ('colour', .4), ('translation', .2)], ids=label)
+@pytest.mark.parametrize('view', [('mixed', 1.), ('noise', .1), ('crop', .3), ('occlusion', .2), ('colour', .4), ('translation', .2)], ids=view_name)
 def test_what_an_image_draws_depends_on_its_place_alone(view, tiny):
     vfm, world = tiny[0], World(20)
-    whole, parts = (extract_views({'v': (vfm, [-1])}, world, [view], batch_size=b, quiet=True)[label(view), 'v', -1].features for b in (20, 7))
+    whole, parts = (extract_views({'v': (vfm, [-1])}, world, [view], batch_size=b, quiet=True)[view_name(view), 'v', -1].features for b in (20, 7))
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
 
 
@@ -81,8 +84,8 @@ def test_se_cknna_is_the_mean_of_its_parts(tiny):
 
 def test_intervals_of_views_are_paired(tiny):
     vfm, tok = tiny
-    t = alignment_under([(tok, vfm), ((vfm, 2), vfm)], World(100, seed=8), [('noise', .05), ('noise', .1)], times=40, quiet=True)
-    s = stability(t)
+    t = score_sources([(tok, vfm), ((vfm, 2), vfm)], World(100, seed=8), [('noise', .05), ('noise', .1)], times=40, quiet=True)
+    s = summarize(t)
     assert [(r['source'], r['reference']) for r in s] == [('vfmvae-tiny-f8d16', 'tiny'), ('tiny [2]', 'tiny')]
     alone = t.draws['tiny [2]', 'tiny', 'noise 0.05']
     assert len(alone) == 41 and alone[0].item() == pytest.approx(t.where(source='tiny [2]', transform='noise 0.05')[0]['value'])
@@ -120,9 +123,31 @@ def test_bad_input_is_said_before_any_work(tiny):
     vfm, tok = tiny
     twin = VFM('tiny', pretrained=False)
     cases = [(lambda: se_cknna(tok, vfm, World(9), 'publised'), 'nearest: published'), (lambda: se_cknna(tok, vfm, World(9), k=9, quiet=True), 'k = 9'),
-             (lambda: se_cknna(tok, vfm, World(20), reference_state='x'), 'same'), (lambda: alignment_under([(vfm, twin)], World(9)), 'two different sources'),
+             (lambda: se_cknna(tok, vfm, World(20), reference_state='x'), 'same'), (lambda: score_sources([(vfm, twin)], World(9)), 'two different sources'),
              (lambda: se_cknna(3, vfm, World(9)), 'neither features nor encode'),
              (lambda: se_cknna((tok, 'block'), vfm, World(20), quiet=True), "no layer 'block'"),
              (lambda: se_cknna(tok, vfm, [], quiet=True), 'no images'), (lambda: views([('scale', 0)]), 'strengths from')]
     for call, says in cases:
         with pytest.raises(UserError, match=says): call()
+
+
+def test_places_are_asked_for_only_by_what_draws(tiny):
+    # to sort a million names takes seconds, and the plain features of images need no place
+    from collections.abc import Sequence
+    from vfmvae.features import extract
+    asked = []
+    class Names(Sequence):
+        def __len__(self): return 6
+        def __getitem__(self, i): return f'{5-range(6)[i]}.png'
+        def __iter__(self):
+            asked.append(1)
+            return (self[i] for i in range(6))
+    class Named:
+        keys, size, world = Names(), 64, World(6)
+        def __len__(self): return 6
+        def batch(self, at): return dict(self.world.batch(at), key=[self.keys[i] for i in at])
+    plain = extract(tiny[0], Named(), [-1], quiet=True)[-1]
+    assert not asked and torch.equal(plain, extract(tiny[0], World(6), [-1], quiet=True)[-1])
+    seen = extract_views({'v': (tiny[0], [-1])}, Named(), [('noise', .1)], quiet=True)
+    by_rank = extract_views({'v': (tiny[0], [-1])}, Named.world.batch(range(6))['image'].flip(0), [('noise', .1)], quiet=True)
+    assert asked and torch.equal(seen['noise 0.1', 'v', -1].features, by_rank['noise 0.1', 'v', -1].features.flip(0))

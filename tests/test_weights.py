@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from test_copies import NET_TINY, VFMVAE_TINY, line, make, same, says
-from vfmvae.core import UserError, build_config
-from vfmvae.dit import DiTConfig, open_net, save_net
+from vfmvae.core import build_config, UserError
+from vfmvae.dit import DiT, DiTConfig, save_net
 from vfmvae.tokenizer import load_tokenizer, save_tokenizer
 from vfmvae.vae import VFMVAEConfig
-from vfmvae.vfm import VFM, _hf_shapes, read_torch, tiny_vit, vfm_from_hf_siglip
+from vfmvae.checkpoints import read_torch
+from vfmvae.vfm import _hf_shapes, tiny_vit, VFM, vfm_from_hf_siglip
 
 def tower(): return {k: torch.randn(s)/8 for k, s in _hf_shapes(depth=1, dim=64, hidden=96, patch=8, n=16).items()}
 
@@ -45,7 +46,7 @@ def test_a_spoiled_tensor_is_refused_wherever_it_comes_in(tmp_path):
             if key == 'stats.std' and name not in SAFE: line(load_tokenizer, written(tmp_path/'t.safetensors', bad, about), False)
     assert same(says(tok), had)
     for name, bad in spoiled(net.state_dict(), 'blocks.1.attn.qkv.weight'):
-        if name not in SAFE: line(open_net, written(tmp_path/'n.safetensors', bad, dict(family='dit', config=asdict(NET_TINY))))
+        if name not in SAFE: line(DiT.load, written(tmp_path/'n.safetensors', bad, dict(family='dit', config=asdict(NET_TINY))))
     for name, bad in spoiled(vfm.net.state_dict(), 'norm.weight'):
         torch.save(bad, tmp_path/'v.pt')
         line(VFM, 'tiny', tmp_path/'v.pt' if name in SAFE else written(tmp_path/'v.safetensors', bad, {}))
@@ -55,7 +56,8 @@ def test_stats_are_finite_and_positive(tmp_path):
     tok = make('vfmvae')
     for mean, std in ((0, 0), (0, -1), (0, float('nan')), (float('inf'), 1), (0, float('inf')), (0, 1e-60)):
         m, s = (torch.full((16,), v, dtype=torch.float64) for v in (mean, std))
-        for f in (tok.stats.set, tok.stats.agree, lambda m, s: tok.load_own_state(tok.own_state() | {'stats.mean': m, 'stats.std': s})): line(f, m, s)
+        for f in (tok.stats.set, tok.stats.adopt_or_compare,
+                  lambda m, s: tok.load_own_state(tok.own_state() | {'stats.mean': m, 'stats.std': s})): line(f, m, s)
     line(tok.stats.set, [0.]*16, [1.]*16)
     line(tok.stats.set, torch.zeros(3), torch.ones(3))
     assert tok.stats.std.eq(1).all() and not tok.stats.fitted
@@ -64,7 +66,7 @@ def test_stats_are_finite_and_positive(tmp_path):
 def test_sound_files_of_any_float_type_load(kind, tmp_path):
     net, path = make(kind), tmp_path/'x.safetensors'
     (save_net if kind == 'net' else save_tokenizer)(path, net, family='mine', config=1, note='kept')
-    read = open_net if kind == 'net' else load_tokenizer
+    read = DiT.load if kind == 'net' else load_tokenizer
     again = read(path)
     assert same(says(again), says(net)) and again.meta['note'] == 'kept' and again.meta['family'] != 'mine'
     for dtype in (torch.float16, torch.float64):
@@ -91,18 +93,18 @@ def test_json_of_a_net_that_says_nonsense(tmp_path):
     net, path = make('net'), tmp_path/'n.safetensors'
     about, own = dict(family='dit', config=asdict(NET_TINY)), net.state_dict()
     for key in ('family', 'config'):
-        for odd in ODD: line(open_net, written(path, own, about | {key: odd}))
+        for odd in ODD: line(DiT.load, written(path, own, about | {key: odd}))
     for i, f in enumerate(asdict(NET_TINY)):
         for odd in ODD[i % 6::6]:
-            try: open_net(written(path, own, about | {'config': about['config'] | {f: odd}}))
+            try: DiT.load(written(path, own, about | {'config': about['config'] | {f: odd}}))
             except UserError as e: assert '\n' not in str(e) and len(str(e)) < 600, (f, odd)
     good = dict(tokenizer='t', latent=[16, 8, 8], scale=dict(mean=[0.]*16, std=[1.]*16), classes=['a', 'b', 'c'], step=3,
                 sampling=dict(steps=4), recipe=dict(flow=dict(ema=.9)))
-    assert open_net(written(path, own, about | good)).meta['step'] == 3
+    assert DiT.load(written(path, own, about | good)).meta['step'] == 3
     for k, bads in dict(tokenizer=[[], 3], latent=['x', [16], [15, 8, 8], [16, -8, 8], [16, 8, 10**11], [16, 8, 'a']], classes=['abc', [1, 2, 3], ['a']],
                         scale=[[1], dict(mean=[0.]*16), dict(mean=[0.]*16, std=[0.]*16), dict(mean='x', std=[1.]*16), dict(mean=[0.]*3, std=[1.]*3)],
                         sampling=['heun', [1]], recipe=[3, dict(flow=4)], step=['many', 1.5, [3]]).items():
-        for odd in bads: line(open_net, written(path, own, about | good | {k: odd}))
+        for odd in bads: line(DiT.load, written(path, own, about | good | {k: odd}))
 
 @pytest.mark.parametrize('cls,base', [(VFMVAEConfig, VFMVAE_TINY), (DiTConfig, NET_TINY)])
 def test_sizes_that_no_machine_holds_are_refused_before_anything_is_built(cls, base):

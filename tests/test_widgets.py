@@ -1,14 +1,18 @@
 "Laws of the labs: colours, states, the figure as a pure function, and controls that are moved without a browser."
-import asyncio, builtins, html, io, re, threading
+import asyncio, base64, html, io, json, re, sys, threading
 from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vfmvae.core import UserError, data_dir
-from vfmvae.data import TRANSFORMS, World
-from vfmvae.plots import to_png
-from vfmvae.widgets import Control, Job, KeepsLab, KeepsState, Lab, Sheet, _Latest, keeps, keeps_figure, keeps_text, pca_colours
+from vfmvae.core import UserError
+from vfmvae.files import data_dir
+from vfmvae.images import TRANSFORMS
+from vfmvae.world import World
+from vfmvae.plots import Chart, Page, Section, Tile, to_png
+from vfmvae.colours import pca_colours
+from vfmvae.lab_base import Control, Job, Lab, Latest
+from vfmvae.keeps_lab import KeepsLab, KeepsState
 
 NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16')
 MISSING = [n for n in NAMES if not (data_dir()/'weights'/f'{n}.safetensors').is_file()]
@@ -67,7 +71,7 @@ def test_stale_questions_are_dropped_and_the_loop_stays_free():
         computed.append(n)
         return -n
     async def drag():
-        q = _Latest(work, shown.append)
+        q = Latest(work, shown.append)
         for n in range(20):
             q.ask(n)
             await asyncio.sleep(0)
@@ -89,7 +93,7 @@ def test_an_answer_that_was_overtaken_by_settle_is_not_shown_again():
             gate.wait(10)
         return n
     async def go():
-        q = _Latest(work, shown.append)
+        q = Latest(work, shown.append)
         q.ask('old')
         while not first: await asyncio.sleep(.001)
         q.settle()
@@ -104,7 +108,7 @@ def test_a_user_error_is_shown_and_the_next_question_is_answered():
     def work(n):
         if n < 0: raise UserError('negative')
         return n
-    q = _Latest(work, shown.append)
+    q = Latest(work, shown.append)
     q.ask(-1)
     q.ask(2)
     assert str(shown[0]) == 'negative' and shown[1] == 2
@@ -112,29 +116,36 @@ def test_a_user_error_is_shown_and_the_next_question_is_answered():
 
 # state -> figure ---------------------------------------------------------------------------------------------------------------------------------
 
+def tiles(page): return [t.pixels for t in page.sections[0].tiles]      # image, transformed, again, error, two latents
+def figure(state): return KeepsLab(state).figure()
+def text(state): return KeepsLab(state).text()
+
+
 @weights
 @pytest.mark.parametrize('name', TRANSFORMS)
 def test_every_transform_at_every_strength_has_numbers(name):
     t = TRANSFORMS[name]
     for strength in (t.identity, t.grid[0], t.grid[-1]):
-        k = keeps(KeepsState(11, name, strength))
-        assert 3 < k.psnr < 60 and all(-1 <= v <= 1.0001 for v in (*k.cosine.values(), *k.strangers.values()))
-        assert all(0 <= c.min() and c.max() <= 1 for c in k.colours) and 0 <= k.error.min() <= k.error.max() <= 1
-        if strength == t.identity: assert torch.equal(k.clean, k.changed) and k.psnr == k.psnr_clean
+        page = KeepsLab(KeepsState(11, name, strength)).page()
+        [row], (clean, changed, again, error, *latents) = page.rows, tiles(page)
+        assert 3 < row['psnr'] < 60 and sum('cosine' in n for n in row) == 4 and all(-1 <= v <= 1.0001 for n, v in row.items() if 'cosine' in n)
+        assert all(0 <= c.min() and c.max() <= 1 for c in (again, *latents)) and 0 <= error.min() <= error.max() <= 1/.3
+        torch.testing.assert_close(error, (again-changed).abs().mean(0)/.3, rtol=1e-4, atol=1e-4)
+        if strength == t.identity: assert torch.equal(clean, changed) and row['psnr'] == row['psnr_clean']
 
 
 @weights
 def test_figure_and_text_are_pure_functions_of_the_state():
     s = KeepsState(3, 'translation', .2, seed=7)
-    assert to_png(keeps_figure(s)) == to_png(keeps_figure(replace(s))) and keeps_text(s) == keeps_text(replace(s))
+    assert to_png(figure(s)) == to_png(figure(replace(s))) and text(s) == text(replace(s))
     for change in (dict(image=4), dict(transform='occlusion'), dict(strength=.3), dict(seed=8)):
-        assert to_png(keeps_figure(replace(s, **change))) != to_png(keeps_figure(s)), change
+        assert to_png(figure(replace(s, **change))) != to_png(figure(s)), change
 
 
 @weights
 def test_what_the_figure_shows_the_text_says():
     s = KeepsState(8, 'blur', 2)
-    row, said = keeps_figure(s).data[0], keeps_text(s)
+    row, said = figure(s).data[0], text(s)
     for number in (f"{row['psnr']:.1f} dB", f"{row['cosine latent']:.3f}", f"{row['cosine VFM']:.3f}", f"{row['cosine VFM of others']:.3f}",
                    'Image 8', 'blur 2'):
         assert number in said
@@ -142,10 +153,10 @@ def test_what_the_figure_shows_the_text_says():
 
 @weights
 def test_a_size_that_fits_no_grid_is_enlarged_and_said():
-    k = keeps(KeepsState(transform='scale', strength=.6))
-    assert k.enlarged == (38, 38) and k.changed.shape == (3, 48, 48) and 'left 38x38 px, enlarged to 48x48 px' in keeps_text(k.state)
-    assert keeps(KeepsState(transform='scale', strength=.5)).enlarged is None
-    assert keeps(KeepsState(), World(40, seed=1, size=50)).clean.shape == (3, 64, 64)
+    page = KeepsLab(KeepsState(transform='scale', strength=.6)).page()
+    assert tiles(page)[1].shape == (3, 48, 48) and 'left 38x38 px, enlarged to 48x48 px' in page.words
+    assert 'enlarged' not in text(KeepsState(transform='scale', strength=.5))
+    assert tiles(KeepsLab(KeepsState(), World(40, seed=1, size=50)).page())[0].shape == (3, 64, 64)
 
 
 @weights
@@ -173,8 +184,8 @@ def test_each_control_moves_state_picture_and_words(name):
     picture, words = lab.picture.value, lab.readout.value
     lab.controls[name].value = MOVES[name]
     assert getattr(lab.state, name) == MOVES[name]
-    assert picture != lab.picture.value and lab.png == lab.sheet(keeps(lab.state), 7.6).png()
-    assert words != lab.readout.value and f'alt="{html.escape(lab.text())}"' in lab.picture.value
+    assert picture != lab.picture.value and lab.picture.value == lab.page().html()
+    assert words != lab.readout.value and f'aria-label="{html.escape(lab.text())}"' in lab.picture.value
 
 
 @weights
@@ -186,7 +197,7 @@ def test_a_line_of_code_moves_the_controls_and_draws_once():
     lab._latest.show = lambda answer: (shows.append(answer), show(answer))
     lab.set(image=2, transform='scale', strength=.25, seed=9)
     assert {k: c.value for k, c in lab.controls.items()} == dict(image=2, transform='scale', strength=.25, tokenizer='vfmvae-tiny-f8d16', seed=9)
-    assert len(shows) == 1 and shows[0].state == lab.state
+    assert len(shows) == 1 and shows[0][0].words == lab.text() and shows[0][1] == lab.page().html()
 
 
 @weights
@@ -196,53 +207,48 @@ def test_under_an_event_loop_only_the_last_of_many_moves_is_drawn():
         lab = KeepsLab()
         lab.widget()
         drawn, show = [], lab._latest.show
-        lab._latest.show = lambda answer: (drawn.append(answer.state.strength), show(answer))
+        lab._latest.show = lambda answer: (drawn.append(answer[0].rows[0]['strength']), show(answer))
         for strength in (15., 45., 180., 270.): lab.controls['strength'].value = strength
         assert 'computing' in lab.readout.value
         await lab._latest.task
         return lab, drawn
     lab, drawn = asyncio.run(drag())
-    assert drawn == [270.] and lab.png == lab.sheet(keeps(lab.state), 7.6).png() and 'computing' not in lab.readout.value
+    assert drawn == [270.] and lab.picture.value == lab.page().html() and 'computing' not in lab.readout.value
 
 
 @weights
 def test_without_ipywidgets_the_module_works_and_the_widget_says_what_to_install(monkeypatch):
-    real = builtins.__import__
-    def without(name, *args, **kwargs):
-        if name.split('.')[0] == 'ipywidgets': raise ImportError(name)
-        return real(name, *args, **kwargs)
-    monkeypatch.setattr(builtins, '__import__', without)
+    monkeypatch.setitem(sys.modules, 'ipywidgets', None)
     lab = KeepsLab()
     assert 'dB' in lab.text()
-    with pytest.raises(UserError, match='pip install ipywidgets'): lab.widget()
+    with pytest.raises(UserError, match=r"pip install 'vfmvae\[widgets\]'"): lab.widget()
 
 
 # heavy work ---------------------------------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Page:
+class Number:
     number: int = 0
 
 
 class Reader(Lab):
     "A lab whose heavy work somebody else may have done: `disk` holds the pages that are there."
-    State = Page
+    State = Number
     def __init__(self, disk):
         super().__init__()
         self.disk, self.looks = disk, 0
-    def look(self, state):
+    def compute(self, state):
         self.looks += 1
         return state.number in self.disk
-    def sheet(self, result, width): return Sheet(1., 1.)
-    def say(self, result): return 'the whole page' if result else 'the page is being read'
+    def layout(self, result): return Page([], 'the whole page' if result else 'the page is being read')
     def panel(self, state): return dict(number=Control('whole', 'of the page', last=9))
     def jobs(self, state):
         return [] if state.number in self.disk else [Job(f'page {state.number}', 1, lambda free, tick: self.disk.add(state.number))]
 
 
 def in_the_look(lab):
-    look = lab.look
-    lab.look = lambda state: (look(state), lab.disk.add(state.number))[0]
+    compute = lab.compute
+    lab.compute = lambda state: (compute(state), lab.disk.add(state.number))[0]
 
 def before_the_job(lab):
     fill = lab._fill
@@ -311,24 +317,40 @@ def test_what_fails_around_the_picture_is_said_too(broken):
 
 # sheets, paper, pages ----------------------------------------------------------------------------------------------------------------------------
 
-def test_a_sheet_puts_a_pixel_where_it_says_on_paper_and_on_screen():
-    sheet = Sheet(2., 1.)
-    sheet.image(.5, .25, .5, torch.tensor([1., 0., 0.])[:, None, None].expand(3, 4, 4))
-    for png in (sheet.png(100), to_png(sheet.figure(), 100)):
-        a = np.asarray(Image.open(io.BytesIO(png)).convert('RGB')).astype(int)
-        at = np.argwhere((a[..., 0] > 200) & (a[..., 1] < 60))
-        assert a.shape == (100, 200, 3) and np.abs(at.min(0)-(25, 50)).max() <= 1 and np.abs(at.max(0)-(74, 99)).max() <= 1
+RED = torch.tensor([1., 0., 0.])[:, None, None].expand(3, 4, 4)
+
+
+def images_in(page):
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(s)))).astype(int) for s in re.findall(r'base64,([^"]+)', page.html())]
+
+
+def red(a): return np.argwhere((a[..., 0] > 200) & (a[..., 1] < 60))
+
+
+def test_a_page_puts_its_tiles_in_order_on_paper_and_all_their_pixels_on_the_screen():
+    page = Page([Section('', [Tile(torch.zeros(3, 4, 4)), Tile(RED, 'red')], columns=2)])
+    a = np.asarray(Image.open(io.BytesIO(to_png(page.figure(2.), 100))).convert('RGB')).astype(int)
+    at, side = red(a), 100*((2-.07)/2-.07)
+    assert a.shape[1] == 200 and abs(at.min(0)[1]-(14+side)) <= 1 and np.abs(at.max(0)-at.min(0)+1-side).max() <= 2
+    dark, bright = images_in(page)
+    assert (dark == 0).all() and np.array_equal(bright, np.broadcast_to([255, 0, 0], (4, 4, 3)))
+    assert page.html().index('alt="red"') > page.html().index('alt=""')
+    large = images_in(Page([Section('', [Tile(torch.rand(3, 900, 500))])]))[0]
+    assert large.shape == (400, 400, 3)                                # no more than a printer needs
+    hostile = Page([Section('<b>"', [Tile(RED, '<i>')])], '"><script>').html()
+    assert not re.search('<b>|<i>|<script', hostile)
 
 
 def test_the_ring_of_a_point_moves_and_the_chart_is_drawn_once():
     drawn = []
-    def sheet(x):
-        s = Sheet(2., 1.)
-        s.chart(.4, .1, 1.5, .6, 'the same', lambda ax: (drawn.append(1), ax.plot([0, 4], [0, 1])), [(x, .5, '#FF0000')])
-        return np.asarray(Image.open(io.BytesIO(s.png(100)))).astype(int)
-    a, b = sheet(1.), sheet(3.)
-    red = [np.argwhere((p[..., 0] > 200) & (p[..., 2] < 60)).mean(0) for p in (a, b)]
-    assert len(drawn) == 1 and red[1][1]-red[0][1] > 50 and abs(red[1][0]-red[0][0]) < 1
+    def page(x):
+        return Page([Section('', chart=Chart('the same', lambda ax: (drawn.append(1), ax.plot([0, 4], [0, 1])), [(x, .5, '#FF0000')]))])
+    def ring(p): return [float(v) for v in re.search(r'left:([0-9.]+)%;top:([0-9.]+)%', p.html()).groups()]
+    a, b = ring(page(1.)), ring(page(3.))
+    assert len(drawn) == 1 and b[0]-a[0] > 25 and a[1] == b[1]
+    paper = np.asarray(Image.open(io.BytesIO(to_png(page(3.).figure(7.6), 100))).convert('RGB')).astype(int)
+    middle = red(paper).mean(0)/(160, 760)*100                         # a chart of 1.6 inches fills the page but for a margin
+    assert abs(middle[1]-b[0]) < 1 and abs(middle[0]-b[1]) < 4
 
 
 @weights
@@ -338,7 +360,9 @@ def test_paper_and_page(tmp_path):
     assert [p.name for p in made] == ['fig.pdf', 'fig.png', 'fig.csv'] and b'CIDFontType2' in made[0].read_bytes() and b'Type3' not in made[0].read_bytes()
     assert abs(Image.open(made[1]).width-3.25*200) <= 1 and 'psnr' in made[2].read_text().splitlines()[0]
     page = lab.export(tmp_path/'lab.html', strength=[1., 4.], transform=['blur']).read_text()
-    assert page.count('iVBOR') == 2 and not re.search(r'https?:|src="(?!data)|@import|<link', page) and 'blur 4' in page
+    frames = json.loads(re.search(r'frames=(.*?),form=', page)[1].replace('<\\/', '</'))
+    assert sorted(frames) == ['0,0', '1,0'] and all(picture.count('iVBOR') == 6 and words in picture for picture, words in frames.values())
+    assert not re.search(r'https?:|src="(?!data)|@import|<link', page) and 'blur 4' in page
     for bad in (dict(strength=[]), dict(image=range(999))):
         with pytest.raises(UserError, match=r'^[^\n]+$'): lab.export(tmp_path/'no.html', **bad)
     with pytest.raises(UserError, match='no width'): lab.save(tmp_path/'x.pdf', 'wide')
@@ -349,13 +373,13 @@ def test_whatever_goes_wrong_is_said_and_the_lab_lives_on(monkeypatch):
     pytest.importorskip('ipywidgets')
     lab = KeepsLab()
     lab.widget()
-    before = lab.png
-    lab._try(lab.set, image=10_000)
-    assert 'no image 10000' in lab.readout.value and lab.controls['image'].value == 0 and lab.png == before
-    look = lab.look
-    monkeypatch.setattr(lab, 'look', lambda state: 1/0)
+    before = lab.picture.value
+    lab.attempt(lab.set, image=10_000)
+    assert 'no image 10000' in lab.readout.value and lab.controls['image'].value == 0 and lab.picture.value == before
+    compute = lab.compute
+    monkeypatch.setattr(lab, 'compute', lambda state: 1/0)
     lab.controls['seed'].value = 1
     assert 'ZeroDivisionError' in lab.readout.value
-    monkeypatch.setattr(lab, 'look', look)
+    monkeypatch.setattr(lab, 'compute', compute)
     lab.controls['image'].value = 3
-    assert 'Image 3' in lab.readout.value and lab.png != before
+    assert 'Image 3' in lab.readout.value and lab.picture.value != before

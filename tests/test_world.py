@@ -1,9 +1,9 @@
 """Laws of the procedural world: a pure function of (seed, index), factors known, hard for pixels, easy for the bundled VFM."""
 import numpy as np
 import pytest, torch
-from vfmvae.align import linear_probe
-from vfmvae.core import data_dir
-from vfmvae.data import CLASSES, World, factors, render
+from vfmvae.probes import linear_probe
+from vfmvae.files import data_dir
+from vfmvae.world import CLASSES, factors, render, render_buffers, World
 from vfmvae.features import extract
 from vfmvae.vfm import VFM
 
@@ -46,7 +46,7 @@ def test_every_factor_is_seen():
 
 def test_buffers_agree_with_the_picture():
     f = factors(4, range(32))
-    img, known = render(f, buffers=True)
+    img, known = render_buffers(f)
     inside = known['mask'] == 1
     assert torch.equal(img, render(f)) and 0 < inside.float().mean() < 1
     # inside the object the picture is the albedo under the lamp: a factor of at most 1 +- .3 * sqrt 2
