@@ -154,6 +154,7 @@ def test_a_copy_shares_nothing():
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.randn(3))
+        def width(self, layer=-1): return 32
     model = VFMVAE(TINY, Frozen()).eval()
     model.meta = dict(note=['a'])
     pair = deepcopy([model, model])

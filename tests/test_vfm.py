@@ -8,8 +8,8 @@ from torch import nn
 
 from vfmvae.core import UserError
 from vfmvae.files import save_weights
-from vfmvae.vfm import (_at_size, _FAMILIES, _family, _hf_shapes, _interpolation, ALIASES, tiny_vit, VFM,
-                        vfm_from_hf_siglip, vfms)
+from vfmvae.published_baselines import _hf_shapes, vfm_from_hf_siglip
+from vfmvae.vfm import _at_size, _FAMILIES, _family, _interpolation, ALIASES, BUNDLED, tiny_vit, VFM, vfms
 
 # family -> (name, arguments): class token or not, registers, rotary, relative bias, pre-norm, distillation token, patch 14, hybrid stem
 SMALL = {
@@ -142,14 +142,14 @@ def test_names(monkeypatch):
         assert '\n' not in str(e.value)
         return str(e.value)
     assert 'dinov2-b' in refused('dinov2b', False) and 'tiny' in refused('tinny', False)
-    assert 'lvd142m' in refused('vit_small_patch14_dinov2.lvd', False) and 'plain vision transformer' in refused('convnext_tiny', False)
+    assert 'lvd142m' in refused('vit_small_patch14_dinov2.lvd', False) and 'plain vision transformer' in refused('mixer_s32_224', False)
     assert 'check the arguments' in refused('test_vit', False, depht=2)
     assert all(w in refused('vit_tiny_patch16_224') for w in ("pretrained='path'", 'pretrained=False', "VFM('tiny')"))
     assert hub.HF_HUB_OFFLINE is True
 
 def test_short_names_exist_in_timm():
     import timm
-    assert set(ALIASES.values()) <= set(timm.list_pretrained()) and set(vfms) == {'tiny', *ALIASES}
+    assert set(ALIASES.values()) <= set(timm.list_pretrained()) and set(vfms) == {*BUNDLED, *ALIASES}
 
 def tower(depth=2, dim=64, hidden=100, patch=8, n=16, prefix='vision_model.'):
     g = torch.Generator().manual_seed(0)

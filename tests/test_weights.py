@@ -14,7 +14,8 @@ from vfmvae.dit import DiT, DiTConfig, save_net
 from vfmvae.tokenizer import load_tokenizer, save_tokenizer
 from vfmvae.vae import VFMVAEConfig
 from vfmvae.checkpoints import read_torch
-from vfmvae.vfm import _hf_shapes, tiny_vit, VFM, vfm_from_hf_siglip
+from vfmvae.published_baselines import _hf_shapes, vfm_from_hf_siglip
+from vfmvae.vfm import tiny_vit, VFM
 
 def tower(): return {k: torch.randn(s)/8 for k, s in _hf_shapes(depth=1, dim=64, hidden=96, patch=8, n=16).items()}
 

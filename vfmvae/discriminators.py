@@ -19,7 +19,8 @@ from torch import nn, Tensor
 # %% ../nbs/18_discriminators.ipynb #1f1039b5
 from .core import at_least_float32, Draws, DrawsLike, need, one_of, pick, uniforms_for
 from .runtime import gathered, num_processes, rank
-from .vfm import layer_index, VFM
+from .features import layer_index
+from .vfm import VFM
 from .protocols import FrozenVFMMixin
 from .losses import resize
 
@@ -247,9 +248,9 @@ class _Projected(_Discriminator):
         super().__init__()
         self.vfm, self.policy, self.crop, self.mode = vfm, policy, crop, mode or vfm.interpolation
         self.layers = list(_default_taps(vfm.depth) if layers is None else layers)
-        self.size = min(vfm.net.patch_embed.grid_size)*vfm.patch if size is None else size
+        self.size = min(vfm.anatomy.size)//vfm.patch*vfm.patch if size is None else size
         self._check()
-        self.heads = nn.ModuleDict({str(i): TokenHead(vfm.dim) for i in range(len(self.layers))})
+        self.heads = nn.ModuleDict({str(i): TokenHead(vfm.width(k)) for i, k in enumerate(self.layers)})
         vfm.eval().requires_grad_(False)
 
     def _check(self) -> None:

@@ -139,7 +139,7 @@ class VFMExtractor(nn.Module):
     def __init__(self, vfm: VFM, size: int | None = None): # resized to so many px by the VFM's filter; None: not
         super().__init__()
         self.vfm, self.size = vfm, size
-        self.token = 'class token' if getattr(vfm.net, 'cls_token', None) is not None else 'mean of the patch tokens'
+        self.token = 'class token' if vfm.has_class else 'mean of the patch tokens'
         self.name = f'{vfm.name} ({self.token}{f", {size} px" if size else ""})'
         resize = f'resized to {size} px ({vfm.interpolation}, antialiased)' if size else 'not resized'
         self.preprocessing = f'clamped to [-1,1], {resize}, mean {vfm.mean} and std {vfm.std} of the VFM'

@@ -27,7 +27,7 @@ from .core import build_config, extra, first_line, Gaussian, need, one_of, UserE
 from .files import as_path, check_state_dict, check_weights, is_file
 from .runtime import device_of
 from .checkpoints import checkpoint_tensors, fill_net, on_meta, read_checkpoint, sane_settings
-from .vfm import VFM, vfm_from_hf_siglip
+from .vfm import VFM
 from .layers import sincos_table
 from .protocols import LatentStats, Tokenizer
 from .tokenizer import openers
@@ -35,7 +35,7 @@ from .vae import VFMVAE, VFMVAEConfig
 from .baselines import ConvVAE, RAE
 from .dit_layers import rope_table
 from .dit import DiT, DiTConfig, FAMILIES, SIZES
-from .published_baselines import diffusers_folder, load_convvae, load_rae, OTHER_NETS
+from .published_baselines import diffusers_folder, load_convvae, load_rae, OTHER_NETS, vfm_from_hf_siglip
 
 # %% ../nbs/41_published.ipynb #c13e2397
 RENAMED_KEYS = {'scale_factor': 'scale', 'patch_from_layers': 'layers', 'patch_in_dimensions': 'in_dims',

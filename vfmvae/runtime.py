@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['held_nets', 'weights_at', 'device_of', 'best_device', 'num_processes', 'rank', 'gathered', 'average', 'seed_all',
-           'progress', 'provenance', 'make_accelerator', 'mean_over_processes', 'finish_distributed']
+           'progress', 'provenance', 'make_accelerator', 'mean_over_processes', 'finish_distributed', 'hub_in_reach']
 
 # %% ../nbs/02_runtime.ipynb #1f821907
-import itertools, os, platform, random, subprocess, sys, time
-from collections.abc import Iterable
+import contextlib, itertools, os, platform, random, subprocess, sys, time
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,3 +179,18 @@ def finish_distributed() -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+# %% ../nbs/02_runtime.ipynb #db1b3c43
+@contextlib.contextmanager
+def hub_in_reach() -> Iterator[None]:
+    """While open, the hub client works offline (cache only, no retries) if the hub's name does not resolve. Proxies are
+    left to the client."""
+    import socket, urllib.parse, urllib.request
+    from huggingface_hub import constants
+    was = constants.HF_HUB_OFFLINE
+    try:
+        if not was and not urllib.request.getproxies():
+            socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError: constants.HF_HUB_OFFLINE = True
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = was

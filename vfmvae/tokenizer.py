@@ -26,12 +26,12 @@ from .core import (at_least_float32, build_config, check_fields, DataclassLike, 
                          Gaussian, Moments, need, one_of, Registry, resized, to_grid, to_tokens, UserError)
 from .files import (as_path, check_out, data_dir, digest, is_file, load_weights, read_json, save_weights, sidecar,
                           tensors_at)
-from .runtime import best_device, device_of
+from .runtime import best_device, device_of, hub_in_reach
 from .images import check_images, Images, to_uint8
 from .world import World
 from .data import as_dataset, take
 from .features import batches, move_source
-from .vfm import ALIASES, hub_in_reach, VFM
+from .vfm import ALIASES, VFM
 from .protocols import EncoderOutput, FrozenVFMMixin, LatentStats, Tokenizer, TokenizerConfig, TrainableTokenizer
 
 # %% ../nbs/14_tokenizer.ipynb #c89ea644
