@@ -202,8 +202,8 @@ class Anatomy:
     size: tuple[int, int]           # (H,W) in pixels that it is made for
     strides: tuple[int, ...] = ()   # of a pyramid's stages
 
-def _anatomy(net: Any,                                # timm model
-             made_for: tuple[int, int] | None = None  # (H,W), where it does not say; None: what its weights are for
+def _anatomy(net: Any,            # timm model
+             made_for: Any = None # side or (H,W), pixels, where it does not say; None: what its weights are for
             ) -> Anatomy:
     "The anatomy of a plain vision transformer or of a pyramid. UserError: it is neither."
     info: Any = getattr(net, 'feature_info', None) or ()
@@ -215,7 +215,7 @@ def _anatomy(net: Any,                                # timm model
     if not hasattr(net, 'forward_intermediates') or any(s & (s-1) for _, s in stages): _refuse(type(net).__name__)
     widths = [c*max(1, _CELL//s)**2 for c, s in (*stages, (net.num_features, stages[-1][1]))]
     own = getattr(getattr(net, 'patch_embed', None), 'img_size', None)
-    made = own or made_for or net.pretrained_cfg['input_size'][1:]
+    made = own or ((made_for,)*2 if isinstance(made_for, int) else made_for) or net.pretrained_cfg['input_size'][1:]
     return Anatomy(_CELL, tuple(widths), (made[0], made[1]), tuple(s for _, s in stages))
 
 # %% ../nbs/11_vfm.ipynb #2d77ed1f
@@ -494,8 +494,7 @@ class VFM(_TokenReader):
              f'give VFM(name, pretrained) with pretrained True, False or a path, not ({name!r}, {pretrained!r})')
         full = ALIASES.get(name, name)
         self.net, facts = _load(full, pretrained, **kwargs) if net is None else (_twin(net), _GIVEN)
-        size = kwargs.pop('img_size', None)
-        self.anatomy = _anatomy(self.net, (size, size) if isinstance(size, int) else size)
+        self.anatomy = _anatomy(self.net, kwargs.pop('img_size', None))
         if net is None: self.build = partial(_create, full, False, **kwargs)
         self.channels_last = _wants_channels_last(self.net)
         if self.channels_last: self.net.to(memory_format=torch.channels_last)
