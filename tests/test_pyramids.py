@@ -122,7 +122,7 @@ def test_features_only_says_the_same(name):
     size = vfm.anatomy.size
     x = image(*size, dtype=torch.float64)
     with torch.no_grad(): maps = net(vfm.normalize(x).contiguous())
-    for i, (m, stride) in enumerate(zip(maps, vfm.anatomy.strides, strict=True)):
+    for i, (m, stride) in enumerate(zip(maps, vfm.anatomy.strides[:-1], strict=True)):
         if m.shape[1] != net.feature_info.channels()[i]: m = m.permute(0, 3, 1, 2)
         assert torch.allclose(to_grid(vfm.features(x, [i])[i], size[0]//16).double(), on_grid(m, stride, size[0]//16, size[1]//16), atol=1e-5)
 

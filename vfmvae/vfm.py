@@ -81,7 +81,7 @@ def _lite0() -> Any:
     return timm.create_model('tf_efficientnet_lite0', num_classes=0)
 
 # what builds a net with random weights; the bundled ones lie in data/weights/vfm-<name>.safetensors
-BUNDLED: dict[str, Callable[[], Any]] = {'tiny': tiny_vit, 'efficientnet-lite0': _lite0}
+BUNDLED: dict[str, Callable[[], Any]] = {'tiny': tiny_vit, 'photo': photo_vit, 'efficientnet-lite0': _lite0}
 
 # %% ../nbs/11_vfm.ipynb #fe69eeb7
 ALIASES = {
@@ -200,12 +200,13 @@ class Anatomy:
     patch: int                      # pixels of a cell of the grid of all layers
     widths: tuple[int, ...]         # of the tokens there, by running number of the layer, see `layer_index`
     size: tuple[int, int]           # (H,W) in pixels that it is made for
-    strides: tuple[int, ...] = ()   # of a pyramid's stages
+    strides: tuple[int, ...] = ()   # of a pyramid's stages and of its output
 
 def _anatomy(net: Any,            # timm model
              made_for: Any = None # side or (H,W), pixels, where it does not say; None: what its weights are for
             ) -> Anatomy:
     "The anatomy of a plain vision transformer or of a pyramid. UserError: it is neither."
+    if isinstance(said := getattr(net, 'anatomy', None), Anatomy): return said
     info: Any = getattr(net, 'feature_info', None) or ()
     stages = [(f['num_chs'], f['reduction']) for f in getattr(info, 'info', info)]
     if len({s for _, s in stages}) < 2:
@@ -213,7 +214,8 @@ def _anatomy(net: Any,            # timm model
         patch, grid = int(net.patch_embed.feat_ratio()), net.patch_embed.grid_size
         return Anatomy(patch, (net.embed_dim,)*(len(net.blocks)+2), (grid[0]*patch, grid[1]*patch))
     if not hasattr(net, 'forward_intermediates') or any(s & (s-1) for _, s in stages): _refuse(type(net).__name__)
-    widths = [c*max(1, _CELL//s)**2 for c, s in (*stages, (net.num_features, stages[-1][1]))]
+    stages.append((net.num_features, stages[-1][1]))
+    widths = [c*max(1, _CELL//s)**2 for c, s in stages]
     own = getattr(getattr(net, 'patch_embed', None), 'img_size', None)
     made = own or ((made_for,)*2 if isinstance(made_for, int) else made_for) or net.pretrained_cfg['input_size'][1:]
     return Anatomy(_CELL, tuple(widths), (made[0], made[1]), tuple(s for _, s in stages))
@@ -304,7 +306,7 @@ def _on_grid(h: Tensor,               # map (b,c,h,w)
 def _stage_tokens(net: Any, a: Anatomy, x: Tensor, wanted: Collection[int]) -> dict[int, Tensor]:
     """Running layer number -> tokens (b,n,c) of a normalised image x, on one grid. Stages behind the last one wanted
     are not run."""
-    last, rows, columns = len(a.strides), x.shape[2]//a.patch, x.shape[3]//a.patch
+    last, rows, columns = len(a.strides)-1, x.shape[2]//a.patch, x.shape[3]//a.patch
     stages, final = sorted({i for i in wanted if i < last}), last in wanted
     at = stages if not final or last-1 in stages else [*stages, last-1]
     out = net.forward_intermediates(x, indices=at, stop_early=not final, intermediates_only=not final)
@@ -313,7 +315,7 @@ def _stage_tokens(net: Any, a: Anatomy, x: Tensor, wanted: Collection[int]) -> d
     if end is None: return found
     if end.ndim == 3: end = to_grid(end[:, -math.prod(maps[-1].shape[2:]):], maps[-1].shape[2])   # no class token
     elif end.shape[1] != net.num_features or 'NHWC' in str(getattr(net, 'output_fmt', '')): end = end.movedim(-1, 1)
-    return found | {last: _on_grid(end, a.strides[-1], a, rows, columns)}
+    return found | {last: _on_grid(end, a.strides[last], a, rows, columns)}
 
 # %% ../nbs/11_vfm.ipynb #pyrcl1
 def _wants_channels_last(net: nn.Module) -> bool:
