@@ -394,7 +394,8 @@ class _QwenTower(nn.Module):
         c: Any = tower.config
         self.tower, self.merge, self.side = tower, c.spatial_merge_size, c.patch_size
         self.num_features, wide, cell = c.out_hidden_size, c.hidden_size*self.merge**2, c.patch_size*self.merge
-        self.anatomy = Anatomy(cell, (wide,)*c.depth + (self.num_features,), (cell*16,)*2, (self.side,)*c.depth + (cell,))
+        widths, strides = (wide,)*c.depth + (self.num_features,), (self.side,)*c.depth + (cell,)
+        self.anatomy = Anatomy(cell, widths, (cell*16, cell*16), strides)
         self.pretrained_cfg = dict(architecture='qwen2.5-vl', input_size=(3, cell*16, cell*16), interpolation='bicubic',
                                    mean=(.48145466, .4578275, .40821073), std=(.26862954, .26130258, .27577711))
 
@@ -430,8 +431,8 @@ class _QwenTower(nn.Module):
 def vfm_from_qwen(tower: nn.Module,         # `model.visual` of a Qwen2.5-VL of transformers
                   name: str = 'qwen2.5-vl'  # for legends and messages
                  ) -> VFM:
-    """A VFM from the vision tower of Qwen2.5-VL: layers 0 ... are the outputs of its blocks, -1 the merged tokens; cells
-    of 28 px. UserError: another module."""
+    """A VFM from the vision tower of Qwen2.5-VL: layers 0 ... are the outputs of its blocks, -1 the merged tokens;
+    cells of 28 px. UserError: another module."""
     need(all(hasattr(tower, k) for k in ('blocks', 'merger', 'patch_embed', 'config')),
          f'a {type(tower).__name__} is no vision tower of Qwen2.5-VL; give model.visual of transformers')
     return VFM(name, net=_QwenTower(tower), spec=dict(source='transformers'))
