@@ -78,7 +78,7 @@ class ImageSet(ImageItems):
 
 # %% ../nbs/08_folders.ipynb #3bc53ece
 _PICTURES = frozenset('.gif .heic .heif .avif .jp2 .j2k .jxl .svg .eps .exr .hdr .dng .cr2 .nef .arw .raw .tga .ico '
-                      '.psd .npy .npz .pgm .pnm'.split())
+                      '.psd .npy .npz .pgm .pnm .jfif .jpe .mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv'.split())
 SPLITS = frozenset('train training val valid validation dev test testing eval held_out held-out holdout'.split())
 
 def _walk(root: str, inner: str, above: tuple, skipped: Counter) -> Iterator[tuple[str, list[str]]]:
@@ -111,7 +111,7 @@ def _walk(root: str, inner: str, above: tuple, skipped: Counter) -> Iterator[tup
             for name in names: yield from _walk(root, f'{inner}{name}/', (*above, deeper[name]), skipped)
 
 def _say_skipped(name: object, skipped: Mapping[str, int]) -> None:
-    "A `Notice` of what looks like a picture and was not read; text and JSON beside pictures are passed over."
+    "A `Notice` of what looks like a picture or a film and was not read; text and JSON beside pictures are passed over."
     loud = [f'{n} {k}' for k, n in skipped.items() if k in _PICTURES or not k.startswith('.')]
     if loud: notice(f"{name}: left out {', '.join(loud)} (read are {' '.join(sorted(SUFFIXES))})", 4)
 
@@ -158,6 +158,9 @@ def folder(path: PathLike,              # class folders with images in them, or 
         raise UserError(f'{root} holds images ({alone}) beside class folders ({classes[1]}); keep one kind')
     _splits(root, classes, {top for top, (inner, _, _) in zip(tops, runs, strict=True) if inner.count('/') > 1})
     number = {c: k for k, c in enumerate(classes)}
+    if bare := sum(d.name[0] != '.' and d.name not in number and d.is_dir(follow_symlinks=False)
+                   for d in os.scandir(root)):
+        skipped['folder without images'] += bare
     labels = np.repeat(np.array([number[c] for c in tops], np.int32), [n for _, n, _ in runs])
     if min_side is not None:
         large = np.array([_short_side(root/k) >= min_side for k in keys])
