@@ -20,16 +20,19 @@ from .doctor import diagnose, doctor, error_line
 from .signatures import Option, options_of, PACKAGE, source_of
 
 # %% ../nbs/56_cli.ipynb #c134d4dc
+def _written(module: str, name: str) -> Any:
+    "What an annotated name of this package stands for, as an expression: read, not imported."
+    return {ast.unparse(n.target): n.value for n in source_of(module)[0].body if isinstance(n, ast.AnnAssign)}[name]
+
 def _keys(module: str, table: str) -> tuple[str, ...]:
     "The names that a dictionary of this package spells out."
-    rows: Any = {ast.unparse(n.target): n.value for n in source_of(module)[0].body if isinstance(n, ast.AnnAssign)}
-    return tuple(str(k.value) for k in rows[table].keys if isinstance(k, ast.Constant))
+    return tuple(str(k.value) for k in _written(module, table).keys if isinstance(k, ast.Constant))
 
 @cache
 def bundled(kind: str # 'tokenizer', 'net', 'preset' or 'data'
            ) -> tuple[str, ...]:
     "The names of what comes with the package, without importing it."
-    if kind == 'data': return ('world',)
+    if kind == 'data': return ('world', *_keys('folders', 'PHOTOGRAPHS'))
     if kind == 'preset': return _keys('presets', 'PRESETS') + _keys('presets', 'FLOW_PRESETS')
     files = sorted({f.stem for at in (PACKAGE.parent, PACKAGE) for f in (at/'data'/'weights').glob('*.safetensors')})
     others = ('extractor-', 'known-', 'vfm-', *(['dit-'] if kind == 'tokenizer' else []))
@@ -50,6 +53,7 @@ def _one_of(kind: str) -> Callable[[str], str]:
         if _named(text) in known or not known or text.endswith(ends) or there: return text
         near = ', '.join(difflib.get_close_matches(text, known, 3, .4))
         or_file = f"; or a file ({', '.join(ends)}) or folder"*bool(ends)
+        if kind == 'data': or_file = f"; or {_written('recipes', 'LAYOUT').value}"
         raise argparse.ArgumentTypeError(f"no {kind} named {text[:200]!r}{'; nearest: '*bool(near)}{near}; known: "
                                          f"{', '.join(known)}{or_file}")
     return read
@@ -69,7 +73,8 @@ def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
 # range of its number; its choices
 _TEXTS = dict(
     device='where to compute: cpu, cuda, cuda:1, mps ...; None: the accelerator if there is one',
-    data="a folder of pictures, shards (*.tar), or 'world'", held_out='pictures to measure on; None: those of data',
+    data='a folder of pictures, shards (*.tar), or a bundled set',
+    held_out='pictures to measure on; None: those of data',
     seed='of everything random',
     tokenizer='a bundled name, a .safetensors file, or a published .pth; None: the one that the net or preset names',
     g_kwargs='of a published tokenizer: the YAML it was trained with',
@@ -87,7 +92,7 @@ _PYTHON_ONLY = ('labels', 'sampler', 'rank', 'num_processes', 'show', 'say', 'lo
 def _settings(o: Option) -> dict[str, Any]:
     "Keywords for argparse's `add_argument`."
     text, _, unset = (o.text or _TEXTS.get(o.name, '')).replace('`', '').replace('%', '%%').partition('; None: ')
-    if o.name == 'preset': text += f" ({', '.join(bundled('preset'))})"
+    if o.name in ('preset', 'data'): text += f" ({', '.join(bundled(o.name))})"
     shown = unset if o.default is None else '' if o.default in (..., False, ()) else o.default
     if shown != '': text += f' (default: {shown})'
     if o.kind.startswith('bool'): return dict(action='store_true', help=text)
@@ -286,7 +291,7 @@ def _align(data: str,
 # %% ../nbs/56_cli.ipynb #67c22b5e
 def _evaluate_samples(samples: str | None = None,  # an .npz of ADM, a folder or shards; None: drawn from net
                       n: int = 1024,               # samples to draw
-                      reference: str = 'world',    # 'world', a folder of pictures, shards, or an .npz of statistics
+                      reference: str = 'world',    # a bundled set, a folder, shards, or an .npz of statistics
                       reference_n: int = 4096,     # images of the world to compare with
                       extractor: str = 'world',    # world, inception, or a VFM (tiny or any timm name)
                       size: int | None = None,     # pixels per side that folders are brought to; None: their own
@@ -310,7 +315,7 @@ def _evaluate_samples(samples: str | None = None,  # an .npz of ADM, a folder or
               f'samples of {h}x{w} px are not brought to {size} px; leave --size away')
     if known: against = evaluate.Statistics.open(reference)
     else:
-        ref: Any = data(reference, size=h if reference == 'world' else size, n=reference_n, seed=8)
+        ref: Any = data(reference, size=h if reference in bundled('data') else size, n=reference_n, seed=8)
         core.need((ref.size,)*2 == (h, w), f'samples of {h}x{w} px, pictures of {ref.size} px in {reference}; give '
                                            '--size, or another --reference')
         against = evaluate.compute_statistics(ref, judge, name=reference)
@@ -354,7 +359,7 @@ def _lab(data: str = 'world',
     import subprocess
     missing = [m for m in ('jupyterlab', 'ipywidgets', 'ipykernel') if importlib.util.find_spec(m) is None]
     vfmvae.core.need(not missing, f"the lab needs {', '.join(missing)}: pip install jupyterlab ipywidgets")
-    where = data if data == 'world' else str(vfmvae.files.as_path(data, 'data').resolve())
+    where = data if data in bundled('data') else str(vfmvae.files.as_path(data, 'data').resolve())
     fields = dict(images=where, vfm=vfm, tokenizers=tokenizers, n=n, size=None if size == 64 else size, device=device)
     path = lab_notebook(vfmvae.files.home()/'labs', **{k: v for k, v in fields.items() if v is not None})
     print(f'notebook: {path}', flush=True)

@@ -258,7 +258,8 @@ def save_weights(path: PathLike,            # `*.safetensors`, or a folder; the 
         need(ours, f'{side} is there already and belongs to no weights of ours; move it, or choose another name')
     own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     text = to_json(dict(meta, pair=(pair := digest(own)), vfmvae_format=_FORMAT))
-    head = {'pair': pair} | ({'json': text} if len(text) < 2**25 else {})      # it may not pass 100 MB
+    # one entry, since safetensors writes several in any order; it may not pass 100 MB
+    head = {'json': text} if len(text) < 2**25 else {'pair': pair}
     try: write_atomic(path, lambda p: save_file(own, p, metadata=head))
     except SafetensorError as e: raise _cannot(path, e) from None
     write_atomic(side, lambda p: p.write_text(text+'\n', encoding='utf-8'))
@@ -278,7 +279,7 @@ def load_weights(path: PathLike) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f'{path} is not a whole safetensors file ({first_line(e, 200)}); copy it again') from None
     inner = parse_json(head['json'], f'the head of {path}') if 'json' in head else None
     meta = read_json(side) if is_file(side) else inner or {}
-    if is_file(side) and head.get('pair') != meta.get('pair'):       # both None where somebody else made them
+    if is_file(side) and head.get('pair', (inner or {}).get('pair')) != meta.get('pair'): # both None: somebody else's
         if inner is None: raise UserError(f'{path} and {side.name} are of two saves; copy both again')
         notice(f'{side} is of another save than {path.name}; the JSON in the head of that file counts')
         meta = inner

@@ -169,7 +169,7 @@ def _ours(path: Path) -> bool: # a file or a folder
     if file.suffix != '.safetensors' or not is_file(file): return False
     if is_file(side := sidecar(path)): return bool({'family', 'pair'} & {*read_json(side)})
     try:
-        with safe_open(file, 'pt') as f: return 'pair' in (f.metadata() or {})
+        with safe_open(file, 'pt') as f: return bool({'pair', 'json'} & {*(f.metadata() or {})})
     except (SafetensorError, OSError): return False
 
 def load_tokenizer(path: str | Path,        # a file of `save_tokenizer`, a folder of `save_pretrained`, or a published
