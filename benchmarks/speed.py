@@ -1,6 +1,6 @@
-"""How fast are decoder, training steps, CKNNA and labs? Each in turns with a plain form of the same mathematics (`tests/reference.py`), in one run.
+"""How fast are decoder, training steps, VFMs, CKNNA and labs? Each in turns with a plain form of the same mathematics (`tests/reference.py`), in one run.
 
-    python benchmarks/speed.py [decoder] [cknna] [flow] [labs]     # all of them: `make bench`
+    python benchmarks/speed.py [decoder] [cknna] [flow] [vfm] [labs]     # all of them: `make bench`
 
 A speed is a fact about a machine and its mood; a ratio within one run is a fact about the code: compare ratios between machines. `limit` is the part
 of the machine's best matrix product that is reached; memory is measured in a process of its own. Each part writes its file of data/results.
@@ -26,12 +26,14 @@ from vfmvae.core import nearest, UserError, whole
 from vfmvae.files import check_out, data_dir, write_json
 from vfmvae.runtime import best_device, seed_all
 from vfmvae.dit import DiT
-from vfmvae.presets import FLOW_PRESETS, forward_gflop
+from vfmvae.presets import FLOW_PRESETS, forward_gflop, PRESETS
 from vfmvae.flow_task import FlowTask
 from vfmvae.layers import dense
 from vfmvae.tokenizer import load_tokenizer
+from vfmvae.tokenizer_task import TokenizerTask
 from vfmvae.runtime import provenance
 from vfmvae.vae import VFMVAE, VFMVAEConfig
+from vfmvae.vfm import VFM
 
 
 # the clock --------------------------------------------------------------------------------------------------------
@@ -272,6 +274,41 @@ def flow(a):
     return [flow_row(rounds=a.rounds or 7, compile=a.full, device=a.device)]
 
 
+# the frozen encoders ----------------------------------------------------------------------------------------------
+
+def vfm_row(name, size, batch, device, rounds=9):
+    """Features of one VFM: against timm's plain forward pass of the same net (in the order of memory that timm makes), and several layers against
+    one. `step_share`: its part of a step of training the tokenizer that is made for it."""
+    seed_all(0)
+    vfm = VFM(name).to(device)
+    net, x = vfm.twin().net.to(memory_format=torch.contiguous_format), torch.rand(batch, 3, size, size, device=device)*2-1
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (vfm.mean, vfm.std))
+    some = sorted({vfm.shallow, vfm.depth//2, vfm.depth}) + [-1]
+    def plain(): return net.forward_features(((x+1)/2-mean)/std)
+    with torch.no_grad():
+        times = take_turns({'ours': lambda: vfm.features(x, [-1]), 'plain': plain, 'layers': lambda: vfm.features(x, some)}, rounds)
+    forms = {k: dict(images_per_s=batch/t['wall'], seconds=t['wall'], **against(times, k)) for k, t in times.items() if k != 'plain'}
+    return dict(preset=f'{name}, {size} px', batch=batch, asked=some, layers_against_one=against(times, 'ours', 'layers')['speedup'], **forms,
+                step_share=vfm_share(vfm, size, device))
+
+
+def vfm_share(vfm, size, device, batch=16, rounds=5):
+    "Time of the VFM over that of the whole first step of training, in turns."
+    p = PRESETS['tiny']
+    config = p.config.for_vfm(vfm)
+    task = TokenizerTask(VFMVAE(config, vfm).to(device), p.stages[0], None, p.half_life, p.betas, p.clip, {})
+    images = torch.rand(batch, 3, config.img_size, config.img_size, device=device)*2-1
+    def step(): task.step([dict(image=images)], lambda loss: loss.backward(), lambda ok=True: ok, batch)
+    def look(): task.nets['model'].vfm_features(images)
+    times = take_turns({'step': step, 'vfm': look}, rounds)
+    return 1/against(times, 'vfm', 'step')['speedup']
+
+
+def vfms(a):
+    "The bundled VFMs at the size at which tokenizers of 64 px use them."
+    return [vfm_row(name, size, 64, a.device, a.rounds or 9) for name, size in (('tiny', 64), ('photo', 64), ('efficientnet-lite0', 128))]
+
+
 # the labs ---------------------------------------------------------------------------------------------------------
 
 def latency(lab, moves, burst=()):
@@ -343,7 +380,8 @@ def labs(a, n=256, times=5):
 
 # the command ------------------------------------------------------------------------------------------------------
 
-PARTS = dict(decoder=(decoder, 'bench'), cknna=(cknna_rows, 'bench_cknna'), flow=(flow, 'bench_flow'), labs=(labs, 'bench_labs'))
+PARTS = dict(decoder=(decoder, 'bench'), cknna=(cknna_rows, 'bench_cknna'), flow=(flow, 'bench_flow'),
+             vfm=(vfms, 'bench_vfm'), labs=(labs, 'bench_labs'))
 
 
 def told(rows):
@@ -351,6 +389,9 @@ def told(rows):
     for name, r in rows.items() if isinstance(rows, dict) else ((f"{r.get('preset') or r['n']}", r) for r in rows):
         if 'p50' in r: text = ', '.join(f'{k} {r[k]*1e3:.0f} ms' for k in ('p50', 'p95', 'whole_p95', 'cpu'))
         elif 'ratio_best' in r: text = ', '.join(f'{k} {r[k]:.3g}' for k in ('ratio', 'ratio_best', 'dense_ratio', 'extra_mib') if k in r)
+        elif 'step_share' in r:
+            text = (f"{r['ours']['images_per_s']:.4g} images/s, {r['ours']['speedup']:.2f} times timm's plain form; layers {r['asked']} cost "
+                    f"{r['layers_against_one']:.2f} times one; {r['step_share']:.0%} of a tokenizer's step")
         else:
             forms = {k: r[k] for k in ('ours', 'compiled') if k in r}
             text = '; '.join(f"{k} {f['images_per_s']:.4g} images/s, {(f if 'speedup' in f else r)['speedup']:.2f} times the plain form, "
