@@ -293,3 +293,17 @@ def test_photographs_are_outside_of_what_a_bundled_net_knows_and_its_world_is_no
         assert unfamiliar(LatentFeatures(tok), outside) == said
     tok.meta = {k: v for k, v in tok.meta.items() if k != 'known'}
     assert unfamiliar(tok, folder(photos, size=64)) == ''                           # a net of one's own says nothing about itself
+
+def test_a_bundled_vfm_says_what_it_knows_of(photos, shared):
+    from vfmvae.recipes import open_data
+    from vfmvae.tokenizer import unfamiliar
+    from vfmvae.vfm import VFM
+    inside = (open_data('clothes-val'), folder(photos, size=64), shards(str(shared/'data/photos64/photos64-val-000000.tar'), size=64),
+              shards(str(shared/'data/cifar10/cifar10-test-000000.tar'), size=32))
+    world = World(48, seed=77)
+    drawn = (world, world.batch(range(48))['image'], torch.rand(4, 3, 64, 64)*2-1)
+    for name, own, others in (('tiny', drawn[:2], inside), ('photo', inside, drawn)):
+        vfm = VFM(name)
+        assert [unfamiliar(vfm, x) for x in own] == ['']*len(own)
+        assert all(unfamiliar(vfm, x).startswith(f"{name} has only ever seen {vfm.spec['known']['data']}") for x in others)
+    assert unfamiliar(VFM('efficientnet-lite0'), world) == ''                       # its card says nothing about that

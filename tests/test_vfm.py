@@ -147,6 +147,23 @@ def test_names(monkeypatch):
     assert all(w in refused('vit_tiny_patch16_224') for w in ("pretrained='path'", 'pretrained=False', "VFM('tiny')"))
     assert hub.HF_HUB_OFFLINE is True
 
+def test_bundled_ones_are_small_have_cards_and_take_what_they_should(monkeypatch):
+    import timm
+    from vfmvae.files import data_dir
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    for name in BUNDLED:
+        file, vfm = data_dir()/f'weights/vfm-{name}.safetensors', VFM(name)
+        assert file.stat().st_size < 10e6 and vfm.spec['licence'] == 'Apache-2.0' and vfm.spec['source'] and vfm.name == name
+        assert vfm.mean == vfm.std == (.5,)*3 and all(p.dtype == torch.float32 for p in vfm.net.parameters())
+        h = vfm.features(image(96, 64))
+        assert all(v.shape[1] == 96*64//vfm.patch**2 and v.isfinite().all() and v.std() > 0 for v in h.values())
+    assert sum(p.numel() for p in VFM('photo').net.parameters()) <= 3e6
+    lite = VFM('efficientnet-lite0')
+    assert lite.layers == (0, 1, 2, 3, 4, -1) and lite.dim == 1280 and [lite.width(i) for i in (1, 2, 4)] == [24*16, 40*4, 320]
+    assert timm.is_model('tf_efficientnet_lite0') and not timm.is_model('efficientnet-lite0')       # our name is nobody else's
+    other = VFM('tf_efficientnet_lite0', pretrained=data_dir()/'weights/vfm-efficientnet-lite0.safetensors')
+    assert torch.equal(other(image(64, 64)), lite(image(64, 64)))
+
 def test_short_names_exist_in_timm():
     import timm
     assert set(ALIASES.values()) <= set(timm.list_pretrained()) and set(vfms) == {*BUNDLED, *ALIASES}

@@ -260,7 +260,7 @@ def _evaluate(data: str,
 # %% ../nbs/56_cli.ipynb #7aed2f14
 def _align(data: str,
            size: int | None = None,  # pixels per side; None: the tokenizer's
-           vfm: str = 'tiny',        # the VFM to agree with: tiny or any timm name
+           vfm: str = 'tiny',        # the VFM to agree with: a bundled one or any timm name
            vfm_weights: str | None = None,
            vfm_ratio: float = 1.,    # images are resized by this before the VFM (DINOv2 on 256 px: 0.875)
            transforms: str = 'published', # published, axes, or one axis such as rotation
@@ -293,7 +293,7 @@ def _evaluate_samples(samples: str | None = None,  # an .npz of ADM, a folder or
                       n: int = 1024,               # samples to draw
                       reference: str = 'world',    # a bundled set, a folder, shards, or an .npz of statistics
                       reference_n: int = 4096,     # images of the world to compare with
-                      extractor: str = 'world',    # world, inception, or a VFM (tiny or any timm name)
+                      extractor: str = 'world',    # world, inception, or a VFM (a bundled one or any timm name)
                       size: int | None = None,     # pixels per side that folders are brought to; None: their own
                       out: str | None = None,      # JSON file of the record
                       device: str | None = None,
@@ -347,7 +347,7 @@ def lab_notebook(folder: Path,         # where to write it; it is made
     return vfmvae.files.write_json(path, dict(cells=[head, *cells], metadata=kernel, nbformat=4, nbformat_minor=5))
 
 def _lab(data: str = 'world',
-         vfm: str = 'tiny',        # the VFM to compare with: tiny or any timm name
+         vfm: str = 'tiny',        # the VFM to compare with: a bundled one or any timm name
          tokenizers: tuple[str, ...] = ('vfmvae-tiny-f8d16',), # one to four, with commas between
          size: int | None = None,  # pixels per side; None: 64
          n: int = 256,             # images that neighbours and scores are taken among, at least 12

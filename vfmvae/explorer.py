@@ -43,7 +43,7 @@ class ExplorerState:
     image: int = 0                   # which of them
     uploaded: str = ''               # the name of an uploaded image that takes its place; '': none
     tokenizers: tuple[str, ...] = ('vfmvae-tiny-f8d16',) # one to four: registered names, files, or of the lab's own
-    vfm: str = 'tiny'                # the reference: 'tiny', any plain vision transformer of timm, or of the lab's own
+    vfm: str = 'tiny'                # the reference: a bundled one, any of timm, or of the lab's own
     layer: int = -1                  # of the VFM
     transform: str = 'rotation'      # a key of TRANSFORMS
     strength: float = 90.            # in its unit

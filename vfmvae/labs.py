@@ -25,6 +25,7 @@ from .runtime import device_of
 from .plots import Chart, curves, heat, MARKERS, Page, PALETTE, Section, Tile
 from .images import Images
 from .features import FeatureSource
+from .vfm import BUNDLED
 from .protocols import Tokenizer
 from .tokenizer import opened, tokenizers
 from .neighbours import prepare
@@ -229,7 +230,7 @@ class _LayerSources(SetLab[LayerState]):
         super().__init__(state, **more)
         for name, (net, _) in self.nets.items():
             if name in bundled: claim_name(name, net, open_net(name))
-            if name in self.session.own or name == 'tiny' or name in tokenizers:
+            if name in self.session.own or name in BUNDLED or name in tokenizers:
                 raise UserError(f'{name!r} is the name of a VFM or a tokenizer; name the net otherwise')
     def follow(self, changes: dict) -> dict:
         "Another source starts at its first layer."

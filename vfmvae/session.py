@@ -29,7 +29,7 @@ from .images import Batch, Dataset, from_uint8, Images, to_uint8
 from .world import World
 from .data import Subset, take, taken
 from .features import extract, FeatureSource
-from .vfm import VFM
+from .vfm import BUNDLED, VFM
 from .protocols import Tokenizer
 from .tokenizer import net_digest, open_tokenizer, opened, tokenizers
 from .neighbours import Graph, knn_graph, prepare
@@ -204,7 +204,7 @@ def nets_by_name(own: Nets, device: Device) -> dict[str, Any]:
         net = opened(o, open_tokenizer if is_tokenizer(o) else lambda name: VFM(str(name)), device) if named else o
         name = str(o) if named else getattr(as_source(o), 'name', None)
         if not isinstance(name, str): raise UserError(f'a {type(o).__name__} has no name; give it one (.name = ...)')
-        bundled = VFM('tiny') if name == 'tiny' else tokenizers[name] if name in tokenizers else None
+        bundled = VFM(name) if name in BUNDLED else tokenizers[name] if name in tokenizers else None
         claim_name(name, net, found.get(name, bundled))
         found.setdefault(name, net)
     return found
@@ -362,7 +362,7 @@ class _Choices(Lab[LabState]):
         return min(self.session.n, len(self.data))-1
     def vfm_names(self) -> tuple[str, ...]:
         "VFMs to choose from."
-        return ('tiny', *(n for n, o in self.session.own.items() if hasattr(o, 'patch')))
+        return tuple(dict.fromkeys([*BUNDLED, *(n for n, o in self.session.own.items() if hasattr(o, 'patch'))]))
     def tokenizer_names(self) -> tuple[str, ...]:
         "Tokenizers to choose from."
         return tuple(dict.fromkeys([*tokenizers, *(n for n, o in self.session.own.items() if hasattr(o, 'encode'))]))

@@ -31,7 +31,7 @@ from .images import check_images, Images, to_uint8
 from .world import World
 from .data import as_dataset, take
 from .features import batches, move_source
-from .vfm import ALIASES, VFM
+from .vfm import ALIASES, BUNDLED, VFM
 from .protocols import EncoderOutput, FrozenVFMMixin, LatentStats, Tokenizer, TokenizerConfig, TrainableTokenizer
 
 # %% ../nbs/14_tokenizer.ipynb #c89ea644
@@ -261,7 +261,7 @@ def _got(name: Any, how: Mapping) -> Path:
 
 def _vfm_facts(vfm: VFM | str) -> tuple[str, str]: # or the name of one
     "(where its weights come from, under which licence), of a name from timm's tables; nothing is downloaded."
-    if vfm == 'tiny': vfm = VFM('tiny')
+    if vfm in BUNDLED: vfm = VFM(vfm)
     if isinstance(vfm, VFM): return vfm.spec['source'], vfm.spec['licence'] or 'not stated'
     import timm
     full = ALIASES.get(vfm, vfm)
@@ -423,7 +423,8 @@ class TokenizerModel(_Inputs):
 @cache
 def _known(file: str) -> Callable[[Tensor], Tensor]:
     "Images (b,3,H,W) -> distance (b,) to what a bundled net has seen, in units of one standard deviation a dimension."
-    vfm, (t, _) = VFM('tiny'), load_weights(data_dir()/'weights'/f'{Path(file).name}.safetensors')
+    t, meta = load_weights(data_dir()/'weights'/f'{Path(file).name}.safetensors')
+    vfm = VFM(meta.get('vfm', 'tiny'))
     def distance(x: Tensor) -> Tensor:
         x = check_images(x).detach().cpu().float().clamp(-1, 1)
         if x.shape[2:] != (64, 64): x = F.interpolate(x, (64, 64), mode='bilinear', antialias=True)
@@ -439,7 +440,8 @@ def unfamiliar(net: object,   # a tokenizer, a VFM, or an adapter of one
     inner = () if isinstance(net, nn.Module) else (getattr(net, 'tokenizer', None), getattr(net, 'vfm', None))
     own: Any = next((n for n in inner if n is not None), net)
     card = (getattr(own, 'meta', None) or getattr(own, 'spec', None) or {}).get('known')
-    if not isinstance(card, Mapping) or isinstance(images, World) or not hasattr(images, '__len__'): return ''
+    if not isinstance(card, Mapping) or not hasattr(images, '__len__'): return ''
+    if isinstance(images, World) and card['file'] == 'known-world': return ''
     part = images if isinstance(images, Tensor) else take(as_dataset(images), 64)
     x = part if isinstance(part, Tensor) else part.batch(range(len(part)))['image']
     far = _known(card['file'])(x).median().item()

@@ -181,7 +181,8 @@ def _load(name: str, pretrained: bool | PathLike, **kwargs) -> tuple[Any, dict]:
              f"the bundled weights {pretrained} are missing; VFM('{name}', pretrained=False) has random ones")
     if pretrained is not True:
         side = _fill(net := _create(name, False, **kwargs), pretrained)
-        return net, {k: side.get(k, default) for k, default in (('source', str(pretrained)), ('licence', None))}
+        said = {k: side[k] for k in ('data', 'known') if k in side}
+        return net, {'source': side.get('source', str(pretrained)), 'licence': side.get('licence'), **said}
     try:
         with hub_in_reach(): net = _create(name, True, **kwargs)
     except UserError: raise
