@@ -138,7 +138,7 @@ def test_every_kind_of_image_can_be_uploaded(lab, name):
     lab.set(uploaded='').settle()
 
 
-@pytest.mark.parametrize('bad', [dict(images='nowhere'), dict(image=10**6), dict(tokenizers=()), dict(tokenizers='conv'), dict(vfm='resnet50'),
+@pytest.mark.parametrize('bad', [dict(images='nowhere'), dict(image=10**6), dict(tokenizers=()), dict(tokenizers='conv'), dict(vfm='mixer_s32_224'),
                                  dict(layer=9), dict(layer=True), dict(layer='latent'), dict(k=31), dict(k=1), dict(metric='x'), dict(strength=-1.),
                                  dict(strength=float('nan')), dict(seed=-1), dict(uploaded='x'), dict(colour=1), dict(tokenizers='no.safetensors')])
 def test_a_state_that_cannot_be_shown_is_refused_in_one_line(lab, bad):

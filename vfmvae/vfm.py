@@ -148,7 +148,10 @@ def check_vfm(name: str) -> None:
         raise UserError(f"no VFM named {name!r}{near} (bundled: {', '.join(BUNDLED)})")
     module = timm.models.model_entrypoint(arch).__module__
     classes = [c for c in vars(sys.modules[module]).values() if inspect.isclass(c) and c.__module__ == module]
-    if not _plain(module) and not any(hasattr(c, 'forward_intermediates') for c in classes): _refuse(name)
+    if not _plain(module):
+        if not any(hasattr(c, 'forward_intermediates') for c in classes): _refuse(name)
+        with torch.device('meta'), contextlib.suppress(RuntimeError):       # most can be built without memory
+            _anatomy(timm.create_model(arch, num_classes=0))
     need(not tag or name in (tags := timm.list_pretrained(f'{arch}.*')),
          f"{arch} has no weights {tag!r}; known: {', '.join(tags if tag else ()) or 'none'}")
 
