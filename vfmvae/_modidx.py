@@ -439,6 +439,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'vfmvae.doctor.error_line': ('doctor.html#error_line', 'vfmvae/doctor.py')},
             'vfmvae.evaluate': { 'vfmvae.evaluate.Orders': ('evaluate.html#orders', 'vfmvae/evaluate.py'),
                                  'vfmvae.evaluate.Orders.__repr__': ('evaluate.html#orders.__repr__', 'vfmvae/evaluate.py'),
+                                 'vfmvae.evaluate.Orders._repr_markdown_': ('evaluate.html#orders._repr_markdown_', 'vfmvae/evaluate.py'),
+                                 'vfmvae.evaluate.Orders.said': ('evaluate.html#orders.said', 'vfmvae/evaluate.py'),
                                  'vfmvae.evaluate.Record': ('evaluate.html#record', 'vfmvae/evaluate.py'),
                                  'vfmvae.evaluate.Record.__repr__': ('evaluate.html#record.__repr__', 'vfmvae/evaluate.py'),
                                  'vfmvae.evaluate.Record.json': ('evaluate.html#record.json', 'vfmvae/evaluate.py'),

@@ -271,12 +271,14 @@ def validate(extractor: Extractor,
 # %% ../nbs/31_evaluate.ipynb #two00002
 class Orders(Table):
     "What `compare_judges` returns: a table that says in words whether the judges disagree."
-    def __repr__(self) -> str:
+    def said(self) -> str:
+        "One sentence: how many pairs, Kendall's tau, which."
         total = len(self)*(len(self)-1)//2
-        about = ', '.join(f'{a} and {b}' for a, b in self.pairs)
-        said = f'disagree about {len(self.pairs)} of {total} pairs' if self.pairs else f'agree about all {total} pairs'
-        return (f"{super().__repr__()}\n{' and '.join(self.judges)} {said} (Kendall's tau {self.tau:.2f})"
-                + f': {about}'*bool(about))
+        about = ': '*bool(self.pairs) + ', '.join(f'{a} and {b}' for a, b in self.pairs)
+        verdict = f'disagree about {len(self.pairs)} of {total}' if self.pairs else f'agree about all {total}'
+        return f"{' and '.join(self.judges)} {verdict} pairs (Kendall's tau {self.tau:.2f}){about}"
+    def __repr__(self) -> str: return f'{super().__repr__()}\n{self.said()}'
+    def _repr_markdown_(self) -> str: return f'{super()._repr_markdown_()}\n\n{self.said()}'
 
 def compare_judges(records: Iterable[Record] # of two or more subjects, each by the same two extractors
                   ) -> Orders:
