@@ -104,6 +104,7 @@ def test_timms_names_and_short_ones_are_the_same():
     assert full == 'vit_small_patch14_dinov2.lvd142m' == vfm_root('dinov2s') == vfm_root('vit_small_patch14_dinov2')
     assert len({full, vfm_root('dinov2-b'), vfm_root('dinov2-b-reg'), vfm_root('mae-b'), vfm_root('vit_base_patch16_224')}) == 5
     judge = VFMExtractor(VFM('vit_small_patch14_dinov2.lvd142m', pretrained=False, depth=1), size=28)
+    assert refused(judge, ConvVAEConfig(vfm='vit_small_patch14_dinov2.lvd142m').name)
     assert refused(judge, 'vfmvae-dinov2s-f14d16') and refused(judge, Tok(config=Tok(vfm='dinov2-s'))) and not refused(judge, 'rae-dinov2b-f16d768')
 
 

@@ -179,7 +179,7 @@ def vfm_root(name: str # of `VFM`, or that within the name of a tokenizer, which
 def _vfms_of(subject: Any) -> Iterator[Any]:
     "The VFMs, or their names, that a subject was built on or aligned with, as far as it says."
     if isinstance(subject, str):
-        inner = re.search(r'-(\w+)-f\d+d\d+', subject)     # family-vfm-f<stride>d<channels>
+        inner = re.search(r'-([\w.]+)-f\d+d\d+', subject)     # family-vfm-f<stride>d<channels>
         yield inner[1] if inner else subject
     elif isinstance(subject, VFM): yield subject
     elif subject is not None:
