@@ -427,7 +427,7 @@ REASONS = {
     'names and numbers only': """align.check_enough align.with_layer latents.as_scale latents.all_finite
         views.view_name views.views views.image_set views.images_seen features.as_images features.batches generation.sample_labels
         recipes.open_data recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described
-        tokenizer.check_config tokenizer.check_sides protocols.check_trainable
+        tokenizer.check_config tokenizer.check_sides protocols.check_trainable extractors.vfm_root extractors.check_judge
         samplers.in_eval_mode samplers.methods presets.cost_text presets.flow_cost presets.forward_gflop
         lab_base.slider_values lab_base.transform_controls lab_base.default_strength explorer.layer_name
         lab_base.as_field
@@ -445,7 +445,7 @@ REASONS = {
         neighbours.warn_of_copies neighbours.graph_of neighbours.two_graphs metrics.gaussian losses.structural_similarity
         samplers.trajectory samplers.classifier_free samplers.internal_guidance samplers.velocity_field samplers.time_grid samplers.diffusion
         statistics.with_progress statistics.own_part statistics.own_statistics statistics.images_at_once""",
-    'of rows that are there': 'robustness.robustness_figure robustness.layer_figure evaluate.compare_statistics',
+    'of rows that are there': 'robustness.robustness_figure robustness.layer_figure evaluate.compare_statistics evaluate.compare_judges',
     }
 ASIDE = {name: why for why, names in REASONS.items() for name in names.split()}
 LOOKED = ('features', 'views', 'align', 'robustness', 'similarity', 'probes', 'metrics', 'neighbours', 'extractors', 'statistics', 'evaluate',

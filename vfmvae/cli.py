@@ -293,22 +293,25 @@ def _evaluate_samples(samples: str | None = None,  # an .npz of ADM, a folder or
                       n: int = 1024,               # samples to draw
                       reference: str = 'world',    # a bundled set, a folder, shards, or an .npz of statistics
                       reference_n: int = 4096,     # images of the world to compare with
-                      extractor: str = 'world',    # world, inception, or a VFM (a bundled one or any timm name)
+                      extractor: str = 'world',    # world, photo-judge, inception, or a VFM (bundled or of timm)
                       size: int | None = None,     # pixels per side that folders are brought to; None: their own
                       out: str | None = None,      # JSON file of the record
                       device: str | None = None,
                       **how: Any) -> None:
     "Frechet distance of samples, with everything that made it in the record"
-    from vfmvae.generation import evaluate_samples, generate
+    from vfmvae.generation import evaluate_samples, generate, open_net
     core, evaluate, eyes, data = vfmvae.core, vfmvae.evaluate, vfmvae.extractors, vfmvae.open_data
     if out: vfmvae.files.check_out(out, '.json')
     core.need(samples != 'world', 'the world is a reference, no set of samples; give an .npz or a folder')
-    makers = dict(world=eyes.bundled_extractor, inception=eyes.Inception)
+    makers = {'world': eyes.bundled_extractor, 'photo-judge': lambda: eyes.bundled_extractor('photo'),
+              'inception': eyes.Inception}
     judge = makers.get(extractor, lambda: eyes.VFMExtractor(vfmvae.VFM(extractor)))()
     judge = judge.to(vfmvae.runtime.best_device(device))
     file, known = (samples or '').endswith('.npz'), reference.endswith('.npz')
     how = how | _sampling(**_take(how, _sampling))
-    if not samples: drawn = generate(labels=n, device=device, **how)
+    if not samples:
+        eyes.check_judge(judge, open_net(how['net']).meta.get('tokenizer'))
+        drawn = generate(labels=n, device=device, **how)
     else: drawn = evaluate.read_samples(samples) if file else data(samples, size=size)
     h, w = drawn.images.shape[2:] if not samples else drawn.shape[1:3] if file else (drawn.size,)*2
     core.need((h, w) == (size or h, size or w),

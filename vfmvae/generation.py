@@ -95,7 +95,7 @@ def train_flow(preset: str | FlowPreset = 'dit-vfmvae-tiny-f8d16', # a key of PR
     history = fit(task, batches, num_images, run, schedule, o.seed, accelerator=acc, **loop)
     done = task.ema.net.eval()
     recipe = dict(flow=asdict(task.flow), images=steps*o.batch_size, batch=o.batch_size, cosine=p.cosine,
-                  precision=task.precision, latents=len(cache), seed=o.seed,
+                  precision=task.precision, latents=len(cache), seed=o.seed, vfms=list(p.vfms),
                   **{k: cache.manifest.get(k) for k in ('data', 'taken', 'fingerprint')})
     done.meta = dict(tokenizer=tok.name, digest=latent_digest(tok), latent=list(cache.shape),
                      scale=dict(mean=cache.mean.flatten().tolist(), std=cache.std.flatten().tolist()),
@@ -228,7 +228,9 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
     c, ema = model.config, ((model.meta.get('recipe') or {}).get('flow') or {}).get('ema')
     side = getattr(getattr(tok, 'config', None), 'img_size', 256)//tok.stride
     shape = tuple(model.meta.get('latent') or (c.in_channels, side, side))
-    facts = s.facts() | dict(net='given' if isinstance(net, DiT) else str(net), tokenizer=tok.name, seed=seed, n=len(y),
+    seen = getattr(getattr(tok, 'config', None), 'vfm', None), *(model.meta.get('recipe') or {}).get('vfms', ())
+    facts = s.facts() | dict(vfm=', '.join(dict.fromkeys(filter(None, seen))) or None,
+                             net='given' if isinstance(net, DiT) else str(net), tokenizer=tok.name, seed=seed, n=len(y),
                              labels=policy if np.ndim(labels) == 0 else 'given', ema=ema,
                              precision=str(model.x_embedder.proj.weight.dtype).split('.')[-1])
     def parts() -> Iterator[tuple[int, Tensor]]:
@@ -250,10 +252,11 @@ def evaluate_samples(samples: Samples,                 # of `generate`
                      extractor: Extractor,             # the bundled one, Inception, a VFM ...
                      **how: Any                        # for `gfid`: batch_size, device, conversion ...
                     ) -> Record:
-    """`gfid` with the facts of the samples in the record, and `accuracy` among its metrics if the extractor gives class
-    probabilities. UserError as `gfid`."""
+    """`gfid` with the facts of the samples in the record (among them the VFMs of tokenizer and net), and `accuracy`
+    among its metrics if the extractor gives class probabilities. UserError as `gfid`."""
     f = samples.facts
-    facts: dict[str, Any] = {k: f.get(k) for k in ('sampler', 'steps', 'shift', 'guidance', 'ema', 'precision', 'seed')}
+    kept = 'vfm', 'sampler', 'steps', 'shift', 'guidance', 'ema', 'precision', 'seed'
+    facts: dict[str, Any] = {k: f.get(k) for k in kept}
     labels = f['labels'] if f['labels'] in LABEL_POLICIES else None
     r = gfid(samples, against, extractor, subject=f['net'], labels=labels, **facts, **how)
     size, right, place = how.get('batch_size', 64), [], device_of(extractor)
