@@ -425,7 +425,7 @@ REASONS = {
     'runs as a command, below': '''generation.train_flow recipes.train_tokenizer recipes.estimate recipes.accelerator_on recipes.build_training
         recipes.compile_decoder''',
     'names and numbers only': """align.check_enough align.with_layer latents.as_scale latents.all_finite
-        views.view_name views.views views.image_set views.images_seen features.as_images features.batches generation.sample_labels
+        views.view_name views.views views.image_set views.images_seen features.layer_index features.as_images features.batches generation.sample_labels
         recipes.open_data recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described
         tokenizer.check_config tokenizer.check_sides protocols.check_trainable extractors.vfm_root extractors.check_judge
         samplers.in_eval_mode samplers.methods presets.cost_text presets.flow_cost presets.forward_gflop
