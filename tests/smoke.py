@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import yaml
 
-from vfmvae import statistics, extractors, presets, vfm
+from vfmvae import extractors, presets, published_baselines, statistics, vfm
 from vfmvae.baselines import ConvVAE, ConvVAEConfig
 from vfmvae.images import to_pil
 from vfmvae.world import World
@@ -61,7 +61,8 @@ def shards(folder, n=16):
 def published_vfmvae(folder):
     "(checkpoint with a SigLIP tower inside, YAML of its training)."
     own = VFMVAE(F16D32).state_dict()
-    tower = {f'{SIGLIP_PREFIX}vision_model.{k}': torch.randn(s)/8 for k, s in vfm._hf_shapes(depth=4, dim=DIM, hidden=2*DIM, patch=16, n=64).items()}
+    shapes = published_baselines._hf_shapes(depth=4, dim=DIM, hidden=2*DIM, patch=16, n=64)
+    tower = {f'{SIGLIP_PREFIX}vision_model.{k}': torch.randn(s)/8 for k, s in shapes.items()}
     g = {there: getattr(F16D32, here) for there, here in RENAMED_KEYS.items()} | dict(vfm_name='google/siglip2-large-patch16-512', attn_depths=[1],
          concat_z_mapped_dims=[*F16D32.fusion])
     sd = {k: v for k, v in own.items() if not k.startswith('stats.')} | tower
@@ -114,7 +115,7 @@ def world(environment=None):
     "While open: small presets, narrow VFMs for those that would be downloaded, a small Inception, no compiler; `environment` beside VFMVAE_SMOKE=1."
     load, known = vfm._load, {**presets.PRESETS}
     def narrow(name, pretrained, **kwargs):
-        if pretrained is not True or name == 'tiny': return load(name, pretrained, **kwargs)
+        if pretrained is not True or name in vfm.BUNDLED: return load(name, pretrained, **kwargs)
         vfm.check_vfm(name)
         torch.manual_seed(0)
         return vfm._create(name, False, **dict(depth=4, embed_dim=DIM, num_heads=2, mlp_ratio=2.) | kwargs), dict(source='random', licence=None)

@@ -44,7 +44,7 @@ from vfmvae.tokenizer_task import Stage, TokenizerTask
 from vfmvae.tokenizer import (families, fit_stats, image_seeds, LatentFeatures, load_tokenizer, net_digest, reconstruct,
                               save_tokenizer, tokenizers, unfamiliar)
 from vfmvae.train import fit
-from vfmvae.vfm import VFM, vfms
+from vfmvae.vfm import BUNDLED, VFM, vfms
 from vfmvae.views import apply_view, as_source, extract_views, group_by_source, ResizePadVFM, say_unfamiliar
 
 TINY, NET = 'vfmvae-tiny-f8d16', 'dit-vfmvae-tiny-f8d16'
@@ -179,9 +179,9 @@ def test_a_source_computes_where_it_is(name):
 
 @pytest.mark.parametrize('name', [*vfms])
 def test_every_vfm_does(name):
-    small = dict(depth=2, embed_dim=48, num_heads=4, img_size=56) if name != 'tiny' else {}
+    small = dict(depth=2, embed_dim=48, num_heads=4, img_size=56) if name not in BUNDLED else {}
     torch.manual_seed(0)
-    vfm = VFM(name, name == 'tiny', **small)
+    vfm = VFM(name, name in BUNDLED, **small)
     x = images(2, 8*vfm.patch)
     want = vfm.features(x)
     with cuda():

@@ -177,7 +177,7 @@ def test_nothing_stops_the_others(tmp_path):
         'it ended its process (status -9)', 'it ended its process (status 3)', 'stopped: the part had 4 s', 'no time left']
     assert "No module named 'no_such_package'" in lines['begins']['reason'] and out.returncode == 1
     state = subprocess.run(['ps', '-o', 'stat=', '-p', (tmp_path/'pid').read_text()], capture_output=True, text=True).stdout.strip()
-    assert state in ('', 'Z', 'Z+'), state                                                               # nor does what it started live on
+    assert state[:1] in ('', 'Z'), state                                                               # nor does what it started live on
     out = run(tmp_path, script, 'late', 'good', '--smoke', '--total', 1, '--out', tmp_path/'a.json')     # appended; no time for any
     runs = json.loads((tmp_path/'a.json').read_text())['runs']
     assert len(runs) == 2 and len(runs[0]['lines']) == 9 and {(x['result'], x['reason']) for x in runs[1]['lines']} == {('skip', 'no time left')}

@@ -80,7 +80,8 @@ def test_another_vfm_takes_the_place_of_the_presets():
     tok, _ = train_tokenizer('tiny', vfm=VFM('vit_tiny_patch16_224', pretrained=False, depth=2), num_images=10, batch_size=2)
     assert (tok.config.scale, tok.config.in_dims, tok.config.layers) == (2, (192,)*3, (0, 1, -1))
     assert tok.encode(World()[0]['image'][None]).mean.shape == (1, 16, 8, 8)
-    with pytest.raises(UserError, match='out_dims'): train_tokenizer('tiny', vfm=VFM('test_vit3', pretrained=False), num_images=10, batch_size=2)
+    tok, _ = train_tokenizer('tiny', vfm=VFM('test_vit3', pretrained=False), num_images=10, batch_size=2)      # no multiple of 64: padded
+    assert tok.config.in_dims == (96,)*3 and tok.ldm_adapter.in_dims == [128]*3
 
 
 def test_all_stages_on_a_folder_at_another_size_and_a_branch(tmp_path, pictures, capsys):

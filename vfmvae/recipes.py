@@ -376,7 +376,7 @@ def _finished(model: Any, ds: Dataset, o: TrainOptions, recipe: dict, acc: 'Acce
 @_settings()
 def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS, or one's own
                     data: Data = 'world',            # images to train on, see `open_data`
-                    vfm: str | VFM | None = None,    # the frozen VFM: a bundled one or any timm name; None: the preset's
+                    vfm: str | VFM | None = None,    # the frozen VFM: bundled or any of timm; None: the preset's
                     size: int | None = None,         # pixels per side; None: that of start, else the preset's
                     stages: Sequence[str] | None = None, # names of the stages to train, such as ssim,gan; None: all
                     start: str | Path | None = None, # go on from a stage's folder or a finished tokenizer

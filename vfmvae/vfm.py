@@ -75,10 +75,7 @@ def tiny_vit() -> nn.Module:
 def photo_vit() -> nn.Module:
     "The architecture of `VFM('photo')`, random: as `tiny_vit`, 6 blocks of 192 channels; 2.8 M parameters."
     return _stem_vit('photo', 192, 6)
-
-def _lite0() -> Any:
-    import timm
-    return timm.create_model('tf_efficientnet_lite0', num_classes=0)
+def _lite0() -> Any: return importlib.import_module('timm').create_model('tf_efficientnet_lite0', num_classes=0)
 
 # what builds a net with random weights; the bundled ones lie in data/weights/vfm-<name>.safetensors
 BUNDLED: dict[str, Callable[[], Any]] = {'tiny': tiny_vit, 'photo': photo_vit, 'efficientnet-lite0': _lite0}
@@ -148,10 +145,9 @@ def check_vfm(name: str) -> None:
         raise UserError(f"no VFM named {name!r}{near} (bundled: {', '.join(BUNDLED)})")
     module = timm.models.model_entrypoint(arch).__module__
     classes = [c for c in vars(sys.modules[module]).values() if inspect.isclass(c) and c.__module__ == module]
-    if not _plain(module):
-        if not any(hasattr(c, 'forward_intermediates') for c in classes): _refuse(name)
-        with torch.device('meta'), contextlib.suppress(RuntimeError):       # most can be built without memory
-            _anatomy(timm.create_model(arch, num_classes=0))
+    if not _plain(module) and not any(hasattr(c, 'forward_intermediates') for c in classes): _refuse(name)
+    with torch.device('meta'), contextlib.suppress(RuntimeError):           # most can be built without memory
+        if not _plain(module): _anatomy(timm.create_model(arch, num_classes=0))
     need(not tag or name in (tags := timm.list_pretrained(f'{arch}.*')),
          f"{arch} has no weights {tag!r}; known: {', '.join(tags if tag else ()) or 'none'}")
 
