@@ -302,8 +302,9 @@ def test_a_bundled_vfm_says_what_it_knows_of(photos, shared):
               shards(str(shared/'data/cifar10/cifar10-test-000000.tar'), size=32))
     world = World(48, seed=77)
     drawn = (world, world.batch(range(48))['image'], torch.rand(4, 3, 64, 64)*2-1)
-    for name, own, others in (('tiny', drawn[:2], inside), ('photo', inside, drawn)):
-        vfm = VFM(name)
-        assert [unfamiliar(vfm, x) for x in own] == ['']*len(own)
-        assert all(unfamiliar(vfm, x).startswith(f"{name} has only ever seen {vfm.spec['known']['data']}") for x in others)
-    assert unfamiliar(VFM('efficientnet-lite0'), world) == ''                       # its card says nothing about that
+    vfm = VFM('tiny')
+    assert [unfamiliar(vfm, x) for x in drawn[:2]] == ['', '']
+    assert all(unfamiliar(vfm, x).startswith('tiny has only ever seen the procedural world') for x in (*inside, drawn[2]))
+    # the measure does not tell drawings from photographs in the eyes of the others (nbs/train/photo_vfm.ipynb): their cards say nothing
+    assert unfamiliar(VFM('photo'), world) == unfamiliar(VFM('photo'), inside[0]) == ''
+    assert unfamiliar(VFM('efficientnet-lite0'), world) == ''
