@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% ../nbs/09_data.ipynb #95f2ce56
-from .core import need, notice, one_of, PathLike, UserError, whole
+from .core import need, notice, one_of, PathLike, shorten, UserError, whole
 from .files import digest
 from .images import (Batch, check_images, Dataset, from_uint8, ImageItems, Images, open_image, Set, to_pil,
                            to_rgb, to_uint8)
@@ -257,7 +257,8 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
     of PIL images, paths, uint8 arrays (H,W,3), tensors (3,H,W), or pairs of one of these and a label (number or name).
     UserError: anything else, labels for a part, no pictures."""
     if isinstance(x, str | os.PathLike):
-        raise UserError(f'{x!s:.200} is a path; open it with folder(path), shards(pattern) or vfmvae.recipes.open_data')
+        raise UserError(f'{shorten(x, 200)} is a path; open it with folder(path), shards(pattern) or '
+                        'vfmvae.recipes.open_data')
     if isinstance(x, Tensor): return TensorSet(x, name)
     items: Any = x
     labels, names, version = None, None, ''

@@ -180,7 +180,7 @@ def inside(folder: PathLike, # that may be written to
     parts = PurePosixPath(name).parts
     away = not parts or '..' in parts or PureWindowsPath(name).anchor or '\0' in name      # an anchor: '/', 'C:' ...
     need(not away and all(len(s.encode()) <= 240 for s in parts),
-         f'the name {name[:60]!r} cannot be a file below {folder}; rename it where it comes from')
+         f'the name {shorten(name, 60)!r} cannot be a file below {folder}; rename it where it comes from')
     p = Path(folder, *parts)
     need(p.resolve().is_relative_to(Path(folder).resolve()), f'{p} leads out of {folder} by a link; remove the link')
     return p

@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn, Tensor
 
 # %% ../nbs/36_latents.ipynb #7e4794b6
-from .core import Draws, first_line, Gaussian, Moments, need, notice, UserError, whole
+from .core import Draws, first_line, Gaussian, Moments, need, notice, shorten, UserError, whole
 from .files import (as_path, check_out, home, inside, parse_json, read_json, sweep, to_json, write_atomic,
                           write_json)
 from .runtime import device_of, num_processes as num_together, progress, provenance, rank as rank_of_this
@@ -345,10 +345,11 @@ def _manifest(folder: Path, want: dict) -> dict:
     want = dict(want, dtype=want['dtype'] or have['dtype'])
     unknown = [k for k in ('fingerprint', 'digest') if not have.get(k)]
     loose = ('stats', 'scale', 'made', 'taken', *unknown)
-    apart: dict[str, tuple] = {k: (str(have.get(k))[:60], str(v)[:60]) for k, v in want.items()
+    apart: dict[str, tuple] = {k: (shorten(have.get(k), 60), shorten(v, 60)) for k, v in want.items()
                                if k not in loose and have.get(k) != v}
     if 'fingerprint' not in unknown: apart.pop('data', None)       # said with the fingerprint, if that differs
-    if 'fingerprint' in apart: apart['data'] = tuple(f"[{d['fingerprint']}] {d['data'][:60]}" for d in (have, want))
+    if 'fingerprint' in apart:
+        apart['data'] = tuple(f"[{d['fingerprint']}] {shorten(d['data'], 60)}" for d in (have, want))
     bad = [f'{k}: {a} there, {b} here' for k, (a, b) in apart.items() if k != 'fingerprint']
     scales = want['scale'], have.get('scale')
     if not bad and scales[0] and scales[0] != scales[1] and (scales[1] or not have.get('stats')):

@@ -423,8 +423,7 @@ class TokenizerModel(_Inputs):
 @cache
 def _known(file: str) -> Callable[[Tensor], Tensor]:
     "Images (b,3,H,W) -> distance (b,) to what a bundled net has seen, in units of one standard deviation a dimension."
-    t, meta = load_weights(data_dir()/'weights'/f'{Path(file).name}.safetensors')
-    vfm = VFM(meta.get('vfm', 'tiny'))
+    vfm, (t, _) = VFM('tiny'), load_weights(data_dir()/'weights'/f'{Path(file).name}.safetensors')
     def distance(x: Tensor) -> Tensor:
         x = check_images(x).detach().cpu().float().clamp(-1, 1)
         if x.shape[2:] != (64, 64): x = F.interpolate(x, (64, 64), mode='bilinear', antialias=True)
@@ -440,8 +439,7 @@ def unfamiliar(net: object,   # a tokenizer, a VFM, or an adapter of one
     inner = () if isinstance(net, nn.Module) else (getattr(net, 'tokenizer', None), getattr(net, 'vfm', None))
     own: Any = next((n for n in inner if n is not None), net)
     card = (getattr(own, 'meta', None) or getattr(own, 'spec', None) or {}).get('known')
-    if not isinstance(card, Mapping) or not hasattr(images, '__len__'): return ''
-    if isinstance(images, World) and card['file'] == 'known-world': return ''
+    if not isinstance(card, Mapping) or isinstance(images, World) or not hasattr(images, '__len__'): return ''
     part = images if isinstance(images, Tensor) else take(as_dataset(images), 64)
     x = part if isinstance(part, Tensor) else part.batch(range(len(part)))['image']
     far = _known(card['file'])(x).median().item()
