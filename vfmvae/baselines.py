@@ -22,7 +22,7 @@ from .core import (at_least_float32, check_fields, Draws, Gaussian, need, real, 
 from .vfm import VFM
 from .layers import norm_groups, sincos_table
 from .protocols import EncoderOutput
-from .tokenizer import families, TokenizerModel
+from .tokenizer import families, in_name, TokenizerModel
 
 # %% ../nbs/16_baselines.ipynb #03a3596f
 def _norm(c: int, groups: int | None) -> nn.GroupNorm: return nn.GroupNorm(groups or norm_groups(c), c, eps=1e-6)
@@ -149,7 +149,7 @@ class ConvVAEConfig:
     @property
     def name(self) -> str:
         "conv-f<stride>d<channels>, with the VFM it agrees with in between."
-        return f"conv-{self.vfm.replace('-', '')+'-' if self.vfm else ''}f{self.stride}d{self.channels}"
+        return f"conv-{in_name(self.vfm)+'-' if self.vfm else ''}f{self.stride}d{self.channels}"
     def for_vfm(self, vfm: VFM) -> 'ConvVAEConfig':
         "The same, to be aligned with another VFM. UserError for a plain one."
         need(self.vfm, f'{self.name} looks at no VFM; train the preset of an aligned one (conv-<vfm>-...)')
@@ -289,7 +289,7 @@ class RAEConfig:
     @property
     def name(self) -> str:
         "rae-vfm-f<stride>d<channels>, such as rae-dinov2b-f16d768."
-        return f"rae-{self.vfm.replace('-', '')}-f{self.stride}d{self.channels}"
+        return f"rae-{in_name(self.vfm)}-f{self.stride}d{self.channels}"
     def for_vfm(self, vfm: VFM) -> 'RAEConfig':
         "The same decoder on another VFM."
         return replace(self, vfm=vfm.name, patch=vfm.patch, channels=vfm.dim)

@@ -25,6 +25,7 @@ from .runtime import weights_at
 from .checkpoints import read_torch
 from .images import check_images, to_uint8
 from .vfm import ALIASES, BUNDLED, VFM
+from .tokenizer import in_name
 
 # %% ../nbs/29_extractors.ipynb #e25b1829
 @runtime_checkable
@@ -168,7 +169,7 @@ def vfm_root(name: str # of `VFM`, or that within the name of a tokenizer, which
     """The full name of a VFM (timm's `arch.tag`), or of the teacher that it was distilled from: relatives have one
     root. A name that nothing has is its own."""
     import timm
-    known = {k.replace('-', ''): k for k in (*BUNDLED, *ALIASES)}
+    known = {form: k for k in (*BUNDLED, *ALIASES) for form in (k.replace('-', ''), in_name(k))}
     name = known.get(name.replace('-', ''), name)
     full = ALIASES.get(name, name)
     cfg = timm.get_pretrained_cfg(full) if '.' not in full and timm.is_model(full) else None
@@ -206,6 +207,6 @@ def check_judge(extractor: Extractor,
         for vfm in _vfms_of(subject):
             if not (_roots(vfm) & _roots(judge)) and not _same_weights(vfm, judge): continue
             who, of = getattr(subject, 'name', subject), vfm if isinstance(vfm, str) else str(vfm.name)
-            kin = 'it' if of.replace('-', '') == judge.name.replace('-', '') else f'{of}, a relative of it'
+            kin = 'it' if in_name(of) == in_name(judge.name) else f'{of}, a relative of it'
             raise UserError(f'{judge.name} cannot judge {who}, which was built on or aligned with {kin}; take a '
                             "stranger, such as bundled_extractor('world') or bundled_extractor('photo')")

@@ -124,6 +124,7 @@ class Preset:
     discriminator: str = 'vit_small_patch16_224.dino' # VFM of the projected discriminator
     patch_width: int = 64         # channels of the PatchGAN's first layer
     discriminator_size: int | None = None # side of the images it sees; None: the one that its VFM was made for
+    start: str | None = None      # bundled tokenizer to go on from, unless another is given; None: from random weights
     @property
     def num_images(self) -> int:
         "Images of all stages together."
@@ -148,6 +149,24 @@ def _baseline(config: Any, lr: float, batch_size: int, **latent: float) -> Prese
     stage = Stage('first', dict(l1=1., l2=2., **latent), (), lr, num_images=24_000)
     return Preset(config, (stage,), batch_size, 4_000, (.9, .99), 1., True)
 
+# %% ../nbs/42_presets.ipynb #pht42001
+_EFFICIENTNET = replace(TINY, vfm='efficientnet-lite0', patch=16, scale=2., layers=(1, 2, -1), in_dims=(384, 160, 1280),
+                        projection='conv')     # an attention over 1,280 channels would have 5 million parameters
+_PHOTO = replace(TINY, vfm='photo', layers=(0, 3, -1), in_dims=(192,)*3)
+def _photographs(config: Any, lr: float, batch_size: int, strong: float = 0., weak: float = 0.) -> Preset:
+    """Of photographs at 64 px: the paper's stages, alignment strong, weak, none; where there is any, the last trains the
+    decoder alone. Images and other losses are the same for all; the rest comes from equally long searches."""
+    family, adaptive = config.family, config.family == 'conv'
+    losses = dict(_PIXELS if family == 'vfmvae' else dict(l1=1., l2=2.), **{} if family == 'rae' else dict(kl=1e-6))
+    parts: dict[str, tuple[str, ...]] = dict(vfmvae=(*_DECODER, 'ldm_adapter'), conv=(), rae=())
+    last = {'vfmvae': _DECODER, 'conv': ('post_quant_conv', 'decoder') if strong else ()}.get(family, ())
+    def stage(name: str, train: tuple[str, ...], rate: float, n: int, **more: float) -> Stage:
+        weights = losses | {k: v for k, v in more.items() if v}
+        return Stage(name, weights, train, rate, n, adaptive=adaptive)
+    return Preset(config, (stage('strong', parts[family], lr, 48_000, vf=strong),
+                           stage('weak', parts[family], lr/2, 32_000, vf=weak),
+                           stage('ssim', last, lr/2, 16_000, ssim=.2)), batch_size, 4_000, (.9, .99), 1., True)
+
 # %% ../nbs/42_presets.ipynb #33ebbf24
 _PERCEIVED = dict(l1=1., perceptual=1., gan=.5)
 _SD = (Stage('first', dict(_PERCEIVED, kl=1e-6), (), 1e-4, num_images=108_000_000),)
@@ -168,6 +187,12 @@ PRESETS: dict[str, Preset | FlowPreset] = {
     'conv-f8d16': _baseline(_CONV, 1e-3, 4, kl=1e-6),                                    # data/results/baselines.json
     'conv-tiny-f8d16': _baseline(replace(_CONV, vfm='tiny'), 1e-3, 4, kl=1e-6, vf=1.),   # data/results/baselines.json
     'rae-tiny-f8d128': _baseline(_SMALL_RAE, 2e-3, 16),                                  # data/results/baselines.json
+    # of photographs: data/results/photo_tokenizers.json
+    'vfmvae-photo-f8d16': _photographs(_PHOTO, 2e-3, 8, 2., .5),
+    'vfmvae-efficientnet-f8d16': _photographs(_EFFICIENTNET, 2e-3, 8, 3., 1.),
+    'conv-photo-f8d16': _photographs(replace(_CONV, vfm='photo', dim=192), 1e-3, 4, 1., .3),
+    'conv-f8d16.photo': _photographs(_CONV, 1e-3, 4),
+    'rae-photo-f8d192': _photographs(replace(_SMALL_RAE, vfm='photo', channels=192), 4e-3, 8),
     'conv-f8d4': Preset(ConvVAEConfig(), _SD, 256),       # published rFID .62; losses and length are ours, not run
     'conv-dinov2l-f16d32': Preset(_VA, _VA_STAGES, 256),  # published rFID .28, 160M images; not run here
     'rae-dinov2b-f16d768': Preset(RAEConfig(), _RAE, 256), # published rFID .57 (ViT-XL decoder); not run here

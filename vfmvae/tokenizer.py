@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['tokenizers', 'families', 'openers', 'reconstruct', 'fit_stats', 'image_seeds', 'LatentFeatures', 'net_digest',
-           'check_config', 'save_tokenizer', 'load_tokenizer', 'open_tokenizer', 'opened', 'Pretrained', 'check_sides',
-           'TokenizerModel', 'unfamiliar']
+           'in_name', 'check_config', 'save_tokenizer', 'load_tokenizer', 'open_tokenizer', 'opened', 'Pretrained',
+           'check_sides', 'TokenizerModel', 'unfamiliar']
 
 # %% ../nbs/14_tokenizer.ipynb #c2aed3a7
 import hashlib, os, re
@@ -140,6 +140,10 @@ families = Registry('tokenizer family', modules=('vfmvae.vae', 'vfmvae.baselines
 _COUNTS = ('depth', 'blocks', 'layers', 'attention')                             # ends of names: how many of something,
 _SIZES = ('width', 'dim', 'dims', 'channels', 'size', 'heads', 'hidden')         # ... how wide
 
+def in_name(vfm: str) -> str:
+    "How a VFM stands in a tokenizer's name: without dashes, and 'efficientnet-lite0' by its first word."
+    return 'efficientnet' if vfm == 'efficientnet-lite0' else vfm.replace('-', '')
+
 def check_config(c: DataclassLike) -> None: # the shape of a net
     """UserError on a field of another type than annotated, more than 1,000 layers, a width above 2^16, any number above
     2^24."""
@@ -217,7 +221,10 @@ def _saved(path: Path, vfm: VFM | Literal[False] | None, of: type) -> Any:
     if vfm: model.attach(vfm)
     return model.eval()
 
-for _name in ('vfmvae-tiny-f8d16', 'conv-f8d16', 'conv-tiny-f8d16', 'rae-tiny-f8d128'):
+_WORLD = 'vfmvae-tiny-f8d16', 'conv-f8d16', 'conv-tiny-f8d16', 'rae-tiny-f8d128'
+_PHOTOGRAPHS = ('vfmvae-photo-f8d16', 'vfmvae-efficientnet-f8d16', 'conv-photo-f8d16', 'conv-f8d16.photo',
+                'rae-photo-f8d192')
+for _name in (*_WORLD, *_PHOTOGRAPHS):
     tokenizers.register(_name, partial(load_tokenizer, data_dir()/'weights'/f'{_name}.safetensors', name=_name))
 
 # %% ../nbs/14_tokenizer.ipynb #07cf7f79
@@ -423,11 +430,13 @@ class TokenizerModel(_Inputs):
 @cache
 def _known(file: str) -> Callable[[Tensor], Tensor]:
     "Images (b,3,H,W) -> distance (b,) to what a bundled net has seen, in units of one standard deviation a dimension."
-    vfm, (t, _) = VFM('tiny'), load_weights(data_dir()/'weights'/f'{Path(file).name}.safetensors')
+    t, meta = load_weights(data_dir()/'weights'/f'{Path(file).name}.safetensors')
+    vfm, layer, scale = VFM(meta.get('vfm', 'tiny')), meta.get('layer', -1), meta.get('scale', 1)
     def distance(x: Tensor) -> Tensor:
         x = check_images(x).detach().cpu().float().clamp(-1, 1)
         if x.shape[2:] != (64, 64): x = F.interpolate(x, (64, 64), mode='bilinear', antialias=True)
-        h = vfm.features(x, [-1])[-1].mean(1).to(t['mean'])
+        if scale != 1: x = resized(x, [64*scale]*2, vfm.interpolation, False)
+        h = vfm.features(x.clamp(-1, 1), [layer])[layer].mean(1).to(t['mean'])
         return ((h-t['mean'])@t['root'].T).square().mean(1).sqrt()
     return distance
 
@@ -439,7 +448,8 @@ def unfamiliar(net: object,   # a tokenizer, a VFM, or an adapter of one
     inner = () if isinstance(net, nn.Module) else (getattr(net, 'tokenizer', None), getattr(net, 'vfm', None))
     own: Any = next((n for n in inner if n is not None), net)
     card = (getattr(own, 'meta', None) or getattr(own, 'spec', None) or {}).get('known')
-    if not isinstance(card, Mapping) or isinstance(images, World) or not hasattr(images, '__len__'): return ''
+    if not isinstance(card, Mapping) or not hasattr(images, '__len__'): return ''
+    if isinstance(images, World) and card['file'] == 'known-world': return ''
     part = images if isinstance(images, Tensor) else take(as_dataset(images), 64)
     x = part if isinstance(part, Tensor) else part.batch(range(len(part)))['image']
     far = _known(card['file'])(x).median().item()

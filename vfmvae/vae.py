@@ -25,7 +25,7 @@ from .vfm import VFM
 from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, dwsep, EqualLinear, GridAttention, norm_groups,
                            pointwise, ToRGB, unit_moment, Upsample)
 from .protocols import Codes, EncoderOutput
-from .tokenizer import check_config, check_sides, families, TokenizerModel
+from .tokenizer import check_config, check_sides, families, in_name, TokenizerModel
 
 # %% ../nbs/15_vae.ipynb #padded01
 def padded(width: int, to: int # width it is projected to
@@ -157,7 +157,7 @@ class VFMVAEConfig(_Fields):
     @property
     def name(self) -> str:
         "family-vfm-f<stride>d<channels>, such as vfmvae-siglip2l-f16d32."
-        return f"vfmvae-{self.vfm.replace('-', '')}-f{self.stride}d{self.channels}"
+        return f"vfmvae-{in_name(self.vfm)}-f{self.stride}d{self.channels}"
     def branch(self, i: int) -> float:
         "Side of the latent over the side at which block i takes it in: > 1 unshuffle, < 1 shuffle."
         return 2*self.img_size/self.stride/self.sides[i]
