@@ -107,7 +107,7 @@ def train_flow(preset: str | FlowPreset = 'dit-vfmvae-tiny-f8d16', # a key of PR
 # %% ../nbs/44_generation.ipynb #430ef30f
 nets = Registry('net')
 # early: the same run, long before its end; guides the samples of the first
-for _name in [n for k in FLOW_PRESETS if k.startswith('dit-') for n in (k, f'{k}-early')]:
+for _name in [*(k for k in FLOW_PRESETS if k.startswith('dit-')), 'dit-vfmvae-tiny-f8d16-early']:
     # in one process with this notebook, its exported module may have been here before
     if _name not in nets:
         nets.register(_name, partial(lambda name: DiT.load(data_dir()/'weights'/f'{name}.safetensors'), _name))

@@ -151,7 +151,8 @@ def _baseline(config: Any, lr: float, batch_size: int, **latent: float) -> Prese
 
 # %% ../nbs/42_presets.ipynb #pht42001
 _EFFICIENTNET = replace(TINY, vfm='efficientnet-lite0', patch=16, scale=2., layers=(1, 2, -1), in_dims=(384, 160, 1280),
-                        projection='conv')     # an attention over 1,280 channels would have 5 million parameters
+                        projection='conv',     # an attention over 1,280 channels would have 5 million parameters
+                        w_dim=128)             # for the decoder's budget, which a plain projection leaves short
 _PHOTO = replace(TINY, vfm='photo', layers=(0, 3, -1), in_dims=(192,)*3)
 def _photographs(config: Any, lr: float, batch_size: int, strong: float = 0., weak: float = 0.) -> Preset:
     """Of photographs at 64 px: the paper's stages, alignment strong, weak, none; where there is any, the last trains the
@@ -188,11 +189,11 @@ PRESETS: dict[str, Preset | FlowPreset] = {
     'conv-tiny-f8d16': _baseline(replace(_CONV, vfm='tiny'), 1e-3, 4, kl=1e-6, vf=1.),   # data/results/baselines.json
     'rae-tiny-f8d128': _baseline(_SMALL_RAE, 2e-3, 16),                                  # data/results/baselines.json
     # of photographs: data/results/photo_tokenizers.json
-    'vfmvae-photo-f8d16': _photographs(_PHOTO, 2e-3, 8, 2., .5),
-    'vfmvae-efficientnet-f8d16': _photographs(_EFFICIENTNET, 2e-3, 8, 3., 1.),
+    'vfmvae-photo-f8d16': _photographs(_PHOTO, 2e-3, 8, 1., .1),
+    'vfmvae-efficientnet-f8d16': _photographs(_EFFICIENTNET, 2e-3, 8, 1., .1),
     'conv-photo-f8d16': _photographs(replace(_CONV, vfm='photo', dim=192), 1e-3, 4, 1., .3),
     'conv-f8d16.photo': _photographs(_CONV, 1e-3, 4),
-    'rae-photo-f8d192': _photographs(replace(_SMALL_RAE, vfm='photo', channels=192), 4e-3, 8),
+    'rae-photo-f8d192': _photographs(replace(_SMALL_RAE, vfm='photo', channels=192, tau=.4), 2e-3, 8),
     'conv-f8d4': Preset(ConvVAEConfig(), _SD, 256),       # published rFID .62; losses and length are ours, not run
     'conv-dinov2l-f16d32': Preset(_VA, _VA_STAGES, 256),  # published rFID .28, 160M images; not run here
     'rae-dinov2b-f16d768': Preset(RAEConfig(), _RAE, 256), # published rFID .57 (ViT-XL decoder); not run here

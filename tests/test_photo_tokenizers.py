@@ -1,0 +1,103 @@
+"What a net knows of photographs, and the recipes of the tokenizers that learn from them."
+import json
+
+import pytest
+import torch
+
+from vfmvae.data import select_classes
+from vfmvae.extractors import check_judge, vfm_root, VFMExtractor
+from vfmvae.core import UserError
+from vfmvae.files import data_dir
+from vfmvae.folders import shards
+from vfmvae.presets import PRESETS
+from vfmvae.recipes import build_training, open_data, train_tokenizer
+from vfmvae.tokenizer import in_name, open_tokenizer, unfamiliar
+from vfmvae.vfm import VFM
+from vfmvae.world import World
+
+NAMES = 'vfmvae-photo-f8d16', 'vfmvae-efficientnet-f8d16', 'conv-photo-f8d16', 'conv-f8d16.photo', 'rae-photo-f8d192'
+
+@pytest.fixture(scope='module')
+def results() -> dict: return json.loads((data_dir()/'results'/'photo_tokenizers.json').read_text())
+
+# ---- names and budgets
+
+def test_the_pyramid_stands_in_names_by_its_first_word():
+    assert in_name('efficientnet-lite0') == 'efficientnet' and in_name('siglip2-l') == 'siglip2l'
+    assert vfm_root('efficientnet') == vfm_root('efficientnetlite0') == vfm_root('efficientnet-lite0') == vfm_root('photo')
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recipe_builds_what_its_name_says(name):
+    p = PRESETS[name]
+    assert p.config.name == name.removesuffix('.photo') and p.num_images == 96_000
+    assert [(s.name, s.num_images) for s in p.stages] == [('strong', 48_000), ('weak', 32_000), ('ssim', 16_000)]
+    other = [{k: v for k, v in s.weights.items() if k not in ('vf', 'kl', 'multiscale')} for s in p.stages]
+    assert other == [dict(l1=1., l2=2.)]*2+[dict(l1=1., l2=2., ssim=.2)]
+    few = open_data('clothes', augment=True)
+    tok, rows = train_tokenizer(name, few, num_images=24, batch_size=8, log_every=1, show=lambda r: None)
+    assert [r['stage'] for r in rows] == ['strong', 'weak', 'ssim'] and tok.decode(tok.encode(torch.zeros(1, 3, 128, 128)).mode()).shape[2:] == (128, 128)
+
+def test_one_decoder_budget():
+    ours = ('decoder', 'post_quant_conv', 'ldm_adapter.post_quant', 'mapping', 'synthesis', 'blocks', 'inp', 'out', 'norm')
+    decoders = []
+    for name in NAMES:
+        net = build_training(PRESETS[name], PRESETS[name].stages)[0]
+        decoders.append(sum(v.numel() for k, v in net.trainable().items() if k.startswith(ours)))
+    assert max(decoders) < 1.05*min(decoders)
+
+@pytest.mark.parametrize('name', ['vfmvae-photo-f8d16', 'vfmvae-efficientnet-f8d16', 'conv-photo-f8d16', 'rae-photo-f8d192'])
+@pytest.mark.parametrize('vfm', ['photo', 'efficientnet-lite0'])
+def test_no_relative_judges_them(name, vfm):
+    judge = VFMExtractor(VFM(vfm), size=64)
+    for subject in (name, build_training(PRESETS[name], PRESETS[name].stages)[0]):
+        with pytest.raises(UserError, match='cannot judge'): check_judge(judge, subject)
+    check_judge(judge, 'conv-f8d16.photo', 'vfmvae-tiny-f8d16')
+
+def test_a_relative_is_called_itself_where_it_is():
+    judge = VFMExtractor(VFM('efficientnet-lite0'), size=64)
+    with pytest.raises(UserError, match='aligned with it;'): check_judge(judge, 'vfmvae-efficientnet-f8d16')
+    with pytest.raises(UserError, match='aligned with photo, a relative of it;'): check_judge(judge, 'conv-photo-f8d16')
+
+def test_every_trial_names_its_budget(results):
+    trials: dict[str, int] = {}
+    for t in results['sweep']: trials[t['tokenizer']] = trials.get(t['tokenizer'], 0)+1
+    assert {*trials} == {*NAMES} and min(trials.values()) >= 5 and all(t['images'] == 9600 and t['n'] == 800 for t in results['sweep'])
+
+def test_a_preset_may_go_on_from_a_bundled_tokenizer(results):
+    from dataclasses import replace
+    p = replace(PRESETS['tiny'], start='vfmvae-tiny-f8d16')
+    _, rows = train_tokenizer(p, 'world', stages=['first'], num_images=16, log_every=1, show=lambda r: None)
+    _, fresh = train_tokenizer('tiny', 'world', stages=['first'], num_images=16, log_every=1, show=lambda r: None)
+    assert rows[0]['l1'] < .5*fresh[0]['l1'] and rows[0]['images'] > open_tokenizer(p.start).meta['recipe']['images']
+
+# ---- what lies outside of photographs
+
+def drawn(kind: str):
+    if kind == 'noise': return torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(3))*2-1
+    if kind == 'one colour': return (torch.rand(64, 3, 1, 1, generator=torch.Generator().manual_seed(3))*2-1).expand(-1, -1, 64, 64)
+    if kind == 'large': return World(64, seed=12, size=128)
+    return World(500, seed=12) if kind == 'world' else World(64, seed=12).batch(range(64))['image']
+
+@pytest.mark.parametrize('kind', ['world', 'tensor of the world', 'large', 'noise', 'one colour'])
+def test_photo_says_what_lies_outside_of_photographs(kind):
+    text = unfamiliar(VFM('photo'), drawn(kind))
+    assert text.startswith('photo has only ever seen photographs') and 'stage 2 of VFM efficientnet-lite0' in text and '\n' not in text
+
+@pytest.mark.parametrize('data', ['clothes', 'clothes-val', 'examples'])
+@pytest.mark.parametrize('size', [64, 128])
+def test_photographs_are_familiar(data, size):
+    assert unfamiliar(VFM('photo'), open_data(data, size=size)) == ''
+
+def test_real_photographs_and_the_world_to_both_kinds(shared):
+    apart = select_classes(shards(shared/'data/photos64/photos64-val-000000.tar', size=64), range(2, 80, 5))
+    files = sorted((shared/'data/photos256').glob('*.tar')) or [shared/'data/photos256']
+    larger = open_data(str(files[-1]), size=64)
+    for data in (apart, larger, apart.batch(range(64))['image']):
+        assert unfamiliar(VFM('photo'), data) == '' and 'procedural world' in unfamiliar(VFM('tiny'), data)
+    assert unfamiliar(VFM('tiny'), World(500, seed=12)) == unfamiliar(open_tokenizer('vfmvae-tiny-f8d16'), World(500, seed=12)) == ''
+
+def test_the_limit_is_what_was_measured(results):
+    kinds, limit = results['seen_before']['kinds'], results['seen_before']['limit']
+    assert VFM('photo').spec['known']['limit'] == limit and kinds['learned classes']['over'] <= .0105
+    for k in ('classes kept apart', 'clothes', 'CIFAR-10'): assert kinds[k]['median'] < limit
+    for k in ('the world', 'noise', 'one colour each'): assert kinds[k]['median'] > limit
