@@ -155,8 +155,8 @@ _EFFICIENTNET = replace(TINY, vfm='efficientnet-lite0', patch=16, scale=2., laye
                         w_dim=128)             # for the decoder's budget, which a plain projection leaves short
 _PHOTO = replace(TINY, vfm='photo', layers=(0, 3, -1), in_dims=(192,)*3)
 def _photographs(config: Any, lr: float, batch_size: int, strong: float = 0., weak: float = 0.) -> Preset:
-    """Of photographs at 64 px: the paper's stages, alignment strong, weak, none; where there is any, the last trains the
-    decoder alone. Images and other losses are the same for all; the rest comes from equally long searches."""
+    """Of photographs at 64 px: the paper's stages, alignment strong, weak, none; where there is any, the last trains
+    the decoder alone. Images and other losses are the same for all; the rest comes from equally long searches."""
     family, adaptive = config.family, config.family == 'conv'
     losses = dict(_PIXELS if family == 'vfmvae' else dict(l1=1., l2=2.), **{} if family == 'rae' else dict(kl=1e-6))
     parts: dict[str, tuple[str, ...]] = dict(vfmvae=(*_DECODER, 'ldm_adapter'), conv=(), rae=())

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # %% ../nbs/43_recipes.ipynb #34abcb6c
 from .core import build_config, Device, nearest, need, notice, one_of, PathLike, real, UserError, whole
-from .files import as_path, check_out, data_dir, home, inside, is_file, load_weights, read_json, sidecar, write_atomic
+from .files import (as_path, check_out, data_dir, home, inside, is_file, load_weights, read_json, sidecar,
+                          write_atomic)
 from .runtime import best_device, device_of, make_accelerator, progress, provenance, seed_all
 from .plots import show_images
 from .images import Dataset, Images, SUFFIXES, to_pil
@@ -393,7 +394,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS, or one'
     todo = schedule_stages(p, o.num_images, o.lr, stages, o.batch_size or 1)
     parent = Run(o.run).dir if o.run else None
     folders = {s.name: parent and (parent/s.name if len(p.stages) > 1 else parent) for s in p.stages}
-    start = start or _before(p, todo[0], folders) or (data_dir()/'weights'/f'{p.start}.safetensors' if p.start else None)
+    start = start or _before(p, todo[0], folders) or p.start and data_dir()/'weights'/f'{p.start}.safetensors'
     size = start_size(start) if size is None else size
     model, discriminators, perceptual_loss = build_training(p, todo, vfm, size, discriminator, o.seed, perceptual_loss)
     (state, seen), history = read_nets(start) if start else ({}, 0), list[dict]()
