@@ -7,7 +7,7 @@ import torch
 from vfmvae.data import select_classes
 from vfmvae.extractors import check_judge, vfm_root, VFMExtractor
 from vfmvae.core import UserError
-from vfmvae.files import data_dir
+from vfmvae.files import data_dir, load_weights
 from vfmvae.folders import shards
 from vfmvae.presets import PRESETS
 from vfmvae.recipes import build_training, open_data, train_tokenizer
@@ -82,6 +82,18 @@ def drawn(kind: str):
 def test_photo_says_what_lies_outside_of_photographs(kind):
     text = unfamiliar(VFM('photo'), drawn(kind))
     assert text.startswith('photo has only ever seen photographs') and 'stage 2 of VFM efficientnet-lite0' in text and '\n' not in text
+
+def test_the_distance_is_scipys_of_timms_features():
+    import torch.nn.functional as F
+    from scipy.spatial.distance import mahalanobis
+    x = drawn('tensor of the world')
+    large = F.interpolate(x, (128, 128), mode='bicubic', align_corners=False).clamp(-1, 1)
+    with torch.no_grad(): maps = VFM('efficientnet-lite0').net.forward_intermediates(large, intermediates_only=True)
+    h = F.pixel_unshuffle(maps[2], 2).mean((2, 3)).double().numpy()      # stride 8, four positions to a cell
+    known, _ = load_weights(data_dir()/'weights'/'known-photo.safetensors')
+    mean, root = (known[k].double().numpy() for k in ('mean', 'root'))
+    found = torch.tensor([mahalanobis(row, mean, root.T @ root)/len(mean)**.5 for row in h]).median().item()
+    assert f'{found:.2f}' in unfamiliar(VFM('photo'), x)
 
 @pytest.mark.parametrize('data', ['clothes', 'clothes-val', 'examples'])
 @pytest.mark.parametrize('size', [64, 128])

@@ -156,16 +156,16 @@ _EFFICIENTNET = replace(TINY, vfm='efficientnet-lite0', patch=16, scale=2., laye
 _PHOTO = replace(TINY, vfm='photo', layers=(0, 3, -1), in_dims=(192,)*3)
 def _photographs(config: Any, lr: float, batch_size: int, strong: float = 0., weak: float = 0.) -> Preset:
     """Of photographs at 64 px: the paper's stages, alignment strong, weak, none; where there is any, the last trains
-    the decoder alone. Images and other losses are the same for all; the rest comes from equally long searches."""
+    the decoder alone. Images and other losses are the same for all; the rest comes from searches (nbs/train)."""
     family, adaptive = config.family, config.family == 'conv'
     losses = dict(_PIXELS if family == 'vfmvae' else dict(l1=1., l2=2.), **{} if family == 'rae' else dict(kl=1e-6))
-    parts: dict[str, tuple[str, ...]] = dict(vfmvae=(*_DECODER, 'ldm_adapter'), conv=(), rae=())
+    every = Stage.train if family == 'vfmvae' else ()
     last = {'vfmvae': _DECODER, 'conv': ('post_quant_conv', 'decoder') if strong else ()}.get(family, ())
     def stage(name: str, train: tuple[str, ...], rate: float, n: int, **more: float) -> Stage:
         weights = losses | {k: v for k, v in more.items() if v}
         return Stage(name, weights, train, rate, n, adaptive=adaptive)
-    return Preset(config, (stage('strong', parts[family], lr, 48_000, vf=strong),
-                           stage('weak', parts[family], lr/2, 32_000, vf=weak),
+    return Preset(config, (stage('strong', every, lr, 48_000, vf=strong),
+                           stage('weak', every, lr/2, 32_000, vf=weak),
                            stage('ssim', last, lr/2, 16_000, ssim=.2)), batch_size, 4_000, (.9, .99), 1., True)
 
 # %% ../nbs/42_presets.ipynb #33ebbf24
