@@ -165,8 +165,8 @@ def _photographs(config: Any, lr: float, batch_size: int, strong: float = 0., we
         weights = losses | {k: v for k, v in more.items() if v}
         return Stage(name, weights, train, rate, n, adaptive=adaptive)
     return Preset(config, (stage('strong', every, lr, 48_000, vf=strong),
-                           stage('weak', every, lr/2, 32_000, vf=weak),
-                           stage('ssim', last, lr/2, 16_000, ssim=.2)), batch_size, 4_000, (.9, .99), 1., True)
+                           stage('weak', every, lr/2, 96_000, vf=weak),
+                           stage('ssim', last, lr/2, 32_000, ssim=.2)), batch_size, 4_000, (.9, .99), 1., True)
 
 # %% ../nbs/42_presets.ipynb #33ebbf24
 _PERCEIVED = dict(l1=1., perceptual=1., gan=.5)
@@ -189,8 +189,8 @@ PRESETS: dict[str, Preset | FlowPreset] = {
     'conv-tiny-f8d16': _baseline(replace(_CONV, vfm='tiny'), 1e-3, 4, kl=1e-6, vf=1.),   # data/results/baselines.json
     'rae-tiny-f8d128': _baseline(_SMALL_RAE, 2e-3, 16),                                  # data/results/baselines.json
     # of photographs: data/results/photo_tokenizers.json
-    'vfmvae-photo-f8d16': _photographs(_PHOTO, 2e-3, 8, 1., .1),
-    'vfmvae-efficientnet-f8d16': _photographs(_EFFICIENTNET, 2e-3, 8, 1., .1),
+    'vfmvae-photo-f8d16': _photographs(_PHOTO, 2e-3, 8, 1., .3),
+    'vfmvae-efficientnet-f8d16': _photographs(_EFFICIENTNET, 2e-3, 8, 1., .5),
     'conv-photo-f8d16': _photographs(replace(_CONV, vfm='photo', dim=192), 1e-3, 4, 1., .3),
     'conv-f8d16.photo': _photographs(_CONV, 1e-3, 4),
     'rae-photo-f8d192': _photographs(replace(_SMALL_RAE, vfm='photo', channels=192, tau=.4), 2e-3, 8),
