@@ -162,7 +162,7 @@ def shot(page, name: str, part=None) -> None: # part: of the page
 def test_every_control_moves_picture_and_words(lab):
     lab.moves('strength +', 'Space', words='blur 2')
     lab.moves('k -', 'Space', words='of 5 neighbours')
-    lab.moves('layer -', 'Space', words='layer 4')
+    lab.moves('layer -', 'Space', words='layer 6')
     lab.moves('image', 'Control+a', '7', 'Enter', words='image 7')
     lab.moves('conv-f8d16', 'Space', words='conv-f8d16: reconstruction')
     lab.moves('jpeg', 'Space', words='jpeg 70')
@@ -192,7 +192,7 @@ def test_bad_input_is_told_and_the_lab_lives_on(lab):
     before = lab.seen()
     lab.press('images', 'Control+a', 'nowhere', 'Enter')
     until(lab.page, lambda: 'no folder nowhere' in lab.seen()[1], 'no message')
-    assert lab.seen()[0] == before[0] and lab.control('images').input_value() == 'world'
+    assert lab.seen()[0] == before[0] and lab.control('images').input_value() == 'clothes-val'
     lab.moves('image', 'Control+a', '9', 'Enter', words='image 9')
 
 

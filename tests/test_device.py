@@ -557,6 +557,7 @@ def test_a_command_computes_where_it_is_told(name, capsys, monkeypatch):
     monkeypatch.setattr(demo, 'evaluate_tokenizer', lambda net, data, n: evaluate_tokenizer(net, data, 2))      # of 128 images, and 25 steps
     monkeypatch.setattr(demo, 'generate', partial(generate, steps=1))
     monkeypatch.setattr(demo, 'CLASSES', demo.CLASSES[:2])
+    monkeypatch.setattr(demo, 'score_sources', lambda sources, data, changes, **how: score_sources(sources, data, changes, **how | dict(n=16, times=20)))
     for words, on in ((['--device', 'cuda'], True), (['--device', 'cpu'], False), *([([], True)] if name == 'encode' else [])):
         clear()
         with cuda(): assert cli.main([name, *COMMANDS[name](), *words]) == 0
@@ -581,7 +582,7 @@ def test_a_device_that_is_not_there_is_one_line_before_any_work(name, capsys, mo
 # labs ------------------------------------------------------------------------------------------------------------------------------------------------------
 
 LABS = {'KeepsLab': lambda d: (keeps_lab.KeepsLab(device=d), [dict(tokenizer='conv-tiny-f8d16'), dict(strength=45.)]),
-        'Explorer': lambda d: (Explorer(n=12, k=3, device=d, transform='hflip'),
+        'Explorer': lambda d: (Explorer(images='world', tokenizers=TINY, vfm='tiny', n=12, k=3, device=d, transform='hflip'),
                               [dict(tokenizers=(TINY, 'conv-tiny-f8d16'), image=2), dict(layer=0, metric='cka')]),
         'ReconstructionLab': lambda d: (labs.ReconstructionLab(device=d),
                                         [dict(edit='noise'), dict(tokenizer='rae-tiny-f8d128', edit='swap')]),

@@ -320,7 +320,7 @@ def test_a_small_upload_is_said_to_be_enlarged_and_a_strange_one_to_be_strange()
     assert 'small.png has 10 x 10 px and was enlarged' in lab.text() and 'enlarged' in rows(lab)[0]['note']
     give('large.png', 90)
     assert 'enlarged' not in lab.text()
-    assert 'vfmvae-tiny-f8d16 has only ever seen' in lab.text() and 'note' not in rows(lab.set(uploaded=''))[0]     # plain green
+    assert 'vfmvae-photo-f8d16 has only ever seen' in lab.text() and 'note' not in rows(lab.set(uploaded=''))[0]     # plain green
 
 
 def test_a_set_that_its_net_does_not_know_is_said_to_be_so(monkeypatch, tmp_path):

@@ -30,7 +30,7 @@ NOW = datetime.datetime.now(datetime.UTC)
 @pytest.fixture(scope='module')
 def lab():
     pytest.importorskip('ipywidgets')
-    lab = Explorer(n=32, k=5, transform='blur', strength=2.)
+    lab = Explorer(images='world', tokenizers='vfmvae-tiny-f8d16', vfm='tiny', n=32, k=5, transform='blur', strength=2.)
     lab.widget()
     lab.settle()
     return lab
@@ -335,5 +335,13 @@ def test_every_lab_has_pictures_words_and_controls():
 
 
 def test_states_are_values():
-    assert ExplorerState() == ExplorerState(tokenizers=['vfmvae-tiny-f8d16']) and hash(ExplorerState()) == hash(ExplorerState())
+    assert ExplorerState() == ExplorerState(tokenizers=['vfmvae-photo-f8d16']) and hash(ExplorerState()) == hash(ExplorerState())
     assert ExplorerState(transform='scale', strength=1.).view is None
+
+
+@pytest.mark.parametrize('name', [n for n in tokenizers if 'tiny' not in n])
+def test_every_bundled_name_is_taken_as_one(name):
+    "Also one with a tag, such as conv-f8d16.photo, which looks like a file."
+    lab = Explorer(n=16, k=4, tokenizers=name, transform='hflip', strength=1.)
+    assert {d['tokenizer'] for d in lab.figure().data} == {name}
+    assert ReconstructionLab(images='clothes-val', tokenizer=name).figure().data and NeighbourLab(images='clothes-val', n=16, k=4, tokenizer=name).figure().data

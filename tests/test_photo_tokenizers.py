@@ -1,26 +1,64 @@
 "What a net knows of photographs, and the recipes of the tokenizers that learn from them."
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from vfmvae.align import cknna, prepare
+from vfmvae.cli import main
 from vfmvae.data import select_classes
 from vfmvae.extractors import check_judge, vfm_root, VFMExtractor
 from vfmvae.core import UserError
+from vfmvae.features import extract
 from vfmvae.files import data_dir, load_weights
 from vfmvae.folders import shards
+from vfmvae.images import to_pil
 from vfmvae.presets import PRESETS
-from vfmvae.recipes import build_training, open_data, train_tokenizer
-from vfmvae.tokenizer import in_name, open_tokenizer, unfamiliar
+from vfmvae.recipes import build_training, evaluate_tokenizer, open_data, train_tokenizer
+from vfmvae.tokenizer import in_name, LatentFeatures, open_tokenizer, unfamiliar
 from vfmvae.vfm import VFM
 from vfmvae.world import World
 
 NAMES = 'vfmvae-photo-f8d16', 'vfmvae-efficientnet-f8d16', 'conv-photo-f8d16', 'conv-f8d16.photo', 'rae-photo-f8d192'
+BUNDLED = NAMES[:4]          # the last one is a recipe
 
 @pytest.fixture(scope='module')
 def results() -> dict: return json.loads((data_dir()/'results'/'photo_tokenizers.json').read_text())
 
-# ---- names and budgets
+# ---- names, files, budgets
+
+@pytest.fixture(scope='module')
+def exam(shared):
+    "800 photographs of the 16 classes that no training saw."
+    return select_classes(shards(shared/'data/photos64/photos64-val-000000.tar', size=64), range(2, 80, 5))
+
+@pytest.mark.parametrize('name', BUNDLED)
+def test_each_opens_under_its_name(name):
+    tok = open_tokenizer(name)
+    assert tok.name == name and tok.config.name == name.removesuffix('.photo') and tok.stride == 8
+    assert tok.decode(tok.encode(torch.zeros(2, 3, 64, 64)).mode()).shape == (2, 3, 64, 64)
+    assert tok.encode(torch.zeros(1, 3, 128, 128)).mode().shape[2:] == (16, 16)
+
+@pytest.mark.parametrize('name', BUNDLED)
+def test_a_card_says_data_licence_numbers_and_recipe(name):
+    p, tok = PRESETS[name], open_tokenizer(name)
+    card = tok.meta
+    assert 'research only' in card['trained_on'] and card['licence'] == 'Apache-2.0' and p.config == tok.config
+    assert card['source'] == 'nbs/train/photo_tokenizers.ipynb' and card['measured']['n'] == 800
+    assert card['recipe']['batch'] == p.batch_size and card['recipe']['images'] == p.num_images
+    for stage, was in zip(p.stages, card['recipe']['stages'], strict=True):
+        assert {k: was[k] for k in ('name', 'images', 'lr', 'adaptive')} == {k: stage.config()[k] for k in ('name', 'images', 'lr', 'adaptive')}
+        assert {k: v for k, v in was['weights'].items() if v} == dict(stage.weights)
+
+@pytest.mark.parametrize('name', BUNDLED)
+def test_numbers_of_the_card_come_out_again(name, exam, results):
+    tok, said = open_tokenizer(name), open_tokenizer(name).meta['measured']
+    found = evaluate_tokenizer(tok, exam, None)
+    assert found['n'] == 800 and abs(found['psnr']-said['psnr']) < .02 and abs(found['ssim']-said['ssim']) < .002
+    assert said['psnr'] == results['measured'][name]['psnr']
+    z, h = (prepare(extract(s, exam, [at], quiet=True)[at]) for s, at in ((LatentFeatures(tok), 'latent'), (VFM('photo'), -1)))
+    assert abs(cknna(z, h)-said['cknna to photo']) < .01
 
 def test_the_pyramid_stands_in_names_by_its_first_word():
     assert in_name('efficientnet-lite0') == 'efficientnet' and in_name('siglip2-l') == 'siglip2l'
@@ -29,8 +67,8 @@ def test_the_pyramid_stands_in_names_by_its_first_word():
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recipe_builds_what_its_name_says(name):
     p = PRESETS[name]
-    assert p.config.name == name.removesuffix('.photo') and p.num_images == 96_000
-    assert [(s.name, s.num_images) for s in p.stages] == [('strong', 48_000), ('weak', 32_000), ('ssim', 16_000)]
+    assert p.config.name == name.removesuffix('.photo') and p.num_images == 176_000
+    assert [(s.name, s.num_images) for s in p.stages] == [('strong', 48_000), ('weak', 96_000), ('ssim', 32_000)]
     other = [{k: v for k, v in s.weights.items() if k not in ('vf', 'kl', 'multiscale')} for s in p.stages]
     assert other == [dict(l1=1., l2=2.)]*2+[dict(l1=1., l2=2., ssim=.2)]
     few = open_data('clothes', augment=True)
@@ -64,11 +102,27 @@ def test_every_trial_names_its_budget(results):
     assert {*trials} == {*NAMES} and min(trials.values()) >= 5 and all(t['images'] == 9600 and t['n'] == 800 for t in results['sweep'])
 
 def test_a_preset_may_go_on_from_a_bundled_tokenizer(results):
-    from dataclasses import replace
     p = replace(PRESETS['tiny'], start='vfmvae-tiny-f8d16')
     _, rows = train_tokenizer(p, 'world', stages=['first'], num_images=16, log_every=1, show=lambda r: None)
     _, fresh = train_tokenizer('tiny', 'world', stages=['first'], num_images=16, log_every=1, show=lambda r: None)
     assert rows[0]['l1'] < .5*fresh[0]['l1'] and rows[0]['images'] > open_tokenizer(p.start).meta['recipe']['images']
+
+def test_preset_photo_goes_on_from_the_bundled_weights():
+    mine = open_data('clothes', augment=True)
+    after, rows = train_tokenizer('photo', mine, num_images=16, log_every=1, show=lambda r: None)
+    fresh, _ = train_tokenizer('vfmvae-photo-f8d16', mine, stages=['strong'], num_images=16, log_every=1, show=lambda r: None)
+    then, now, new = (evaluate_tokenizer(t, 'clothes-val', 64)['psnr'] for t in ('vfmvae-photo-f8d16', after, fresh))
+    assert now > new+5 and now > then-1 and rows[0]['images'] > 176_000
+
+def test_the_command_says_the_cost_first_and_takes_128_px(tmp_path, capsys):
+    out, pictures = tmp_path/'mine.safetensors', tmp_path/'pictures'
+    pictures.mkdir()
+    for i, x in enumerate(open_data('examples').batch(range(4))['image']): to_pil(x).save(pictures/f'{i}.png')
+    for size in (64, 128):
+        assert main(['train-tokenizer', '--preset', 'photo', '--data', str(pictures), '--num-images', '8', '--size', str(size), '--out', str(out)]) == 0
+        said = capsys.readouterr().out
+        assert said.index('together') < said.index('written') and 'images/s' in said
+        assert open_tokenizer(out).config == replace(open_tokenizer('vfmvae-photo-f8d16').config, img_size=size)
 
 # ---- what lies outside of photographs
 
@@ -79,8 +133,9 @@ def drawn(kind: str):
     return World(500, seed=12) if kind == 'world' else World(64, seed=12).batch(range(64))['image']
 
 @pytest.mark.parametrize('kind', ['world', 'tensor of the world', 'large', 'noise', 'one colour'])
-def test_photo_says_what_lies_outside_of_photographs(kind):
+def test_they_say_what_lies_outside_of_photographs(kind):
     text = unfamiliar(VFM('photo'), drawn(kind))
+    for name in BUNDLED: assert unfamiliar(open_tokenizer(name), drawn(kind)) == text.replace('photo has', f'{name} has', 1)
     assert text.startswith('photo has only ever seen photographs') and 'stage 2 of VFM efficientnet-lite0' in text and '\n' not in text
 
 def test_the_distance_is_scipys_of_timms_features():
@@ -98,7 +153,7 @@ def test_the_distance_is_scipys_of_timms_features():
 @pytest.mark.parametrize('data', ['clothes', 'clothes-val', 'examples'])
 @pytest.mark.parametrize('size', [64, 128])
 def test_photographs_are_familiar(data, size):
-    assert unfamiliar(VFM('photo'), open_data(data, size=size)) == ''
+    for net in (VFM('photo'), open_tokenizer(NAMES[0])): assert unfamiliar(net, open_data(data, size=size)) == ''
 
 def test_real_photographs_and_the_world_to_both_kinds(shared):
     apart = select_classes(shards(shared/'data/photos64/photos64-val-000000.tar', size=64), range(2, 80, 5))

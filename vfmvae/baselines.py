@@ -134,10 +134,7 @@ class ConvVAEConfig:
     def stride(self) -> int:
         "Image pixels per latent pixel."
         return 1 << (len(self.mults)-1)
-    @property
-    def size_multiple(self) -> int:
-        "`img_size` must be a multiple of this, pixels."
-        return self.stride
+    size_multiple = stride          # `img_size` must be a multiple of it
     @property
     def align(self) -> bool:
         "Whether it carries a VFM and the linear map of the alignment loss."

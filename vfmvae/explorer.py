@@ -33,17 +33,18 @@ from .similarity import compare, METRICS
 from .metrics import psnr
 from .lab_base import (about_nets, check_fits, check_state, class_name, Control, image_tile, join_sentences, Lab,
                              make_page, read_images, slider_values, transform_controls, WORST)
-from .session import decode_cpu, encode_cpu, FeatureCache, Nets, ReferenceImages, Session, SetLab, tokens_of, View
+from .session import (decode_cpu, encode_cpu, FeatureCache, is_tokenizer, Nets, ReferenceImages, Session, SetLab,
+                            tokens_of, View)
 
 # %% ../nbs/50_explorer.ipynb #f74d4f23
 @dataclass(frozen=True)
 class ExplorerState:
     "What the explorer shows. UserError on a value that cannot be shown."
-    images: str = 'world'            # 'world', a folder of images, shards, or the name of a set that the lab was given
+    images: str = 'clothes-val'      # a bundled set (also 'world'), a folder, shards, or the name of a set it was given
     image: int = 0                   # which of them
     uploaded: str = ''               # the name of an uploaded image that takes its place; '': none
-    tokenizers: tuple[str, ...] = ('vfmvae-tiny-f8d16',) # one to four: registered names, files, or of the lab's own
-    vfm: str = 'tiny'                # the reference: a bundled one, any of timm, or of the lab's own
+    tokenizers: tuple[str, ...] = ('vfmvae-photo-f8d16',) # one to four: registered names, files, or of the lab's own
+    vfm: str = 'photo'               # the reference: a bundled one, any of timm, or of the lab's own
     layer: int = -1                  # of the VFM
     transform: str = 'rotation'      # a key of TRANSFORMS
     strength: float = 90.            # in its unit
@@ -150,8 +151,7 @@ class _ExplorerState(SetLab[ExplorerState]):
         if state.uploaded and state.uploaded not in self.uploads:
             raise UserError(f'no upload named {state.uploaded!r}; upload it first')
         for name in (n for n in state.tokenizers if n not in own):
-            if Path(name).suffix and not Path(name).is_file(): raise UserError(f'no file {name}; check the path')
-            if not Path(name).suffix and name not in tokenizers: open_tokenizer(name)    # says what is known
+            if name not in tokenizers and not (is_tokenizer(name) and Path(name).is_file()): open_tokenizer(name)
         if state.vfm not in own and state.vfm not in vfms: check_vfm(state.vfm)
         check_fits(state.transform, state.strength, getattr(data, 'size', None) or self.session.size)
     def receive(self, name: str, content: bytes) -> None:
@@ -331,12 +331,12 @@ class Explorer(_Explorer):
         names = tuple(dict.fromkeys([*self.tokenizer_names(), *s.tokenizers]))
         layers = session.vfm(s.vfm).layers if ('vfm', s.vfm) in session.made else (s.layer,)
         own = Control('choice', 'an uploaded image instead', ('', *self.uploads), show=lambda u: u or 'none')
-        return dict(images=Control('text', "'world', a folder of images, or shards (*.tar)"),
+        return dict(images=Control('text', "a bundled set (clothes, examples, world), a folder, or shards (*.tar)"),
                     image=Control('whole', f'which image, 0 to {n-1}', last=n-1),
                     upload=Control('file', 'an image of your own'),
                     **(dict(uploaded=own) if self.uploads else {}),
                     tokenizers=Control('many', 'who encodes; several stand side by side', names),
-                    vfm=Control('text', 'the reference: tiny, or any vision transformer of timm'),
+                    vfm=Control('text', 'the reference: a bundled one (photo, tiny ...), or any of timm'),
                     layer=Control('slide', 'of the VFM', tuple(layers),
                                   show=lambda i: {0: 'embedding', -1: 'last'}.get(i, f'{i}')),
                     **transform_controls(s.transform, s.strength),

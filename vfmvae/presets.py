@@ -194,6 +194,9 @@ PRESETS: dict[str, Preset | FlowPreset] = {
     'conv-photo-f8d16': _photographs(replace(_CONV, vfm='photo', dim=192), 1e-3, 4, 1., .3),
     'conv-f8d16.photo': _photographs(_CONV, 1e-3, 4),
     'rae-photo-f8d192': _photographs(replace(_SMALL_RAE, vfm='photo', channels=192, tau=.4), 2e-3, 8),
+    # from the bundled one to one's own photographs
+    'photo': Preset(_PHOTO, (Stage('own', dict(_PIXELS, kl=1e-6, vf=.3, ssim=.2), lr=1e-3, num_images=24_000),), 8,
+                    4_000, (.9, .99), 1., True, start='vfmvae-photo-f8d16'),
     'conv-f8d4': Preset(ConvVAEConfig(), _SD, 256),       # published rFID .62; losses and length are ours, not run
     'conv-dinov2l-f16d32': Preset(_VA, _VA_STAGES, 256),  # published rFID .28, 160M images; not run here
     'rae-dinov2b-f16d768': Preset(RAEConfig(), _RAE, 256), # published rFID .57 (ViT-XL decoder); not run here

@@ -59,7 +59,8 @@ def robustness_figure(table: Table,               # of `robustness` or `align.sc
         curves(series, axis, 'CKNNA', ax=ax, bands=bands, floor=([*sorted(floor)], [floor[s] for s in sorted(floor)]))
         if ax.get_legend(): ax.get_legend().remove()
     handles, names = places[0].get_legend_handles_labels()
-    fig.legend(handles, names, loc='outside lower center', ncols=min(5, len(names)), fontsize=7, frameon=False)
+    columns = int(fig.get_figwidth()/(.5+.055*max(map(len, names))))       # of 7 pt, with their lines
+    fig.legend(handles, names, loc='outside lower center', ncols=min(max(columns, 1), 5), fontsize=7, frameon=False)
     return fig
 
 # %% ../nbs/25_robustness.ipynb #c5642faa

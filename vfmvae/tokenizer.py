@@ -221,7 +221,8 @@ def _saved(path: Path, vfm: VFM | Literal[False] | None, of: type) -> Any:
     if vfm: model.attach(vfm)
     return model.eval()
 
-for _name in ('vfmvae-tiny-f8d16', 'conv-f8d16', 'conv-tiny-f8d16', 'rae-tiny-f8d128'):
+for _name in ('vfmvae-tiny-f8d16', 'conv-f8d16', 'conv-tiny-f8d16', 'rae-tiny-f8d128', 'vfmvae-photo-f8d16',
+              'vfmvae-efficientnet-f8d16', 'conv-photo-f8d16', 'conv-f8d16.photo'):
     tokenizers.register(_name, partial(load_tokenizer, data_dir()/'weights'/f'{_name}.safetensors', name=_name))
 
 # %% ../nbs/14_tokenizer.ipynb #07cf7f79
