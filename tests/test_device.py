@@ -432,7 +432,7 @@ REASONS = {
         lab_base.slider_values lab_base.transform_controls lab_base.default_strength explorer.layer_name
         lab_base.as_field
         lab_base.check_state lab_base.class_name lab_base.about_set lab_base.join_sentences
-        lab_base.make_page session.find_layer session.is_tokenizer""",
+        lab_base.make_page session.find_layer session.is_tokenizer tokenizer.in_name""",
     'parts of the labs, which are looked at': '''explorer.explorer_page lab_base.image_tile lab_base.about_nets lab_base.read_images
         session.fingerprint session.forget_replaced session.identity session.same_net session.claim_name session.nets_by_name
         session.tokens_of session.encode_cpu session.decode_cpu''',

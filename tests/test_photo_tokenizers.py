@@ -117,7 +117,7 @@ def test_preset_photo_goes_on_from_the_bundled_weights():
 def test_the_command_says_the_cost_first_and_takes_128_px(tmp_path, capsys):
     out, pictures = tmp_path/'mine.safetensors', tmp_path/'pictures'
     pictures.mkdir()
-    for i, x in enumerate(open_data('examples').batch(range(4))['image']): to_pil(x).save(pictures/f'{i}.png')
+    for i, x in enumerate(open_data('examples').batch(range(8))['image']): to_pil(x).save(pictures/f'{i}.png')
     for size in (64, 128):
         assert main(['train-tokenizer', '--preset', 'photo', '--data', str(pictures), '--num-images', '8', '--size', str(size), '--out', str(out)]) == 0
         said = capsys.readouterr().out
