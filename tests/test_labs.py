@@ -344,4 +344,6 @@ def test_every_bundled_name_is_taken_as_one(name):
     "Also one with a tag, such as conv-f8d16.photo, which looks like a file."
     lab = Explorer(n=16, k=4, tokenizers=name, transform='hflip', strength=1.)
     assert {d['tokenizer'] for d in lab.figure().data} == {name}
-    assert ReconstructionLab(images='clothes-val', tokenizer=name).figure().data and NeighbourLab(images='clothes-val', n=16, k=4, tokenizer=name).figure().data
+    few = dict(images='clothes-val', n=16)
+    for other in (ReconstructionLab(images='clothes-val', tokenizer=name), KeepsLab(images='clothes-val', tokenizer=name),
+                  NeighbourLab(tokenizer=name, k=4, **few), LayerLab(second=name, k=4, **few), EmbeddingLab(source=name, **few)): assert other.figure().data

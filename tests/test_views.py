@@ -9,6 +9,7 @@ from vfmvae.images import published_noise, to_pil, to_uint8, transform
 from vfmvae.world import World
 from vfmvae.folders import folder
 from vfmvae.features import Bank
+from vfmvae.files import Table
 from vfmvae.robustness import AXES, layer_figure, layer_scores, robustness, robustness_figure
 from vfmvae.tokenizer import LatentFeatures, tokenizers
 from vfmvae.vfm import VFM
@@ -101,6 +102,19 @@ def test_unrelated_sources_are_undecided(tiny):
     t = se_cknna(Random(), tiny[0], World(120, seed=8), [('noise', .1)], times=40, quiet=True)
     assert not t.decided and t[0]['p'] > .02
     with pytest.raises(UserError, match='clean images alone'): robustness_figure(t.where(axis='clean'))
+
+
+@pytest.mark.parametrize('width', ['column', 4.5, 'full'])
+@pytest.mark.parametrize('names', [
+    ('a', 'b'), ('vfmvae-photo-f8d16', 'conv-photo-f8d16', 'conv-f8d16.photo'), tuple(f'vfmvae-efficientnet-f8d16 {i}' for i in range(6))])
+def test_a_legend_lies_within_its_figure(width, names):
+    "As matplotlib measures what it has drawn."
+    row = dict(reference='tiny', low=.1, high=.3, q95=.05, value=.2)
+    table = Table([dict(row, source=n, axis=a, strength=s) for n in names for a, s in (('clean', None), ('blur', 1.), ('blur', 2.))])
+    fig = robustness_figure(table, width)
+    fig.canvas.draw()
+    box = fig.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 and [t.get_text() for t in fig.legends[0].get_texts()] == [*names, 'chance']
 
 
 def test_every_axis_has_a_curve(tiny):

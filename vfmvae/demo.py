@@ -70,17 +70,18 @@ def _photographs(nets: dict[str, Tokenizer], vfm: VFM, shown: Dataset, device: A
     table = score_sources([(t, vfm) for t in nets.values()], open_data('clothes-val'), {'rotation': (30, 60, 90)},
                           n=200, times=50, quiet=True)
     return [_section('Photographs', f'Photographs, then what {names} make of them: a frozen VFM with a new decoder, '
-                     f'a convolutional autoencoder that was told to agree with that VFM, the same one left alone. All '
-                     f'saw the same 176,000 crops of other photographs; each latent has 16 x 8 x 8 numbers, 12 times '
-                     f'fewer than the image. {unfamiliar(nets[_THREE[0]], shown)}',
+                     f'a convolutional autoencoder that was told to agree with that VFM, the same one left alone. Each '
+                     f"saw {get_preset(_THREE[0], Preset).num_images:,} crops of the same other photographs; each "
+                     f'latent has 16 x 8 x 8 numbers, 12 times fewer than the image. '
+                     f'{unfamiliar(nets[_THREE[0]], shown)}',
                      _grid(x, *(reconstruct(t, x).clamp(-1, 1) for t in nets.values())),
                      f'photographs above, below them reconstructions by {names}'),
             _section('What a net sees', "The first three principal components of the VFM's last layer, then of the "
                      'three latents, as colours; within a row one colour means one thing.', _grid(x, *colours),
                      'photographs above, below them features and latents as colours'),
             _section('Turned', 'CKNNA: how far the neighbours of a picture in the latent are those that VFM photo '
-                     'finds, from which the first two learned, on 200 photographs of clothes, upright and turned. '
-                     'Bands: 95 % of resamples; grey: chance.', robustness_figure(table, 4.5),
+                     'finds, which the first is built on and the second learned from, on 200 photographs of clothes, '
+                     'upright and turned. Bands: 95 % of resamples; grey: chance.', robustness_figure(table, 4.5),
                      'alignment against degrees of rotation')]
 
 # %% ../nbs/53_demo.ipynb #dem00004
