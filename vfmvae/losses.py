@@ -156,11 +156,9 @@ def vfm_taps(vfm,                                # a `VFM`: `.features(x, layers
     return features
 
 # %% ../nbs/17_losses.ipynb #dc5fedc1
-def _vgg_file() -> Path: return Path(torch.hub.get_dir())/'checkpoints'/'vgg16-397923af.pth'
-
 def _vgg_weights(vgg: Mapping | str | Path | None) -> Mapping:
     if isinstance(vgg, Mapping): return vgg
-    path = Path(vgg) if vgg is not None else _vgg_file()
+    path = Path(torch.hub.get_dir())/'checkpoints'/'vgg16-397923af.pth' if vgg is None else Path(vgg)
     need(path.is_file(), f'no VGG16 weights at {path}; give lpips(vgg=<torchvision vgg16 file>) or use perceptual with '
                          'vfm_taps')
     return read_weights(path)[0]

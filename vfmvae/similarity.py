@@ -208,16 +208,13 @@ def procrustes(a: ArrayLike,         # (n,d) raw rows
     """Distance of centred sets of Frobenius norm 1 after the best rotation (Ding et al. 2021). 0: equal. Symmetric,
     invariant to rotation, scale, offset."""
     one_of(form, ('squared', 'angular', 'disparity'), 'form')
-    x, y = (_compact(s)/s.centred.norm() for s in _two(a, b))
+    # centred rows, turned into min(n,d) columns
+    x, y = ((s.centred if s.x.shape[1] <= s.n else s.basis[0]*s.basis[1])/s.centred.norm() for s in _two(a, b))
     P, _, Qt = torch.linalg.svd(x.T@y, full_matrices=False)
     u, v = x@P, y@Qt.T
     d2 = sum((r.square().sum() for r in (u-v, x-u@P.T, y-v@Qt)), x.new_zeros(())).item()
     if form == 'angular': return float(2*torch.arcsin(torch.tensor(min(1., d2**.5/2), dtype=x.dtype)))
     return d2 if form == 'squared' else d2*(1-d2/4)         # 1-s^2 with s = 1-d2/2
-
-def _compact(s: _Set) -> Tensor:
-    "Centred rows, turned into min(n,d) columns."
-    return s.centred if s.x.shape[1] <= s.n else s.basis[0]*s.basis[1]
 
 # %% ../nbs/26_similarity.ipynb #857b6f70
 _RSA_ROWS = 10_000
