@@ -168,3 +168,11 @@ def test_the_limit_is_what_was_measured(results):
     assert VFM('photo').spec['known']['limit'] == limit and kinds['learned classes']['over'] <= .0105
     for k in ('classes kept apart', 'clothes', 'CIFAR-10'): assert kinds[k]['median'] < limit
     for k in ('the world', 'noise', 'one colour each'): assert kinds[k]['median'] > limit
+
+
+def test_preset_photo_was_worth_it():
+    "On two sets of photographs, and the gain is more than chance."
+    kept = json.loads((data_dir()/'results'/'own_photographs.json').read_text())
+    assert {k: f['n'] for k, f in kept['sets'].items()} == {'photos256, 64 px': 160, 'clothes, 64 px': 713}
+    for name, found in kept['sets'].items():
+        assert found['gain']['low'] > 0 and found['minutes'] < 60 and found['images'] == PRESETS['photo'].num_images, name

@@ -9,6 +9,7 @@ __all__ = ['demo']
 import base64, html, time
 from dataclasses import replace
 from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -85,19 +86,26 @@ def _photographs(nets: dict[str, Tokenizer], vfm: VFM, shown: Dataset, device: A
                      'alignment against degrees of rotation')]
 
 # %% ../nbs/53_demo.ipynb #dem00004
+def _samples(nets: Sequence[Tokenizer], labels: Sequence[int], seed: int, out: Path, device: Any) -> str:
+    "A section: what a diffusion net on the latents of each makes of the same noise; the pictures are files, too."
+    drawn = {t.name: generate(f'dit-{t.name}', labels, seed, t, device=device) for t in nets}
+    names = [next(iter(drawn.values())).classes[k] for k in labels]
+    for net, d in drawn.items():
+        for i, y in enumerate(d.images):
+            write_atomic(out/'samples'/f'{net}-{i:02d}-{names[i].replace(" ", "-")}.png',
+                         partial(to_pil(y).save, format='PNG'))
+    how = '; '.join(f"{k}: guidance {d.facts['guidance']['guidance']:g}, {d.facts['steps']} steps of "
+                    f"{d.facts['sampler']}" for k, d in drawn.items())
+    return _section('From noise to class', 'A diffusion net on the latents of each tokenizer starts from the same '
+                    f'noise and a class label ({how}).', show_images([y for d in drawn.values() for y in d.images],
+                    titles=names, ncols=8, inches=1.1), f"generated images of {', '.join(names)}")
+
 def _world(net: Tokenizer, test: Dataset, seed: int, out: Path, device: Any) -> list[str]:
     "Sections on the world by its tokenizer; the samples are files in `out`, too."
     x = test.batch(range(8))['image'].to(device)
-    drawn = generate('dit-vfmvae-tiny-f8d16', len(CLASSES), seed, net, device=device)
-    names = [drawn.classes[k] for k in drawn.labels]
-    for i, (name, y) in enumerate(zip(names, drawn.images, strict=True)):
-        write_atomic(out/'samples'/f'{i:02d}-{name.replace(" ", "-")}.png', partial(to_pil(y).save, format='PNG'))
     return [_section('The procedural world', f'Drawn images; reconstructions by {net.name}, which saw nothing else.',
                      _grid(x, reconstruct(net, x).clamp(-1, 1)), 'drawn images above, reconstructions below'),
-            _section('From noise to class', f"A diffusion net, trained on {net.name}'s latents, starts from noise and "
-                     f"a class label (guidance {drawn.facts['guidance']['guidance']:g}, {drawn.facts['steps']} steps "
-                     f"of {drawn.facts['sampler']}).", show_images(drawn.images, titles=names, ncols=8, inches=1.1),
-                     'generated images of ' + ', '.join(names))]
+            _samples([net], range(len(CLASSES)), seed, out, device)]
 
 # %% ../nbs/53_demo.ipynb #dem00006
 def _learning(test: Dataset, num_images: int, seed: int, device: Any
@@ -129,7 +137,7 @@ def demo(data: Data | None = None, # one's own images: a folder, shards, a list,
     own, drawn = open_data('examples' if data is None else data, size=64), World(10_000, seed=8)
     *three, of_world = [opened(k, device=device) for k in (*_THREE, 'vfmvae-tiny-f8d16')]
     nets, vfm = dict(zip(_THREE, three, strict=True)), VFM('photo').to(device)
-    body = _photographs(nets, vfm, take(own, 8), device)
+    body = [*_photographs(nets, vfm, take(own, 8), device), _samples(three, range(0, 64, 8), seed, out, device)]
     learned, history, sections = _learning(test, num_images, seed, device)
     rows = {f'{k}, clothes': evaluate_tokenizer(t, test, 128) for k, t in (nets | learned).items()}
     if data is not None: rows |= {f'{k}, your images': evaluate_tokenizer(t, own, 128) for k, t in nets.items()}

@@ -73,14 +73,18 @@ _SMALL = DiTConfig(in_channels=16, num_classes=16, patch_size=2, hidden_size=128
                    **FAMILIES['lightningdit'])
 _SMALL_LAWS = ('logit_normal', 0), (TimeLaw(law='logit_normal', mean=.8), 12_000*64)
 _FLOW_SMALL = FlowConfig(FLOW_WEIGHTS['lightningdit'], _SMALL_LAWS, lr=1e-3, betas=(.9, .95), clip=1., ema=.999)
-def _small(tokenizer: str) -> FlowPreset:
-    return FlowPreset(tokenizer, _SMALL, _FLOW_SMALL, 24_000*64, 64, (16, 8, 8), cosine=2,
-                      sampling=Sampler(16, guidance=2.))
+def _small(tokenizer: str, num_classes: int = 16, flips: bool = False) -> FlowPreset:
+    return FlowPreset(tokenizer, replace(_SMALL, num_classes=num_classes), _FLOW_SMALL, 24_000*64, 64, (16, 8, 8),
+                      flips=flips, cosine=2, sampling=Sampler(16, guidance=2.))
 
 FLOW_PRESETS: dict[str, FlowPreset] = {
     'dit-vfmvae-tiny-f8d16': _small('vfmvae-tiny-f8d16'),     # data/results/diffusion.json
     'dit-conv-tiny-f8d16': _small('conv-tiny-f8d16'),         # data/results/diffusion.json
     'dit-conv-f8d16': _small('conv-f8d16'),                   # data/results/diffusion.json
+    # of the 64 classes of photographs that training may see: data/results/photo_diffusion.json
+    'dit-vfmvae-photo-f8d16': _small('vfmvae-photo-f8d16', 64, flips=True),
+    'dit-conv-photo-f8d16': _small('conv-photo-f8d16', 64, flips=True),
+    'dit-conv-f8d16.photo': _small('conv-f8d16.photo', 64, flips=True),
     'lightningdit-64ep': _light(64, 6., .1),                  # published gFID 2.16; 3.80 without guidance; not run here
     'lightningdit-560ep': _light(560, 4., .125),              # published gFID 1.57; not run here
     'reg-64ep': _reg(64, 2., .85),                            # published gFID 2.03; 2.42 without guidance; not run here
@@ -194,8 +198,8 @@ PRESETS: dict[str, Preset | FlowPreset] = {
     'conv-photo-f8d16': _photographs(replace(_CONV, vfm='photo', dim=192), 1e-3, 4, 1., .3),
     'conv-f8d16.photo': _photographs(_CONV, 1e-3, 4),
     'rae-photo-f8d192': _photographs(replace(_SMALL_RAE, vfm='photo', channels=192, tau=.4), 2e-3, 8),
-    # from the bundled one to one's own photographs
-    'photo': Preset(_PHOTO, (Stage('own', dict(_PIXELS, kl=1e-6, vf=.3, ssim=.2), lr=1e-3, num_images=24_000),), 8,
+    # from the bundled one to one's own photographs: data/results/own_photographs.json
+    'photo': Preset(_PHOTO, (Stage('own', dict(_PIXELS, kl=1e-6, vf=.1, ssim=.2), lr=3e-4, num_images=24_000),), 8,
                     4_000, (.9, .99), 1., True, start='vfmvae-photo-f8d16'),
     'conv-f8d4': Preset(ConvVAEConfig(), _SD, 256),       # published rFID .62; losses and length are ours, not run
     'conv-dinov2l-f16d32': Preset(_VA, _VA_STAGES, 256),  # published rFID .28, 160M images; not run here
