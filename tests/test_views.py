@@ -101,6 +101,11 @@ def test_unrelated_sources_are_undecided(tiny):
             return {0: torch.randn(len(x), 4, 8, generator=g)}
     t = se_cknna(Random(), tiny[0], World(120, seed=8), [('noise', .1)], times=40, quiet=True)
     assert not t.decided and t[0]['p'] > .02
+    at = next(i for i, r in enumerate(t) if r['axis'] != 'clean')
+    points = lambda table: sum(len(line.get_xdata()) for ax in robustness_figure(table).axes for line in ax.lines)
+    for undefined in (None, float('nan')):                   # as a file has it, and as `score_banks` gives it
+        less = Table([dict(r, value=undefined, low=undefined, high=undefined, q95=undefined) if i == at else r for i, r in enumerate(t)])
+        assert points(less) < points(t)
     with pytest.raises(UserError, match='clean images alone'): robustness_figure(t.where(axis='clean'))
 
 

@@ -48,7 +48,9 @@ def robustness_figure(table: Table,               # of `robustness` or `align.sc
         bands: dict[str, tuple[list[float], list[float]]] = {}
         floor: dict[float, float] = {}
         for a, b in named:
-            own = [r for r in table if (r['source'], r['reference']) == (a, b)]
+            # a score that is not defined, NaN or in a file null, is no point of a curve
+            own = [r for r in table if (r['source'], r['reference']) == (a, b) and
+                   r['value'] is not None and r['value'] == r['value']]
             start = TRANSFORMS[axis].identity if axis in TRANSFORMS else 0.
             at = [(start if r['axis'] == 'clean' else r['strength'], r) for r in own if r['axis'] in ('clean', axis)]
             at.sort(key=lambda p: p[0])
