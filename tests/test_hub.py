@@ -338,7 +338,9 @@ def test_load_tokenizer_opens_what_it_is_given(tmp_path):
             assert type(opened) is ConvVAE and opened.config.align == net.config.align and torch.equal(opened.encode(x).mean, net.encode(x).mean)
         assert load_tokenizer(tmp_path/name, name='n').name == 'n'
     assert 'holds a ConvVAE, no RAE' in line(load_tokenizer, tmp_path/'sd.ckpt', of=RAE)
-    assert 'no weights at' in line(load_tokenizer, tmp_path/'none') and 'this is a vision transformer' in line(load_tokenizer, VFM_FILE)
+    save_file(load_weights(VFM_FILE)[0], tmp_path/'foreign.safetensors')
+    assert 'no weights at' in line(load_tokenizer, tmp_path/'none') and 'this is a vision transformer' in line(load_tokenizer, tmp_path/'foreign.safetensors')
+    assert 'a VFM with VFM' in line(load_tokenizer, VFM_FILE)
     made(NETS[0]).save_pretrained(tmp_path/'net')
     assert 'holds a net' in line(open_tokenizer, tmp_path/'net')
 

@@ -204,7 +204,7 @@ def _saved(path: Path, vfm: VFM | Literal[False] | None, of: type) -> Any:
     need(meta.get('family') != 'dit', f'{path} holds a net, no tokenizer; open it with open_net or DiT.from_pretrained')
     need(all(isinstance(meta.get(k), kind) for k, kind in kinds.items()),
          f'{path} has no tokenizer configuration beside it ({sidecar(path).name}); published checkpoints open with '
-         'load_vfmvae')
+         'load_vfmvae, a VFM with VFM(name, path)')
     (shape, cls), config = families[meta['family']], meta['config']
     kind = cls.__name__
     need(issubclass(cls, of), f'{path} holds a {kind}, no {of.__name__}; open it with {kind}.from_pretrained or '
