@@ -106,6 +106,10 @@ def test_unrelated_sources_are_undecided(tiny):
     for undefined in (None, float('nan')):                   # as a file has it, and as `score_banks` gives it
         less = Table([dict(r, value=undefined, low=undefined, high=undefined, q95=undefined) if i == at else r for i, r in enumerate(t)])
         assert points(less) < points(t)
+    layers = layer_scores([Random(), tiny[0]], [tiny[0]], World(40, seed=8), times=20, quiet=True)
+    less = Table([dict(r, value=None, low=None, high=None, q95=None) if r['layer'] == layers[-1]['layer'] else r for r in layers])
+    assert sum(len(line.get_xdata()) for ax in layer_figure(less).axes for line in ax.lines) < sum(
+        len(line.get_xdata()) for ax in layer_figure(layers).axes for line in ax.lines)
     with pytest.raises(UserError, match='clean images alone'): robustness_figure(t.where(axis='clean'))
 
 

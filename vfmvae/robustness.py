@@ -30,6 +30,9 @@ def robustness(pairs: Sequence[tuple[SourceLike, SourceLike]], # (source, refere
     "`align.score_sources` over the strengths of several axes; for `robustness_figure`."
     return score_sources(pairs, images, axes, **kwargs)
 
+def _points(table: Table) -> Table:     # a score that is not defined, NaN or in a file null, is no point of a curve
+    return Table(r for r in table if r['value'] is not None and r['value'] == r['value'])
+
 def robustness_figure(table: Table,               # of `robustness` or `align.score_sources`
                       width: str | float = 'full', # 'column', 'full' or inches
                       cols: int = 3
@@ -48,11 +51,9 @@ def robustness_figure(table: Table,               # of `robustness` or `align.sc
         bands: dict[str, tuple[list[float], list[float]]] = {}
         floor: dict[float, float] = {}
         for a, b in named:
-            # a score that is not defined, NaN or in a file null, is no point of a curve
-            own = [r for r in table if (r['source'], r['reference']) == (a, b) and
-                   r['value'] is not None and r['value'] == r['value']]
             start = TRANSFORMS[axis].identity if axis in TRANSFORMS else 0.
-            at = [(start if r['axis'] == 'clean' else r['strength'], r) for r in own if r['axis'] in ('clean', axis)]
+            at = [(start if r['axis'] == 'clean' else r['strength'], r)
+                  for r in _points(table.where(source=a, reference=b)) if r['axis'] in ('clean', axis)]
             at.sort(key=lambda p: p[0])
             name, x = a if one_reference else f'{a} to {b}', [s for s, _ in at]
             series[name] = x, [r['value'] for _, r in at]
@@ -110,7 +111,7 @@ def layer_figure(table: Table,                        # of `layer_scores`
     references = list(dict.fromkeys(table.column('reference')))
     fig, places = panels(1, len(references), width=width if len(references) > 1 else 'column')
     for reference, ax in zip(references, places, strict=True):
-        own = table.where(reference=reference)
+        own = _points(table.where(reference=reference))
         series: dict[str, tuple[list[float], list[float]]] = {}
         bands: dict[str, tuple[list[float], list[float]]] = {}
         top: dict[float, float] = {}
@@ -121,7 +122,6 @@ def layer_figure(table: Table,                        # of `layer_scores`
             for r in rows: top[r['depth']] = max(top.get(r['depth'], 0.), r['q95'])
         for name, value in (lines or {}).items(): series[name] = [0., 1.], [value, value]
         if len(top) == 1: top[1.-next(iter(top))] = next(iter(top.values()))
-        floor = [*sorted(top)], [top[d] for d in sorted(top)]
-        curves(series, 'depth (0: first layer, 1: last)', 'CKNNA', bands=bands, floor=floor, title=f'to {reference}',
-               ax=ax)
+        curves(series, 'depth (0: first layer, 1: last)', 'CKNNA', bands=bands, title=f'to {reference}', ax=ax,
+               floor=([*sorted(top)], [top[d] for d in sorted(top)]))
     return fig
