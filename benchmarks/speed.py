@@ -357,15 +357,13 @@ def labs(a, n=256, times=5):
     from vfmvae.explorer import Explorer
     from vfmvae.labs import EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab
     from vfmvae.sampler_lab import SamplerLab
-    from vfmvae.keeps_lab import KeepsLab
     def moves(name, values, rounds=times): return [(name, v) for _ in range(rounds) for v in values]
     strengths, indices, steps = (15., 45., 90., 180., 270.), (3, 30, 7, 90, 11), (2, 4, 6, 8, 10)
     strength = dict(moves=moves('strength', strengths), burst=moves('strength', strengths, 4))
     guidance = [m for s in range(times) for m in (('seed', s+1), *moves('guidance', (1.5, 2., 3., 5., 1.), 1))]
-    two = Explorer(n=n, tokenizers=('vfmvae-tiny-f8d16', 'conv-tiny-f8d16'))
+    two = Explorer(n=n, tokenizers=('vfmvae-photo-f8d16', 'conv-photo-f8d16'))
     noisy = ReconstructionLab().set(edit='noise')
-    return {'keeps, strength': latency(KeepsLab(), **strength),
-            'explorer, strength': latency(Explorer(n=n), **strength),
+    return {'explorer, strength': latency(Explorer(n=n), **strength),
             'explorer, image': latency(Explorer(n=n), moves('image', indices)),
             'explorer, k': latency(Explorer(n=n), moves('k', (3, 5, 15, 20, 30))),
             'explorer, layer': latency(Explorer(n=n), moves('layer', (0, 1, 2, 3, -1))),

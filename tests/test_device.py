@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 import vfmvae
 from fakecuda import COPIED, CPU, CUDA, SYNC, clear, cuda
-from vfmvae import cli, demo, discriminators, extractors, labs, sampler_lab, losses, similarity, probes, colours, keeps_lab, lab_base
+from vfmvae import cli, demo, discriminators, extractors, labs, sampler_lab, losses, similarity, probes, colours, lab_base
 from vfmvae.discriminators import PatchGAN, ProjectedDiscriminator
 from vfmvae.neighbours import knn_graph
 from vfmvae.align import (cka, cknna, cknna_null, cknna_pairs, cknna_parts, cknna_score, score_banks, score_sources,
@@ -24,7 +24,7 @@ from vfmvae.dit import DiT, DiTConfig, FAMILIES, NetFeatures
 from vfmvae.extractors import bundled_extractor, VFMExtractor
 from vfmvae.statistics import compute_statistics, read_samples, write_samples
 from vfmvae.evaluate import gfid, rfid, validate
-from vfmvae.explorer import Explorer, neighbour_overlap
+from vfmvae.explorer import DecibelSource, Explorer, neighbour_overlap
 from vfmvae.features import banks, extract, pool
 from vfmvae.flow import FLOW_WEIGHTS
 from vfmvae.samplers import guide, methods, pack_state, sample, Sampler, unpack_state
@@ -145,7 +145,8 @@ def inception(device):
 
 
 SOURCES = {'VFM': lambda d: VFM('tiny').to(d), 'ResizePadVFM': lambda d: ResizePadVFM(VFM('tiny').to(d), .9),
-           'LatentFeatures': lambda d: LatentFeatures(tok(d), sample_seed=1), 'NetFeatures': lambda d: NetFeatures(dit('lightningdit', d), tok(d))}
+           'LatentFeatures': lambda d: LatentFeatures(tok(d), sample_seed=1), 'NetFeatures': lambda d: NetFeatures(dit('lightningdit', d), tok(d)),
+           'DecibelSource': lambda d: DecibelSource(tok(d))}
 EXTRACTORS = {'WorldExtractor': lambda d: bundled_extractor().to(d), 'Inception': inception, 'VFMExtractor': lambda d: VFMExtractor(VFM('tiny').to(d), 32)}
 JUDGES = {'ProjectedDiscriminator': lambda d: ProjectedDiscriminator(VFM('tiny')).to(d), 'PatchGAN': lambda d: PatchGAN(8).to(d)}
 WHOLE = {*SOURCES, *EXTRACTORS, *JUDGES, 'DiT', 'VFMVAE', 'ConvVAE', 'RAE', 'DiffusersVAE'}
@@ -411,7 +412,6 @@ CALLS = {
     'colours.pca_colours': lambda d: colours.pca_colours(normal(2, 5, 4, 4).to(d)),
     'labs.edit_latent': lambda d: [labs.edit_latent(normal(1, 4, 4, 4).to(d), normal(1, 4, 4, 4, seed=1).to(d), e, .5) for e in labs.EDITS],
     'colours.principal_axes': lambda d: colours.principal_axes(normal(9, 5).to(d)),
-    'keeps_lab.enlarge_to': lambda d: keeps_lab.enlarge_to(normal(2, 3, 20, 20).to(d), 48),
     'explorer.neighbour_overlap': lambda d: neighbour_overlap(rows(CPU), rows(d, 1)[:2], 5),
     'similarity.compare': compared,
     **{f'similarity.{n}': measure(n) for n in similarity.__all__ if n not in ('METRICS', 'Measure', 'compare')}}
@@ -419,7 +419,7 @@ STAYS = {'samplers.sample', 'samplers.guide', 'samplers.pack_state', 'samplers.u
          'features.pool', 'views.apply_view', 'neighbours.prepare', 'neighbours.knn_graph', 'metrics.psnr', 'metrics.ssim',
          'metrics.ssim_signed', 'metrics.moments',
          'recipes.default_perceptual_loss', 'flow_task.vfm_targets', 'tokenizer.reconstruct', 'tokenizer.fit_stats', 'labs.edit_latent',
-         'colours.principal_axes', 'keeps_lab.enlarge_to', *(f'similarity.{n}' for n in MAPS),
+         'colours.principal_axes', *(f'similarity.{n}' for n in MAPS),
          *(k for k in CALLS if k.startswith(('losses.', 'discriminators.')))}
 REASONS = {
     'runs as a command, below': '''generation.train_flow recipes.train_tokenizer recipes.estimate recipes.accelerator_on recipes.build_training
@@ -431,7 +431,7 @@ REASONS = {
         samplers.in_eval_mode samplers.methods presets.cost_text presets.flow_cost presets.forward_gflop
         lab_base.slider_values lab_base.transform_controls lab_base.default_strength explorer.layer_name
         lab_base.as_field
-        lab_base.check_state lab_base.class_name lab_base.about_set lab_base.join_sentences
+        lab_base.check_state lab_base.grouped explorer.explorer_facts lab_base.class_name lab_base.about_set lab_base.join_sentences
         lab_base.make_page session.find_layer session.is_tokenizer tokenizer.in_name""",
     'parts of the labs, which are looked at': '''explorer.explorer_page lab_base.image_tile lab_base.about_nets lab_base.read_images
         session.fingerprint session.forget_replaced session.identity session.same_net session.claim_name session.nets_by_name
@@ -450,7 +450,7 @@ REASONS = {
 ASIDE = {name: why for why, names in REASONS.items() for name in names.split()}
 LOOKED = ('features', 'views', 'align', 'robustness', 'similarity', 'probes', 'metrics', 'neighbours', 'extractors', 'statistics', 'evaluate',
           'samplers', 'generation', 'recipes', 'presets', 'latents', 'layouts', 'flow_task', 'protocols', 'tokenizer', 'losses', 'discriminators',
-          'colours', 'lab_base', 'keeps_lab', 'session', 'sampler_lab', 'labs', 'explorer')
+          'colours', 'pages', 'lab_base', 'session', 'sampler_lab', 'labs', 'explorer')
 
 
 def fixed(make, *args):
@@ -581,15 +581,15 @@ def test_a_device_that_is_not_there_is_one_line_before_any_work(name, capsys, mo
 
 # labs ------------------------------------------------------------------------------------------------------------------------------------------------------
 
-LABS = {'KeepsLab': lambda d: (keeps_lab.KeepsLab(device=d), [dict(tokenizer='conv-tiny-f8d16'), dict(strength=45.)]),
-        'Explorer': lambda d: (Explorer(images='world', tokenizers=TINY, vfm='tiny', n=12, k=3, device=d, transform='hflip'),
+LABS = {'Explorer': lambda d: (Explorer(images='world', tokenizers=TINY, vfm='tiny', n=12, k=3, device=d, transform='hflip'),
                               [dict(tokenizers=(TINY, 'conv-tiny-f8d16'), image=2), dict(layer=0, metric='cka')]),
-        'ReconstructionLab': lambda d: (labs.ReconstructionLab(device=d),
+        'ReconstructionLab': lambda d: (labs.ReconstructionLab(images='world', tokenizer=TINY, device=d),
                                         [dict(edit='noise'), dict(tokenizer='rae-tiny-f8d128', edit='swap')]),
-        'NeighbourLab': lambda d: (labs.NeighbourLab(n=12, k=3, device=d), [dict(image=4)]),
-        'LayerLab': lambda d: (labs.LayerLab(n=12, k=3, device=d), [dict(second=NET, column=1)]),
-        'EmbeddingLab': lambda d: (labs.EmbeddingLab(n=12, device=d), [dict(colour='transform'), dict(source=TINY, colour='cluster')]),
-        'SamplerLab': lambda d: (sampler_lab.SamplerLab(steps=3, device=d), [dict(guidance=2., step=2), dict(method='euler', step=1)])}
+        'NeighbourLab': lambda d: (labs.NeighbourLab(images='world', first='tiny', second=TINY, n=12, k=3, device=d), [dict(image=4)]),
+        'LayerLab': lambda d: (labs.LayerLab(images='world', first='tiny', second=TINY, n=12, k=3, device=d), [dict(second=NET, column=1)]),
+        'EmbeddingLab': lambda d: (labs.EmbeddingLab(images='world', source='tiny', second=TINY, n=14, device=d),
+                                   [dict(colour='transform'), dict(source=TINY, colour='cluster'), dict(chosen=range(13))]),
+        'SamplerLab': lambda d: (sampler_lab.SamplerLab(steps=3, net=NET, device=d), [dict(guidance=2., step=2), dict(method='euler', step=1)])}
 
 
 def test_every_lab_is_looked_at():

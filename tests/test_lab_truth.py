@@ -24,7 +24,6 @@ from vfmvae.vfm import VFM
 from vfmvae.tokenizer import LatentFeatures
 from vfmvae.views import as_source
 from vfmvae.lab_base import lab_images
-from vfmvae.keeps_lab import KeepsLab, KeepsState
 
 NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16', 'conv-f8d16')
 pytestmark = pytest.mark.skipif(not all((data_dir()/'weights'/f'{n}.safetensors').is_file() for n in NAMES), reason='the bundled weights are not there')
@@ -62,10 +61,13 @@ def pictures(root, n=14, classes=(''), seed=5):
 
 def rows(lab): return lab.figure().data
 def adds(lab): return [r['adds'] for r in rows(lab)]
-def tiles(lab): return [t.pixels for t in lab.page().sections[0].tiles]
+def tiles(lab): return [t.pixels for s in lab.page().sections for t in s.tiles]
 
 
-CONV = dict(tokenizer='conv-f8d16')
+LATENTS = 'vfmvae-tiny-f8d16'      # that the nets here stand for
+
+
+CONV = dict(second='conv-f8d16')      # of a neighbour lab
 
 
 # one name, one net ------------------------------------------------------------------------------------------------------------------------------
@@ -125,16 +127,16 @@ def test_a_net_that_is_trained_on_under_an_open_lab_is_looked_at_anew(conv):
     def fresh():
         twin = copy.deepcopy(mine)
         return rows(Explorer(lab.state, n=16, own=[twin]))
-    assert rows(lab) == fresh() != first and rows(lab)[0]['value'] != first[0]['value']
+    assert rows(lab) == fresh() != first and rows(lab)[0]['agrees_with_vfm'] != first[0]['agrees_with_vfm']
     mine.decoder.conv_out = nn.Conv2d(mine.decoder.conv_out.in_channels, 3, 3, padding=1)      # a part that is another
     mine.encoder.conv_in = copy.deepcopy(conv.encoder.conv_in)
-    assert rows(lab) == fresh() and rows(lab)[0]['value'] == first[0]['value']
+    assert rows(lab) == fresh() and rows(lab)[0]['agrees_with_vfm'] == first[0]['agrees_with_vfm']
 
 
 def test_a_tokenizer_file_that_is_rewritten_under_an_open_lab_is_opened_anew(conv, tmp_path):
     path = save_tokenizer(tmp_path/'mine.safetensors', conv)
     labs = [Explorer(n=16, k=4, tokenizers=str(path), transform='hflip', strength=1.), ReconstructionLab(tokenizer=str(path)),
-            NeighbourLab(n=16, k=4, tokenizer=str(path))]
+            NeighbourLab(n=16, k=4, second=str(path))]
     first = [rows(lab) for lab in labs]
     save_tokenizer(path, changed(conv))
     os.utime(path, ns=(0, 0))
@@ -150,7 +152,7 @@ def test_two_files_of_one_inner_name_stand_side_by_side(conv, tmp_path):
     for p in paths:
         keep = ('tokenizer', 'strength', 'value', 'psnr')
         assert [[r.get(k) for k in keep] for r in both if r['tokenizer'] == p] == [[r.get(k) for k in keep] for r in rows(Explorer(tokenizers=p, **how))]
-    assert len({r['value'] for r in both if r['strength'] == 0}) == 2
+    assert len({r['agrees_with_vfm'] for r in both if r['strength'] == 0}) == 2
 
 
 def invert(path, times=False):
@@ -205,16 +207,7 @@ def test_the_widget_reads_an_edited_picture_at_the_next_move(tmp_path):
     (tmp_path/'05.png').write_bytes(b'no picture any more')
     lab.controls['image'].value = 6
     lab.settle()
-    assert '05.png' in lab.readout.value and 'Traceback' not in lab.readout.value
-
-
-def test_the_others_of_a_kept_image_follow_their_files(tmp_path):
-    lab = KeepsLab(images=str(pictures(tmp_path)))
-    before = rows(lab)[0]
-    for i in range(1, 14): invert(tmp_path/f'{i:02d}.png')
-    after = rows(lab)[0]
-    assert after == rows(KeepsLab(images=str(tmp_path)))[0] and after['cosine latent of others'] != before['cosine latent of others']
-    assert after['psnr'] == before['psnr']
+    assert '05.png' in lab.status.value and 'Traceback' not in lab.status.value
 
 
 def test_two_folders_of_one_name_are_two_sets(tmp_path, monkeypatch):
@@ -250,7 +243,7 @@ def test_n_of_a_sorted_folder_has_all_classes_and_says_so(tmp_path):
                 EmbeddingLab(images=str(tmp_path), n=20)):
         assert '20 of 40' in lab.text() and {r['taken'] for r in rows(lab)} == {shelf.taken}, lab
     assert {r['key'] for r in rows(NeighbourLab(images=str(tmp_path), n=20, k=3, **CONV))} == {*shelf.names}
-    assert 'all 40' in NeighbourLab(images=str(tmp_path), n=99, k=3).text() and 'the first 16 of 10000' in NeighbourLab(n=16, k=3).text()
+    assert 'all 40' in NeighbourLab(images=str(tmp_path), n=99, k=3).text() and 'the first 16 of 10000' in NeighbourLab(images='world', n=16, k=3).text()
 
 
 def test_an_image_is_not_its_own_neighbour_wherever_it_stands(tmp_path):
@@ -275,8 +268,8 @@ def test_whatever_stands_for_a_set_gives_the_same_numbers(tmp_path):
     pictures(tmp_path/'one'/'class')
     sets = [str(tmp_path/'one'), files, [*map(str, files)], ims, [(im, 0) for im in ims], tensors, ImageFolder(tmp_path/'one'), [np.asarray(i) for i in ims]]
     assert len({ReferenceImages(lab_images(s)).digest for s in sets}) == 1
-    for Which, how in ((NeighbourLab, dict(n=14, k=3)), (KeepsLab, dict(image=3)), (ReconstructionLab, dict(image=3, other=4))):
-        a, b = (rows(Which(images=s, **how, **CONV)) for s in (sets[0], ims))
+    for Which, how in ((NeighbourLab, dict(n=14, k=3, **CONV)), (ReconstructionLab, dict(image=3, other=4, tokenizer='conv-f8d16'))):
+        a, b = (rows(Which(images=s, **how)) for s in (sets[0], ims))
         assert [{k: v for k, v in r.items() if k != 'key'} for r in a] == [{k: v for k, v in r.items() if k != 'key'} for r in b]
     lab = Explorer(images=ims, n=14, k=3, tokenizers='conv-f8d16', transform='hflip', strength=1.)
     assert lab.state.images == 'list' and lab.set(images=tensors).state.images == 'Tensor' and lab.set(images='list').state.images == 'list'
@@ -292,7 +285,7 @@ class Bad:
 
 @pytest.mark.parametrize('image, words', [(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'integers'), (torch.full((1, 3, 64, 64), float('nan')), 'NaN'),
                                           (torch.full((1, 3, 64, 64), 200.), 'reach'), (torch.zeros(1, 1, 64, 64), 'are .b,3,H,W.')])
-@pytest.mark.parametrize('Which', [Explorer, KeepsLab, ReconstructionLab, NeighbourLab, LayerLab, EmbeddingLab])
+@pytest.mark.parametrize('Which', [Explorer, ReconstructionLab, NeighbourLab, LayerLab, EmbeddingLab])
 def test_pictures_without_meaning_are_told_in_one_line(Which, image, words):
     lab = Which(images=Bad(image))
     with pytest.raises(UserError, match=words) as e: lab.text()
@@ -300,7 +293,7 @@ def test_pictures_without_meaning_are_told_in_one_line(Which, image, words):
 
 
 @pytest.mark.parametrize('bad', [[], 3, object(), dict(a=1), ['nowhere.png'], [3]])
-@pytest.mark.parametrize('Which', [Explorer, KeepsLab, ReconstructionLab, NeighbourLab])
+@pytest.mark.parametrize('Which', [Explorer, ReconstructionLab, NeighbourLab])
 def test_what_is_no_set_is_told_in_one_line(Which, bad):
     with pytest.raises(UserError, match=ONE_LINE): Which(images=bad).text()
 
@@ -331,9 +324,8 @@ def test_a_set_that_its_net_does_not_know_is_said_to_be_so(monkeypatch, tmp_path
     monkeypatch.setattr('vfmvae.lab_base.unfamiliar', says)
     root = str(pictures(tmp_path))
     labs = [Explorer(images=root, n=14, k=3, tokenizers=('conv-f8d16', 'vfmvae-tiny-f8d16'), transform='hflip', strength=1.),
-            ReconstructionLab(images=root, tokenizer='conv-f8d16'), NeighbourLab(images=root, n=14, k=3, tokenizer='conv-f8d16'),
-            LayerLab(images=root, n=14, k=3, second='conv-f8d16'), EmbeddingLab(images=root, n=14, source='conv-f8d16'),
-            KeepsLab(images=root, tokenizer='conv-f8d16')]
+            ReconstructionLab(images=root, tokenizer='conv-f8d16'), NeighbourLab(images=root, n=14, k=3, second='conv-f8d16'),
+            LayerLab(images=root, n=14, k=3, second='conv-f8d16'), EmbeddingLab(images=root, n=14, source='conv-f8d16')]
     for lab in labs:
         assert lab.text().count('never saw such images.') == 1 and all('never saw' in r['note'] for r in rows(lab)), lab
     assert {s[0] for _, s in asked} == {14}
@@ -360,12 +352,10 @@ def test_copies_and_what_is_left_out_are_said(tmp_path):
 
 @pytest.mark.parametrize('name, strength', [('blur', 30.), ('scale', .007)])
 def test_whether_a_transform_fits_depends_on_the_size_of_the_images(name, strength):
-    for State in (ExplorerState, KeepsState, EmbeddingState): State(transform=name, strength=strength)
+    for State in (ExplorerState, EmbeddingState): State(transform=name, strength=strength)
     large = World(20, seed=8, size=128)
-    kept = KeepsLab(images=large, transform=name, strength=strength)
-    assert kept.state.strength == strength and tiles(kept)[0].shape == (3, 128, 128)
-    Explorer(images=large, n=14, k=3, transform=name, strength=strength)
-    small = [Explorer(n=14, k=3), KeepsLab(), EmbeddingLab(n=14, colour='transform')]
+    assert Explorer(images=large, n=14, k=3, transform=name, strength=strength).state.strength == strength
+    small = [Explorer(n=14, k=3), EmbeddingLab(n=14, colour='transform')]
     for lab in small:
         before = lab.state
         with pytest.raises(UserError, match=ONE_LINE): lab.set(transform=name, strength=strength)
@@ -375,14 +365,14 @@ def test_whether_a_transform_fits_depends_on_the_size_of_the_images(name, streng
 @pytest.mark.parametrize('bad', [dict(transform='blur', strength=101), dict(transform='hflip', strength=.5), dict(transform='nose'), dict(seed=2**31),
                                  dict(strength=np.float32('inf')), dict(image=np.array([1, 2])), dict(transform=np.array(['a', 'b']))])
 def test_a_state_that_no_image_could_show_is_refused(bad):
-    for State in (ExplorerState, KeepsState, EmbeddingState):
+    for State in (ExplorerState, EmbeddingState):
         with pytest.raises(UserError, match=ONE_LINE): State(**bad)
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():
-    a, b = KeepsState(image=np.int64(3), strength=np.float32(45), seed=torch.tensor(2)), KeepsState(3, 'rotation', 45., seed=2)
+    a, b = EmbeddingState(image=np.int64(3), strength=np.float32(45), seed=torch.tensor(2)), EmbeddingState(image=3, strength=45., seed=2)
     assert a == b and hash(a) == hash(b) and type(a.image) is int and type(a.strength) is float
-    lab = SamplerLab(dit(), steps=np.int64(4), step=np.int64(2))
+    lab = SamplerLab(dit(), LATENTS, steps=np.int64(4), step=np.int64(2))
     assert lab.set(steps=np.int64(8)).state.step == 4
 
 
@@ -414,47 +404,47 @@ def test_figures_drawn_by_many_threads_leave_the_users_settings_alone():
 
 def test_a_way_that_two_threads_ask_for_is_one(monkeypatch):
     from vfmvae import sampler_lab
-    made, real, lab = [], sampler_lab.Trajectory, SamplerLab(dit(), steps=4)
+    made, real, lab = [], sampler_lab.Trajectory, SamplerLab(dit(), LATENTS, steps=4)
     def slow(*how):
         time.sleep(.05)
         made.append(real(*how))
         return made[-1]
     monkeypatch.setattr(sampler_lab, 'Trajectory', slow)
-    gate = threading.Barrier(3)
+    gate, (stage,) = threading.Barrier(3), lab.stages(lab.state)
     def ask(_):
         gate.wait(10)
-        return lab.trajectory(lab.state)
+        return lab.trajectory(lab.state, stage)
     with ThreadPoolExecutor(3) as pool: found = [*pool.map(ask, range(3))]
     assert len(made) == 1 and all(f is made[0] for f in found)
-    for seed in range(40): lab.trajectory(SamplerState(stage='net', steps=4, seed=seed))
+    for seed in range(40): lab.trajectory(SamplerState(net='net', steps=4, seed=seed), stage)
     assert len(lab.trajectories) <= 33
 
 
 def test_a_way_of_a_net_that_failed_or_was_trained_on_starts_anew():
     net = dit()
-    lab = SamplerLab(net, steps=3, step=3)
+    lab = SamplerLab(net, LATENTS, steps=3, step=3)
     end = tiles(lab)[2]
     hook = net.register_forward_pre_hook(lambda *_: 1/0)
     lab.set(seed=1)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError): lab.page()
     hook.remove()
-    assert torch.equal(tiles(lab)[2], tiles(SamplerLab(net, state=lab.state))[2])
+    assert torch.equal(tiles(lab)[2], tiles(SamplerLab(net, LATENTS, state=lab.state))[2])
     with torch.no_grad(): net.final_layer.linear.weight.mul_(2)
     lab.set(seed=0)
-    assert torch.equal(tiles(lab)[2], tiles(SamplerLab(net, state=lab.state))[2]) and not torch.equal(tiles(lab)[2], end)
+    assert torch.equal(tiles(lab)[2], tiles(SamplerLab(net, LATENTS, state=lab.state))[2]) and not torch.equal(tiles(lab)[2], end)
 
 
 @pytest.mark.parametrize('guidance', [-1., 1e5, 1e300, float('nan')])
 def test_a_guidance_that_leaves_all_numbers_is_told(guidance):
-    with pytest.raises(UserError, match=r'^guidance[^\n]+$'): SamplerLab(dit(), steps=3, step=3, guidance=guidance)
+    with pytest.raises(UserError, match=r'^guidance[^\n]+$'): SamplerLab(dit(), LATENTS, steps=3, step=3, guidance=guidance)
 
 
 def test_nets_may_be_names_and_files(tmp_path):
     path = str(save_tokenizer(tmp_path/'mine.safetensors', tokenizers['conv-f8d16']))
     assert list(Explorer(own=['tiny', 'conv-f8d16', path]).session.own) == ['tiny', 'conv-f8d16', path]
-    a, b = (rows(NeighbourLab(n=16, k=4, own=own, tokenizer=t)) for own, t in (([path], path), ((), path)))
-    assert a == b and [r['adds'] for r in a] == [r['adds'] for r in rows(NeighbourLab(n=16, k=4, tokenizer='conv-f8d16'))]
+    a, b = (rows(NeighbourLab(n=16, k=4, own=own, second=t)) for own, t in (([path], path), ((), path)))
+    assert a == b and [r['adds'] for r in a] == [r['adds'] for r in rows(NeighbourLab(n=16, k=4, second='conv-f8d16'))]
     name = 'dit-vfmvae-tiny-f8d16'
     assert torch.equal(tiles(SamplerLab(name, step=2, steps=3))[2], tiles(SamplerLab(dict(a=open_net(name)), step=2, steps=3))[2])
     with pytest.raises(UserError, match=ONE_LINE): SamplerLab('no-such-net')

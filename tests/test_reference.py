@@ -51,10 +51,10 @@ def test_rows_of_a_smoke_size_have_the_keys_of_the_committed_ones():
 
 
 def test_a_burst_of_moves_is_not_computed_move_by_move():
-    from vfmvae.keeps_lab import KeepsLab
-    lab = KeepsLab()
-    got = speed.latency(lab, [('strength', 45.), ('strength', 180.)], [('strength', s) for s in (15., 45., 90., 180.)*5])
-    assert got['events'] == 2 and 1 <= got['burst_computations'] <= 12 and lab.state.strength == 180.
+    from vfmvae.labs import ReconstructionLab
+    lab = ReconstructionLab(edit='noise')
+    got = speed.latency(lab, [('amount', .1), ('amount', .75)], [('amount', s) for s in (.1, .25, .5, .75)*5])
+    assert got['events'] == 2 and 1 <= got['burst_computations'] <= 12 and lab.state.amount == .75
 
 
 @pytest.mark.parametrize('words, said', [(['decode'], "no part 'decode'"), (['--device', 'cuda:9'], "no device 'cuda:9'"), (['--rounds', '0'], 'rounds')])
