@@ -456,3 +456,11 @@ def test_whatever_goes_wrong_is_said_and_the_lab_lives_on(monkeypatch):
     monkeypatch.setattr(lab, 'compute', compute)
     lab.controls['image'].value = 3
     assert 'Image 3' in lab.readout.value and lab.picture.value != before and not lab.status.value
+
+
+@weights
+@pytest.mark.parametrize('name', LABS)
+def test_what_a_screen_shows_can_be_printed(name, tmp_path):
+    Which, how = LABS[name]
+    made = Which(**how).save(tmp_path/'fig')
+    assert [p.suffix for p in made] == ['.pdf', '.png', '.csv'] and Image.open(made[1]).width == 6.75*200

@@ -238,7 +238,8 @@ def _lay(s: Section, x: float, y: float, width: float, page: Any = None) -> floa
     if s.chart and page:
         ax = _add_chart(page.figure, s.chart, x, y, width)
         for p in s.chart.spots:
-            if p.colour: ax.plot([p.x], [p.y], 'o', ms=9, mfc='none', mec=p.colour, mew=1.6, zorder=9, clip_on=False)
+            ring = p.colour.replace('currentColor', 'black')       # of a screen's text
+            if ring: ax.plot([p.x], [p.y], 'o', ms=9, mfc='none', mec=ring, mew=1.6, zorder=9, clip_on=False)
     return y-start+(s.chart.height if s.chart else .04)
 
 # %% ../nbs/45_pages.ipynb #4a972cbe
