@@ -4,10 +4,11 @@
 
 Nothing is executed and no server is asked; mkdocs, mkdocs-jupyter and mkdocstrings make the pages.
 """
-import argparse, ast, logging, os, re, shutil, tempfile
+import argparse, logging, os, re, shutil, tempfile
 from pathlib import Path
 
 import nbformat
+from hooks import escaped, linked, modules, public, to_name
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
@@ -21,46 +22,57 @@ PAGES = {'](../data/': '](data/', '](../CONTRIBUTING.md': '](CONTRIBUTING.html',
          '](../../docs/glossary.md': '](../glossary.html', '.ipynb)': '.html)'}
 
 
-def to_pages(text):
-    "Links of a notebook as links of its page."
+def to_pages(text, known, up):
+    "Links of a notebook as links of its page; names of the modules `known` lead to the reference."
     for a, b in PAGES.items(): text = text.replace(a, b)
-    return text
+    return linked(text, lambda m, n: m in known and f"({up}reference/{m}.html{f'#vfmvae.{m}.{n}' if n else ''})")
 
 
-def page_of(notebook):
-    "The notebook without hidden cells and directives; its title."
+def page_of(notebook, known=()):
+    "The notebook without hidden cells and directives; its title; the module that it exports, or nothing."
     nb = nbformat.read(notebook, 4)
+    module = next((m[1] for c in nb.cells if (m := re.match(r'#\|\s*default_exp (\w+)', c.source)) and m[1] in known), '')
     nb.cells = [c for c in nb.cells if not (c.cell_type == 'code' and re.match(r'#\|\s*(hide|default_exp)', c.source))]
+    up = '../'*(notebook.parent != ROOT/'nbs')
     for c in nb.cells:
         if c.cell_type == 'code': c.source = re.sub(r'(?m)^#\|\s*export\w*\n?', '', c.source)
-        else: c.source = to_pages(c.source)
+        else: c.source = to_pages(c.source, known, up)
         for out in c.get('outputs', ()):
-            if 'text/markdown' in out.get('data', {}): out.data['text/markdown'] = to_pages(out.data['text/markdown'])
+            if 'text/markdown' in out.get('data', {}): out.data['text/markdown'] = to_pages(out.data['text/markdown'], known, up)
     nb.metadata.pop('widgets', None)
     title = re.match(r'# (.+)', nb.cells[0].source if nb.cells else '')
     if not title: raise SystemExit(f'{notebook} does not begin with a heading; its first cell says "# Title"')
-    return nb, title[1].strip()
+    if module: nb.cells[0].source += f'\n\nReference: [`vfmvae.{module}`](reference/{module}.html)'
+    return nb, title[1].strip(), module
 
 
-def public(module):
-    "The functions, classes and constants of a module's `__all__`."
-    tree = ast.parse(module.read_text(encoding='utf-8'))
-    made = {getattr(n, 'name', None) or ast.unparse(getattr(n, 'target', None) or n.targets[0]): n for n in tree.body
-            if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign)}
-    return [n for n in ast.literal_eval(made['__all__'].value) if n in made] if '__all__' in made else []
+def all_names(known):
+    "The page of all public names of some modules, by letter. The search leaves it out, for it has the names' own places."
+    names = sorted(((n, m, said) for m in known for n, said in public(m).items()), key=lambda x: (x[0].lower(), x))
+    letters = {n[0].upper(): [] for n, *_ in names}
+    for n, m, said in names:
+        what = f': {linked(escaped(said), to_name, m, [n])}' if said else ''
+        letters[n[0].upper()].append(f'- [`{n}`][vfmvae.{m}.{n}] of [{m}]({m}.md){what}')
+    head = ['---', 'search: {exclude: true}', '---', '# All names', '',
+            'Functions, classes and constants of the library. The search box at the top finds them, too.', '',
+            ' '.join(f'[{a}](#{a.lower()})' for a in letters), '']
+    return '\n'.join([*head, *(line for a, rows in letters.items() for line in (f'## {a}', '', *rows, ''))])
 
 
 def write_sources(src, only=()):
     "Pages below the folder `src`; the navigation."
     nav = {title: [] for title in FOLDERS.values()}
     groups = {title: [] for title in GROUPS.values()}
+    told = {}       # module: the link to its notebook
+    known = [m for m in modules() if not only or m in only]
     for folder, title in FOLDERS.items():
         for file in sorted((ROOT/'nbs'/folder).glob('*.ipynb')):
             if only and file.stem not in only: continue
-            nb, name = page_of(file)
+            nb, name, module = page_of(file, known)
             to = src/folder/file.name
             to.parent.mkdir(exist_ok=True)
             nbformat.write(nb, to)
+            if module: told[module] = f'The notebook behind it: [{name}](../{file.name})\n\n'
             entry, number = {name: to.relative_to(src).as_posix()}, re.match(r'\d+', file.name)
             if file.stem == 'index': nav['Home'] = entry[name]
             elif folder == '.': groups[[t for n, t in GROUPS.items() if n <= int(number[0])][-1]].append(entry)
@@ -68,14 +80,10 @@ def write_sources(src, only=()):
     if not only:
         for f in ('docs/glossary.md', 'CONTRIBUTING.md'): shutil.copy(ROOT/f, src)
     nav['Library'] = [{k: v} for k, v in groups.items() if v]
-    modules = [m for m in sorted((ROOT/'vfmvae').glob('*.py')) if not m.stem.startswith('_') and (not only or m.stem in only)]
-    names = sorted(((n, m.stem) for m in modules for n in public(m)), key=lambda x: (x[0].lower(), x))
     (src/'reference').mkdir()
-    for m in modules:
-        (src/'reference'/f'{m.stem}.md').write_text(f'# vfmvae.{m.stem}\n\n::: vfmvae.{m.stem}\n', encoding='utf-8')
-    entries = [f'- [`{n}`][vfmvae.{m}.{n}] of [`vfmvae.{m}`]({m}.md)' for n, m in names]
-    (src/'reference'/'index.md').write_text('\n'.join(['# All names', '', *entries, '']), encoding='utf-8')
-    nav['Reference'] = ['reference/index.md', *({f'vfmvae.{m.stem}': f'reference/{m.stem}.md'} for m in modules)]
+    for m in known: (src/'reference'/f'{m}.md').write_text(f'# vfmvae.{m}\n\n{told.get(m, "")}::: vfmvae.{m}\n', encoding='utf-8')
+    (src/'reference'/'index.md').write_text(all_names(known), encoding='utf-8')
+    nav['Reference'] = ['reference/index.md', *({f'vfmvae.{m}': f'reference/{m}.md'} for m in known)]
     for f in ('iframe-worker.js', 'pages.css'): shutil.copy(ROOT/'docs'/f, src)
     shutil.copytree(ROOT/'data'/'screenshots', src/'data'/'screenshots')
     if not only: nav |= {'Glossary': 'glossary.md', 'Add something': 'CONTRIBUTING.md'}
