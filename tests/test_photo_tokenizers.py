@@ -134,6 +134,13 @@ def test_the_command_says_the_cost_first_and_takes_128_px(tmp_path, capsys):
         assert said.index('together') < said.index('written') and 'images/s' in said
         assert open_tokenizer(out).config == replace(open_tokenizer('vfmvae-photo-f8d16').config, img_size=size)
 
+def test_too_few_images_are_said_before_the_cost(tmp_path, capsys):
+    to_pil(open_data('examples')[0]['image']).save(tmp_path/'one.png')
+    for words, batch in (([], 8), (['--batch-size', '4', '--accumulate', '2'], 2)):
+        assert main(['train-tokenizer', '--preset', 'photo', '--data', str(tmp_path), '--out', str(tmp_path/'mine.safetensors'), *words]) == 2
+        said = capsys.readouterr()
+        assert said.out == '' and f'a batch of {batch} is larger than the set (1 images)' in said.err and said.err.count('\n') == 1
+
 # ---- what lies outside of photographs
 
 def drawn(kind: str):

@@ -1,5 +1,5 @@
 """Recipes and the command line: the main job, and one clear line for every mistake a user can make."""
-import json
+import json, re
 import numpy as np
 import pytest, torch
 from PIL import Image
@@ -67,6 +67,15 @@ def test_demo_leaves_one_page(tmp_path, pictures, capsys):
     assert trained > untrained and all(results['rows'][f'{n}, clothes']['psnr'] > trained for n in three)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['index.html', 'results.json', 'samples']
     assert len(list((tmp_path/'samples').glob('*.png'))) == 3*8+16
+
+
+def test_demo_says_once_that_images_are_unfamiliar(tmp_path, capsys):
+    for i, x in enumerate(World(8, seed=12).batch(range(8))['image']): to_pil(x).save(tmp_path/f'{i}.png')
+    assert main(['demo', '--data', str(tmp_path), '--out', str(tmp_path/'page'), '--num-images', '8']) == 0
+    page, said = (tmp_path/'page'/'index.html').read_text(), capsys.readouterr().err
+    assert said.count('these pictures lie outside it') == page.count('these pictures lie outside it') == 1, said
+    titles = re.findall('<h2>(.*?)</h2>', page)
+    assert len({*titles}) == len(titles) == 8 and 'From noise to photographs' in titles
 
 
 def test_train_resume_and_use_from_the_command_line(tmp_path, pictures, capsys):
