@@ -554,7 +554,7 @@ def test_every_command_that_computes_takes_a_device():
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_a_command_computes_where_it_is_told(name, capsys, monkeypatch):
-    monkeypatch.setattr(demo, 'evaluate_tokenizer', lambda net, data, n: evaluate_tokenizer(net, data, 2))      # of 128 images, and 25 steps
+    monkeypatch.setattr(demo, 'evaluate_tokenizer', lambda net, data, n, **how: evaluate_tokenizer(net, data, 2, **how))      # of 128 images, and 25 steps
     monkeypatch.setattr(demo, 'generate', partial(generate, steps=1))
     monkeypatch.setattr(demo, 'CLASSES', demo.CLASSES[:2])
     monkeypatch.setattr(demo, 'score_sources', lambda sources, data, changes, **how: score_sources(sources, data, changes, **how | dict(n=16, times=20)))

@@ -1,5 +1,5 @@
 """What a user installs: the source archive holds all that the wheel needs, the wheel holds the data and the command."""
-import os, shutil, subprocess, sys, tarfile, zipfile
+import ast, json, os, re, shutil, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 import pytest
 
@@ -93,8 +93,33 @@ def test_half_precision_moves_nothing_that_is_printed(tmp_path):
     for f in (data_dir()/'weights').glob('*.safetensors'):
         halved = any(t.dtype == torch.float16 for t in load_weights(f)[0].values())
         assert halved == (not f.stem.startswith('known-')), f.name
+        if f.stem.startswith('dit-'):      # and rounded, because such files pack better
+            assert all(torch.equal(t, t.bfloat16().half()) for t in load_weights(f)[0].values() if t.ndim > 1), f.name
     assert all(p.dtype == torch.float32 for net in nets.values() for p in net.parameters())
     from vfmvae.generation import nets as bundled
     from vfmvae.tokenizer import tokenizers
     for net in (tokenizers['conv-f8d16'], bundled['dit-conv-f8d16']):
         assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+def unhalved(code: str, nets: bool) -> list[str]:
+    "The files that the code of a recipe writes and never halves; for diffusion nets, those it does not round, too."
+    calls = [(c.func.id, c) for c in ast.walk(ast.parse(code)) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)]
+    halves = [c for name, c in calls if name == 'halve' and (not nets or any('bfloat16' in ast.unparse(a) for a in c.args[1:]))]
+    done = {ast.unparse(c.args[0]) for c in halves}
+    wrote = [c for name, c in calls if name in ('save_weights', 'save_net') and not re.search('known-|drawings', ast.unparse(c.args[0]))]
+    left = [ast.unparse(c.args[0]) for c in wrote if not {ast.unparse(c), ast.unparse(c.args[0])} & done]
+    return left or ([] if done else ['all'])
+
+def test_every_recipe_stores_half_precision():
+    assert unhalved('save_weights(out, t)', False) == unhalved('halve(out, digits=1); save_net(out, t)', True) == ['out']
+    assert unhalved('train_tokenizer(out=out)', False) == ['all'] and unhalved("halve(save_weights(out, t)); save_weights('known-x', t)", False) == []
+    recipes: dict[str, bool] = {}
+    for f in (ROOT/'data/weights').glob('*.safetensors'):
+        found = re.search(r'nbs/train/\w+\.ipynb', json.loads(f.with_suffix('.json').read_text())['source'])
+        assert found or f.stem.startswith('known-'), f.name
+        if found and not f.stem.startswith('known-'): recipes[found[0]] = f.stem.startswith('dit-')
+    assert len(recipes) >= 9
+    for path, nets in recipes.items():
+        cells = [''.join(c['source']) for c in json.loads((ROOT/path).read_text())['cells'] if c['cell_type'] == 'code']
+        assert unhalved('\n'.join(cells), nets) == [], path

@@ -11,7 +11,7 @@ from vfmvae.data import select_classes
 from vfmvae.extractors import check_judge, vfm_root, VFMExtractor
 from vfmvae.core import UserError
 from vfmvae.features import extract
-from vfmvae.files import data_dir, load_weights
+from vfmvae.files import data_dir, digest, load_weights
 from vfmvae.folders import shards
 from vfmvae.images import to_pil
 from vfmvae.presets import PRESETS
@@ -21,7 +21,6 @@ from vfmvae.vfm import VFM
 from vfmvae.world import World
 
 NAMES = 'vfmvae-photo-f8d16', 'vfmvae-efficientnet-f8d16', 'conv-photo-f8d16', 'conv-f8d16.photo', 'rae-photo-f8d192'
-BUNDLED = NAMES[:4]          # the last one is a recipe
 
 @pytest.fixture(scope='module')
 def results() -> dict: return json.loads((data_dir()/'results'/'photo_tokenizers.json').read_text())
@@ -33,14 +32,14 @@ def exam(shared):
     "800 photographs of the 16 classes that no training saw."
     return select_classes(shards(shared/'data/photos64/photos64-val-000000.tar', size=64), range(2, 80, 5))
 
-@pytest.mark.parametrize('name', BUNDLED)
+@pytest.mark.parametrize('name', NAMES)
 def test_each_opens_under_its_name(name):
     tok = open_tokenizer(name)
     assert tok.name == name and tok.config.name == name.removesuffix('.photo') and tok.stride == 8
     assert tok.decode(tok.encode(torch.zeros(2, 3, 64, 64)).mode()).shape == (2, 3, 64, 64)
     assert tok.encode(torch.zeros(1, 3, 128, 128)).mode().shape[2:] == (16, 16)
 
-@pytest.mark.parametrize('name', BUNDLED)
+@pytest.mark.parametrize('name', NAMES)
 def test_a_card_says_data_licence_numbers_and_recipe(name):
     p, tok = PRESETS[name], open_tokenizer(name)
     card = tok.meta
@@ -51,7 +50,7 @@ def test_a_card_says_data_licence_numbers_and_recipe(name):
         assert {k: was[k] for k in ('name', 'images', 'lr', 'adaptive')} == {k: stage.config()[k] for k in ('name', 'images', 'lr', 'adaptive')}
         assert {k: v for k, v in was['weights'].items() if v} == dict(stage.weights)
 
-@pytest.mark.parametrize('name', BUNDLED)
+@pytest.mark.parametrize('name', NAMES)
 def test_numbers_of_the_card_come_out_again(name, exam, results):
     tok, said = open_tokenizer(name), open_tokenizer(name).meta['measured']
     found = evaluate_tokenizer(tok, exam, None)
@@ -59,6 +58,17 @@ def test_numbers_of_the_card_come_out_again(name, exam, results):
     assert said['psnr'] == results['measured'][name]['psnr']
     z, h = (prepare(extract(s, exam, [at], quiet=True)[at]) for s, at in ((LatentFeatures(tok), 'latent'), (VFM('photo'), -1)))
     assert abs(cknna(z, h)-said['cknna to photo']) < .01
+
+def test_the_results_are_about_the_bundled_weights(results):
+    found = {n: digest(load_weights(data_dir()/'weights'/f'{n}.safetensors')[0]) for n in results['tokenizers']}
+    assert found == results['tokenizers'] and {*found} == {*results['measured'], *results['world']['measured']} >= {*NAMES}
+
+def test_frozen_features_are_a_ceiling_and_another_shape(results):
+    shapes = {n: open_tokenizer(n).encode(torch.zeros(1, 3, 64, 64)).mode().shape[1:] for n in NAMES}
+    assert shapes.pop('rae-photo-f8d192') == (192, 8, 8) and {*shapes.values()} == {(16, 8, 8)}
+    own = {r['source']: r for r in results['aligned'] if r['reference'] == 'photo'}
+    found = own.pop('rae-photo-f8d192')
+    assert found['clean_low'] > max(r['clean_high'] for r in own.values())
 
 def test_the_pyramid_stands_in_names_by_its_first_word():
     assert in_name('efficientnet-lite0') == 'efficientnet' and in_name('siglip2-l') == 'siglip2l'
@@ -124,6 +134,13 @@ def test_the_command_says_the_cost_first_and_takes_128_px(tmp_path, capsys):
         assert said.index('together') < said.index('written') and 'images/s' in said
         assert open_tokenizer(out).config == replace(open_tokenizer('vfmvae-photo-f8d16').config, img_size=size)
 
+def test_too_few_images_are_said_before_the_cost(tmp_path, capsys):
+    to_pil(open_data('examples')[0]['image']).save(tmp_path/'one.png')
+    for words, batch in (([], 8), (['--batch-size', '4', '--accumulate', '2'], 2)):
+        assert main(['train-tokenizer', '--preset', 'photo', '--data', str(tmp_path), '--out', str(tmp_path/'mine.safetensors'), *words]) == 2
+        said = capsys.readouterr()
+        assert said.out == '' and f'a batch of {batch} is larger than the set (1 images)' in said.err and said.err.count('\n') == 1
+
 # ---- what lies outside of photographs
 
 def drawn(kind: str):
@@ -135,7 +152,7 @@ def drawn(kind: str):
 @pytest.mark.parametrize('kind', ['world', 'tensor of the world', 'large', 'noise', 'one colour'])
 def test_they_say_what_lies_outside_of_photographs(kind):
     text = unfamiliar(VFM('photo'), drawn(kind))
-    for name in BUNDLED: assert unfamiliar(open_tokenizer(name), drawn(kind)) == text.replace('photo has', f'{name} has', 1)
+    for name in NAMES: assert unfamiliar(open_tokenizer(name), drawn(kind)) == text.replace('photo has', f'{name} has', 1)
     assert text.startswith('photo has only ever seen photographs') and 'stage 2 of VFM efficientnet-lite0' in text and '\n' not in text
 
 def test_the_distance_is_scipys_of_timms_features():

@@ -1,5 +1,5 @@
 """Recipes and the command line: the main job, and one clear line for every mistake a user can make."""
-import json
+import json, re
 import numpy as np
 import pytest, torch
 from PIL import Image
@@ -56,10 +56,14 @@ def test_bundled_tokenizer_keeps_layout_and_colours():
     assert r['psnr'] >= 24, r
 
 
-def test_demo_leaves_one_page(tmp_path, pictures, capsys):
+def test_demo_leaves_one_page(tmp_path, pictures, capsys, recwarn):
     assert main(['demo', '--data', str(pictures), '--out', str(tmp_path), '--num-images', '64']) == 0
     page, results = (tmp_path/'index.html').read_text(), json.loads((tmp_path/'results.json').read_text())
     assert str(tmp_path/'index.html') in capsys.readouterr().out
+    outside = 'these pictures lie outside it'                   # the pictures are drawn: said once, for all three tokenizers
+    assert sum(outside in str(w.message) for w in recwarn) == page.count(outside) == 1
+    titles = re.findall('<h2>(.*?)</h2>', page)
+    assert len({*titles}) == len(titles) and 'From noise to photographs' in titles
     assert page.count('data:image/png;base64') == 8 and page.count('<tr>') == 1+9 and len(results['rows']) == 9
     three = 'vfmvae-photo-f8d16', 'conv-photo-f8d16', 'conv-f8d16.photo'
     assert {*results['rows']} > {f'{n}, {of}' for n in three for of in ('clothes', 'your images')} | {'vfmvae-tiny-f8d16, the world'}

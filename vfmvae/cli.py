@@ -159,7 +159,8 @@ def _train_tokenizer(vfm_weights: str | None = None,
     recipes, asked = vfmvae.recipes, 'preset vfm num_images batch_size size stages discriminator precision'.split()
     p, acc = recipes.get_preset(how['preset'], recipes.Preset), recipes.accelerator_on(device)
     if vfm_weights: how['vfm'] = vfmvae.VFM(how['vfm'] or p.config.vfm, vfm_weights)
-    if dry_run or p.start: recipes.estimate(**{k: how[k] for k in asked})   # short ones say it before they begin
+    if dry_run or p.start and vfmvae.data.loader(recipes.open_data(how['data']), (how['batch_size'] or p.batch_size)
+                                           //(how['accumulate'] or 1)): recipes.estimate(**{k: how[k] for k in asked})
     if dry_run: return
     _kept(None, how['run'] or how['out'])
     size = how['size'] or recipes.start_size(how['start']) or p.config.img_size

@@ -86,7 +86,7 @@ def _photographs(nets: dict[str, Tokenizer], vfm: VFM, shown: Dataset, device: A
                      'alignment against degrees of rotation')]
 
 # %% ../nbs/53_demo.ipynb #dem00004
-def _samples(nets: Sequence[Tokenizer], labels: Sequence[int], seed: int, out: Path, device: Any) -> str:
+def _samples(of: str, nets: Sequence[Tokenizer], labels: Sequence[int], seed: int, out: Path, device: Any) -> str:
     "A section: what a diffusion net on the latents of each makes of the same noise; the pictures are files, too."
     drawn = {t.name: generate(f'dit-{t.name}', labels, seed, t, device=device) for t in nets}
     names = [next(iter(drawn.values())).classes[k] for k in labels]
@@ -96,7 +96,7 @@ def _samples(nets: Sequence[Tokenizer], labels: Sequence[int], seed: int, out: P
                          partial(to_pil(y).save, format='PNG'))
     how = '; '.join(f"{k}: guidance {d.facts['guidance']['guidance']:g}, {d.facts['steps']} steps of "
                     f"{d.facts['sampler']}" for k, d in drawn.items())
-    return _section('From noise to class', 'A diffusion net on the latents of each tokenizer starts from the same '
+    return _section(f'From noise to {of}', 'A diffusion net on the latents of each tokenizer starts from the same '
                     f'noise and a class label ({how}).', show_images([y for d in drawn.values() for y in d.images],
                     titles=names, ncols=8, inches=1.1), f"generated images of {', '.join(names)}")
 
@@ -105,7 +105,7 @@ def _world(net: Tokenizer, test: Dataset, seed: int, out: Path, device: Any) -> 
     x = test.batch(range(8))['image'].to(device)
     return [_section('The procedural world', f'Drawn images; reconstructions by {net.name}, which saw nothing else.',
                      _grid(x, reconstruct(net, x).clamp(-1, 1)), 'drawn images above, reconstructions below'),
-            _samples([net], range(len(CLASSES)), seed, out, device)]
+            _samples('the world', [net], range(len(CLASSES)), seed, out, device)]
 
 # %% ../nbs/53_demo.ipynb #dem00006
 def _learning(test: Dataset, num_images: int, seed: int, device: Any
@@ -137,10 +137,12 @@ def demo(data: Data | None = None, # one's own images: a folder, shards, a list,
     own, drawn = open_data('examples' if data is None else data, size=64), World(10_000, seed=8)
     *three, of_world = [opened(k, device=device) for k in (*_THREE, 'vfmvae-tiny-f8d16')]
     nets, vfm = dict(zip(_THREE, three, strict=True)), VFM('photo').to(device)
-    body = [*_photographs(nets, vfm, take(own, 8), device), _samples(three, range(0, 64, 8), seed, out, device)]
+    body = [*_photographs(nets, vfm, take(own, 8), device),
+            _samples('photographs', three, range(0, 64, 8), seed, out, device)]
     learned, history, sections = _learning(test, num_images, seed, device)
     rows = {f'{k}, clothes': evaluate_tokenizer(t, test, 128) for k, t in (nets | learned).items()}
-    if data is not None: rows |= {f'{k}, your images': evaluate_tokenizer(t, own, 128) for k, t in nets.items()}
+    if data is not None:       # the three know the same photographs, so that the first speaks for them
+        rows |= {f'{k}, your images': evaluate_tokenizer(t, own, 128, say=k == _THREE[0]) for k, t in nets.items()}
     rows[f'{of_world.name}, the world'] = evaluate_tokenizer(of_world, drawn, 128)
     body += [*sections, *_world(of_world, drawn, seed, out, device), _table(rows),
              f'<p>Held-out images. Made in {time.time()-start:.0f} s, seed {seed}.</p>']

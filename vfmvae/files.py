@@ -289,13 +289,14 @@ def load_weights(path: PathLike) -> tuple[dict[str, Tensor], dict]:
     return tensors, {k: v for k, v in meta.items() if k not in ('pair', 'vfmvae_format')}
 
 # %% ../nbs/01_files.ipynb #6226575b
-def halve(path: PathLike,   # of `save_weights`
-          **meta            # what changes in its JSON
+def halve(path: PathLike,                         # of `save_weights`
+          digits: torch.dtype = torch.float16,    # whose digits they keep; torch.bfloat16's eight bits pack better
+          **meta                                  # what changes in its JSON
          ) -> Path:
     """Writes a file of weights again with its matrices and kernels in float16; vectors, such as norms and statistics,
     stay. Nets load it as float32."""
     tensors, old = load_weights(path)
-    small = {k: v.half() if v.ndim > 1 and v.dtype == torch.float32 else v for k, v in tensors.items()}
+    small = {k: v.to(digits).half() if v.ndim > 1 and v.is_floating_point() else v for k, v in tensors.items()}
     return save_weights(path, small, old | meta)
 
 # %% ../nbs/01_files.ipynb #298df7bf

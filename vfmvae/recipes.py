@@ -98,14 +98,14 @@ def training_data(spec: Data,          # see `open_data`
     return open_data(spec, size, n=50_000 if n is None else whole(n, 'n', 1), seed=100, crop=crop)
 
 # %% ../nbs/43_recipes.ipynb #77732023
-def _measured(tokenizer: str | Path | Tokenizer, data: Data, n: int | None, batch_size: int
+def _measured(tokenizer: str | Path | Tokenizer, data: Data, n: int | None, batch_size: int, say: bool = True
              ) -> tuple[Tokenizer, Dataset, int, range]:
     "(tokenizer, images to measure on, images in the set, where batches start); a Notice if they are unfamiliar to it."
     tok = opened(tokenizer)
     every = open_data(data, size=getattr(getattr(tok, 'config', None), 'img_size', 64))
     some = take(every, None if n is None else whole(n, 'n', 1))
     need(len(some), 'no images to measure on; give a data set that holds some')
-    if text := unfamiliar(tok, some): notice(text, 5)
+    if say and (text := unfamiliar(tok, some)): notice(text, 5)
     return tok, some, len(every), range(0, len(some), whole(batch_size, 'batch_size', 1))
 
 def _check_finite(x: Tensor, tokenizer: Tokenizer, what: str) -> None:
@@ -117,12 +117,13 @@ def evaluate_tokenizer(tokenizer: str | Path | Tokenizer,
                        data: Data,
                        n: int | None = 256,  # images, spread over the set (of the world: its first); None: all
                        batch_size: int = 32,
-                       perceptual_loss: Callable[[Tensor, Tensor], Tensor] | None = None # (x', x) -> scalar
+                       perceptual_loss: Callable[[Tensor, Tensor], Tensor] | None = None, # (x', x) -> scalar
+                       say: bool = True      # a Notice where the images are unfamiliar to the tokenizer
                       ) -> dict[str, float]:
     """Means over n images of PSNR (dB, range 2), SSIM, L1 (in [-1,1] units) and, given its loss, `perceptual`, of the
     reconstruction from the mode, clamped; and `n`, `of` (images in the set), `size` (pixels), `enlarged` (how many had
     to be, if any). UserError: no images, reconstructions that are not finite."""
-    tok, ds, of, starts = _measured(tokenizer, data, n, batch_size)
+    tok, ds, of, starts = _measured(tokenizer, data, n, batch_size, say)
     before = getattr(ds, 'enlarged', 0)
     rows: dict[str, list[Tensor]] = dict(psnr=[], ssim=[], l1=[], **({'perceptual': []} if perceptual_loss else {}))
     for i in starts:

@@ -222,7 +222,7 @@ def _saved(path: Path, vfm: VFM | Literal[False] | None, of: type) -> Any:
     return model.eval()
 
 for _name in ('vfmvae-tiny-f8d16', 'conv-f8d16', 'conv-tiny-f8d16', 'rae-tiny-f8d128', 'vfmvae-photo-f8d16',
-              'vfmvae-efficientnet-f8d16', 'conv-photo-f8d16', 'conv-f8d16.photo'):
+              'vfmvae-efficientnet-f8d16', 'conv-photo-f8d16', 'conv-f8d16.photo', 'rae-photo-f8d192'):
     tokenizers.register(_name, partial(load_tokenizer, data_dir()/'weights'/f'{_name}.safetensors', name=_name))
 
 # %% ../nbs/14_tokenizer.ipynb #07cf7f79
