@@ -27,6 +27,15 @@ def to_pages(text):
     return text
 
 
+def folded(cell):
+    "A cell whose code the notebook folds: what it shows, then its code for whoever opens it."
+    if cell.cell_type != 'code' or not cell.metadata.get('jupyter', {}).get('source_hidden'): return [cell]
+    if 'remove-input' in cell.metadata.get('tags', ()): return [cell]
+    cell.metadata.setdefault('tags', []).append('remove-input')
+    code = f'<details markdown="1"><summary>code</summary>\n\n```python\n{cell.source}\n```\n\n</details>'
+    return [cell, nbformat.v4.new_markdown_cell(code)]
+
+
 def page_of(notebook):
     "The notebook without hidden cells and directives; its title."
     nb = nbformat.read(notebook, 4)
@@ -36,6 +45,7 @@ def page_of(notebook):
         else: c.source = to_pages(c.source)
         for out in c.get('outputs', ()):
             if 'text/markdown' in out.get('data', {}): out.data['text/markdown'] = to_pages(out.data['text/markdown'])
+    nb.cells = [part for c in nb.cells for part in folded(c)]
     nb.metadata.pop('widgets', None)
     title = re.match(r'# (.+)', nb.cells[0].source if nb.cells else '')
     if not title: raise SystemExit(f'{notebook} does not begin with a heading; its first cell says "# Title"')
