@@ -27,13 +27,22 @@ def to_pages(text):
     return text
 
 
-def folded(cell):
-    "A cell whose code the notebook folds: what it shows, then its code for whoever opens it."
-    if cell.cell_type != 'code' or not cell.metadata.get('jupyter', {}).get('source_hidden'): return [cell]
-    if 'remove-input' in cell.metadata.get('tags', ()): return [cell]
-    cell.metadata.setdefault('tags', []).append('remove-input')
-    code = f'<details markdown="1"><summary>code</summary>\n\n```python\n{cell.source}\n```\n\n</details>'
-    return [cell, nbformat.v4.new_markdown_cell(code)]
+def unfolded(cells):
+    "Cells whose code the notebook folds: what they show, then their code for whoever opens it."
+    waiting = []
+    def opened():
+        code = '\n\n'.join(waiting)
+        waiting.clear()
+        return nbformat.v4.new_markdown_cell(f'<details><summary>code</summary>\n\n```python\n{code}\n```\n\n</details>')
+    for c in cells:
+        fold = c.cell_type == 'code' and c.metadata.get('jupyter', {}).get('source_hidden') and 'remove-input' not in c.metadata.get('tags', ())
+        if fold: waiting.append(c.source)
+        if fold and not c.outputs: continue
+        if not fold and waiting: yield opened()
+        if fold: c.metadata['tags'] = ['remove-input']
+        yield c
+        if fold: yield opened()
+    if waiting: yield opened()
 
 
 def page_of(notebook):
@@ -45,7 +54,7 @@ def page_of(notebook):
         else: c.source = to_pages(c.source)
         for out in c.get('outputs', ()):
             if 'text/markdown' in out.get('data', {}): out.data['text/markdown'] = to_pages(out.data['text/markdown'])
-    nb.cells = [part for c in nb.cells for part in folded(c)]
+    nb.cells = [*unfolded(nb.cells)]
     nb.metadata.pop('widgets', None)
     title = re.match(r'# (.+)', nb.cells[0].source if nb.cells else '')
     if not title: raise SystemExit(f'{notebook} does not begin with a heading; its first cell says "# Title"')
