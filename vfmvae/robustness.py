@@ -14,7 +14,7 @@ if TYPE_CHECKING: from matplotlib.figure import Figure
 # %% ../nbs/25_robustness.ipynb #b6931778
 from .core import need, PathLike, whole
 from .files import Table
-from .plots import curves, panels
+from .plots import curves, inches, panels
 from .images import Images, TRANSFORMS
 from .neighbours import knn_graph, prepare
 from .views import as_source, extract_views, group_by_source, image_set, images_seen, say_unfamiliar
@@ -56,7 +56,8 @@ def robustness_figure(table: Table,               # of `robustness` or `align.sc
     need(axes, 'a table of clean images alone has no curves; give transforms')
     named = list(dict.fromkeys((r['source'], r['reference']) for r in table))
     one_reference = len({b for _, b in named}) == 1
-    fig, places = panels(-(-len(axes)//cols), min(cols, len(axes)), width=width)
+    rows, cols = -(-len(axes)//cols), min(cols, len(axes))
+    fig, places = panels(rows, cols, width, rows*(inches(width)/cols/1.45 + .25))
     for ax in places[len(axes):]: ax.set_axis_off()
     for axis, ax in zip(axes, places, strict=False):
         start = TRANSFORMS[axis].identity if axis in TRANSFORMS else 0.
@@ -64,8 +65,8 @@ def robustness_figure(table: Table,               # of `robustness` or `align.sc
                  sorted(((start if r['axis'] == 'clean' else r['strength'], r)
                          for r in _points(table.where(source=a, reference=b)) if r['axis'] in ('clean', axis)),
                         key=lambda p: p[0]) for a, b in named}
-        unit = re.split('[,;] ', TRANSFORMS[axis].unit)[0] if axis in TRANSFORMS else ''
-        words = textwrap.wrap(f'{axis}: {unit}'.strip(': '), int(fig.get_figwidth()/min(cols, len(axes))/.068))
+        unit = ': ' + re.split('[,;] ', TRANSFORMS[axis].unit)[0] if axis in TRANSFORMS else ''
+        words = textwrap.wrap(f'{axis}{unit}', int(fig.get_figwidth()/cols/.068))
         _draw(ax, found, '\n'.join(words))
         xs = sorted({x for at in found.values() for x, _ in at})
         ax.xaxis.set_inverted(start == max(xs, default=None))
