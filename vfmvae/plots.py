@@ -302,7 +302,8 @@ def _cell_numbers(ax: 'Axes', m: np.ndarray, fmt: str, norm: Any) -> None:
     "Writes each number in black on light and white on dark cells."
     if not fmt: return
     for (i, j), v in np.ndenumerate(m):
-        ax.text(j, i, format(v, fmt), ha='center', va='center', fontsize=6.5, color='black' if norm(v) > .55 else 'white')
+        ax.text(j, i, format(v, fmt), ha='center', va='center', fontsize=6.5,
+                color='black' if norm(v) > .55 else 'white')
 
 # %% ../nbs/04_plots.ipynb #4bc57dee
 def correlation(x: 'Array', y: 'Array' # (n,) each

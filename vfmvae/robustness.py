@@ -45,6 +45,7 @@ def _draw(ax: Any, found: Mapping[str, Sequence[tuple[float, dict]]], xlabel: st
            bands={n: ([r['low'] for _, r in at], [r['high'] for _, r in at]) for n, at in found.items()},
            floor=([*sorted(floor)], [floor[x] for x in sorted(floor)]), **how)
 
+# %% ../nbs/25_robustness.ipynb #b7d04c1e
 def robustness_figure(table: Table,               # of `robustness` or `align.score_sources`
                       width: str | float = 'full', # 'column', 'full' or inches
                       cols: int = 3
