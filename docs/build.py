@@ -28,6 +28,24 @@ def to_pages(text, known, up):
     return linked(text, lambda m, n: m in known and f"({up}reference/{m}.html{f'#vfmvae.{m}.{n}' if n else ''})")
 
 
+def unfolded(cells):
+    "Cells whose code the notebook folds: what they show, then their code for whoever opens it."
+    waiting = []
+    def opened():
+        code = '\n\n'.join(waiting)
+        waiting.clear()
+        return nbformat.v4.new_markdown_cell(f'<details><summary>code</summary>\n\n```python\n{code}\n```\n\n</details>')
+    for c in cells:
+        fold = c.cell_type == 'code' and c.metadata.get('jupyter', {}).get('source_hidden') and 'remove-input' not in c.metadata.get('tags', ())
+        if fold: waiting.append(c.source)
+        if fold and not c.outputs: continue
+        if not fold and waiting: yield opened()
+        if fold: c.metadata['tags'] = ['remove-input']
+        yield c
+        if fold: yield opened()
+    if waiting: yield opened()
+
+
 def page_of(notebook, known=()):
     "The notebook without hidden cells and directives; its title; the module that it exports, or nothing."
     nb = nbformat.read(notebook, 4)
@@ -39,6 +57,7 @@ def page_of(notebook, known=()):
         else: c.source = to_pages(c.source, known, up)
         for out in c.get('outputs', ()):
             if 'text/markdown' in out.get('data', {}): out.data['text/markdown'] = to_pages(out.data['text/markdown'], known, up)
+    nb.cells = [*unfolded(nb.cells)]
     nb.metadata.pop('widgets', None)
     title = re.match(r'# (.+)', nb.cells[0].source if nb.cells else '')
     if not title: raise SystemExit(f'{notebook} does not begin with a heading; its first cell says "# Title"')

@@ -269,7 +269,7 @@ def _bar_series(fig: 'Figure', ax: 'Axes', name: str, j: int, width: float, shif
                    label=name, capsize=2, edgecolor='white', color=colour,
                    hatch=('', '//', '..', 'xx')[j % 4])
     inches = ax.get_position().width*fig.get_figwidth()*width/max(1, len(values))
-    ax.bar_label(drawn, fmt='%.3g', fontsize=6, padding=1, rotation=90 if inches < .25 else 0)
+    ax.bar_label(drawn, fmt='%.3g', fontsize=6.5, padding=1, rotation=90 if inches < .25 else 0)
     _keep(fig, [dict(name=k, series=name, value=v, error=e) for (_, k, v), e in zip(at, err, strict=True)])
 
 # %% ../nbs/04_plots.ipynb #e33c6983
@@ -332,7 +332,7 @@ def scatter_fit(x: 'Array', y: 'Array',              # (n,) each, n >= 2
         ends = np.array([a.min(), a.max()])
         if np.ptp(a) > 0: ax.plot(ends, np.polyval(np.polyfit(a, b, 1), ends), '--', color=PALETTE[3])
         for n, p, q in zip(labels or (), a, b, strict=False):
-            ax.annotate(n, (p, q), xytext=(3, 3), textcoords='offset points', fontsize=6)
+            ax.annotate(n, (p, q), xytext=(3, 3), textcoords='offset points', fontsize=6.5)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title or f'r = {r:.2f}, rho = {rho:.2f}, n = {len(a)}')
     names = labels or ['']*len(a)
     _keep(fig, [dict(label=names[i], x=float(p), y=float(q)) for i, (p, q) in enumerate(zip(a, b, strict=True))])

@@ -6,14 +6,15 @@
 __all__ = ['AXES', 'robustness', 'robustness_figure', 'layer_scores', 'layer_figure']
 
 # %% ../nbs/25_robustness.ipynb #86856fcf
+import re, textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/25_robustness.ipynb #b6931778
 from .core import need, PathLike, whole
 from .files import Table
-from .plots import curves, panels
+from .plots import curves, inches, panels
 from .images import Images, TRANSFORMS
 from .neighbours import knn_graph, prepare
 from .views import as_source, extract_views, group_by_source, image_set, images_seen, say_unfamiliar
@@ -33,33 +34,50 @@ def robustness(pairs: Sequence[tuple[SourceLike, SourceLike]], # (source, refere
 def _points(table: Table) -> Table:     # a score that is not defined, NaN or in a file null, is no point of a curve
     return Table(r for r in table if r['value'] is not None and r['value'] == r['value'])
 
+def _draw(ax: Any, found: Mapping[str, Sequence[tuple[float, dict]]], xlabel: str, lines: Mapping[str, float] = {},
+          **how: Any) -> None:
+    "A line and a band for each name -> [(x, row)], levels as `lines`; grey: chance."
+    every = [p for at in found.values() for p in at]
+    floor = {x: max(r['q95'] for y, r in every if y == x) for x in sorted({x for x, _ in every})}
+    if len(floor) == 1: floor[1.-next(iter(floor))] = next(iter(floor.values()))
+    series = {n: ([x for x, _ in at], [r['value'] for _, r in at]) for n, at in found.items()}
+    curves(series | {n: ([0., 1.], [v, v]) for n, v in lines.items()}, xlabel, 'CKNNA', ax=ax,
+           bands={n: ([r['low'] for _, r in at], [r['high'] for _, r in at]) for n, at in found.items()},
+           floor=([*sorted(floor)], [floor[x] for x in sorted(floor)]), **how)
+
+# %% ../nbs/25_robustness.ipynb #b7d04c1e
 def robustness_figure(table: Table,               # of `robustness` or `align.score_sources`
                       width: str | float = 'full', # 'column', 'full' or inches
                       cols: int = 3
                      ) -> 'Figure':
-    """Figure: a panel for each axis, CKNNA against strength, a line and a 95 % band for each pair; grey: what chance
-    reaches in 95 of 100 shuffles.
+    """Figure: a panel for each axis, CKNNA against strength, a line and a 95 % band for each pair, or points with
+    intervals where there is one strength; grey: what chance reaches in 95 of 100 shuffles.
     The paper's Figure 2, over any axes. UserError if the table has clean images alone."""
     axes = list(dict.fromkeys(r['axis'] for r in table if r['axis'] != 'clean'))
     need(axes, 'a table of clean images alone has no curves; give transforms')
     named = list(dict.fromkeys((r['source'], r['reference']) for r in table))
     one_reference = len({b for _, b in named}) == 1
-    fig, places = panels(-(-len(axes)//cols), min(cols, len(axes)), width=width)
+    rows, cols = -(-len(axes)//cols), min(cols, len(axes))
+    fig, places = panels(rows, cols, width, rows*(inches(width)/cols/1.45 + .25))
     for ax in places[len(axes):]: ax.set_axis_off()
     for axis, ax in zip(axes, places, strict=False):
-        series: dict[str, tuple[list[float], list[float]]] = {}
-        bands: dict[str, tuple[list[float], list[float]]] = {}
-        floor: dict[float, float] = {}
-        for a, b in named:
-            start = TRANSFORMS[axis].identity if axis in TRANSFORMS else 0.
-            at = [(start if r['axis'] == 'clean' else r['strength'], r)
-                  for r in _points(table.where(source=a, reference=b)) if r['axis'] in ('clean', axis)]
-            at.sort(key=lambda p: p[0])
-            name, x = a if one_reference else f'{a} to {b}', [s for s, _ in at]
-            series[name] = x, [r['value'] for _, r in at]
-            bands[name] = [r['low'] for _, r in at], [r['high'] for _, r in at]
-            for s, r in at: floor[s] = max(floor.get(s, 0.), r['q95'])
-        curves(series, axis, 'CKNNA', ax=ax, bands=bands, floor=([*sorted(floor)], [floor[s] for s in sorted(floor)]))
+        start = TRANSFORMS[axis].identity if axis in TRANSFORMS else 0.
+        found = {a if one_reference else f'{a} to {b}':
+                 sorted(((start if r['axis'] == 'clean' else r['strength'], r)
+                         for r in _points(table.where(source=a, reference=b)) if r['axis'] in ('clean', axis)),
+                        key=lambda p: p[0]) for a, b in named}
+        unit = ': ' + re.split('[,;] ', TRANSFORMS[axis].unit)[0] if axis in TRANSFORMS else ''
+        words = textwrap.wrap(f'{axis}{unit}', int(fig.get_figwidth()/cols/.068))
+        _draw(ax, found, '\n'.join(words))
+        xs = sorted({x for at in found.values() for x, _ in at})
+        ax.xaxis.set_inverted(start == max(xs, default=None))
+        if len(xs) == 2:                        # no curve lies between clean images and one strength
+            for band in ax.collections[:-1]: band.remove()
+            for i, (line, at) in enumerate(zip(ax.lines, found.values(), strict=True)):
+                moved = [x + (xs[1]-xs[0])*.05*(i-(len(found)-1)/2) for x, _ in at]
+                line.set(linestyle='', xdata=moved)
+                ax.vlines(moved, [r['low'] for _, r in at], [r['high'] for _, r in at], colors=line.get_color())
+            ax.set_xticks(xs, [f'{x:g}' for x in xs])
         if ax.get_legend(): ax.get_legend().remove()
     handles, names = places[0].get_legend_handles_labels()
     columns = int(fig.get_figwidth()/(.5+.055*max(map(len, names))))       # of 7 pt, with their lines
@@ -112,16 +130,7 @@ def layer_figure(table: Table,                        # of `layer_scores`
     fig, places = panels(1, len(references), width=width if len(references) > 1 else 'column')
     for reference, ax in zip(references, places, strict=True):
         own = _points(table.where(reference=reference))
-        series: dict[str, tuple[list[float], list[float]]] = {}
-        bands: dict[str, tuple[list[float], list[float]]] = {}
-        top: dict[float, float] = {}
-        for name in dict.fromkeys(own.column('source')):
-            rows = sorted(own.where(source=name), key=lambda r: r['depth'])
-            series[name] = [r['depth'] for r in rows], [r['value'] for r in rows]
-            bands[name] = [r['low'] for r in rows], [r['high'] for r in rows]
-            for r in rows: top[r['depth']] = max(top.get(r['depth'], 0.), r['q95'])
-        for name, value in (lines or {}).items(): series[name] = [0., 1.], [value, value]
-        if len(top) == 1: top[1.-next(iter(top))] = next(iter(top.values()))
-        curves(series, 'depth (0: first layer, 1: last)', 'CKNNA', bands=bands, title=f'to {reference}', ax=ax,
-               floor=([*sorted(top)], [top[d] for d in sorted(top)]))
+        found = {n: sorted(((r['depth'], r) for r in own.where(source=n)), key=lambda p: p[0])
+                 for n in dict.fromkeys(own.column('source'))}
+        _draw(ax, found, 'depth (0: first layer, 1: last)', lines or {}, title=f'to {reference}')
     return fig
