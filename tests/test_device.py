@@ -429,15 +429,15 @@ REASONS = {
         recipes.open_data recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described
         tokenizer.check_config tokenizer.check_sides protocols.check_trainable extractors.vfm_root extractors.check_judge
         samplers.in_eval_mode samplers.methods presets.cost_text presets.flow_cost presets.forward_gflop
-        lab_base.slider_values lab_base.transform_controls lab_base.default_strength explorer.layer_name
-        lab_base.as_field
-        lab_base.check_state lab_base.grouped explorer.explorer_facts lab_base.class_name lab_base.about_set lab_base.join_sentences
-        lab_base.make_page session.find_layer session.is_tokenizer tokenizer.in_name""",
-    'parts of the labs, which are looked at': '''explorer.explorer_page lab_base.image_tile lab_base.about_nets lab_base.read_images
+        lab_parts.slider_values lab_parts.transform_controls lab_parts.default_strength explorer.layer_name
+        lab_parts.as_field
+        lab_parts.check_state lab_parts.grouped lab_parts.export_html explorer.explorer_facts lab_parts.class_name lab_parts.about_set lab_parts.join_sentences
+        lab_parts.make_page session.find_layer session.is_tokenizer tokenizer.in_name""",
+    'parts of the labs, which are looked at': '''explorer.explorer_page lab_parts.image_tile lab_parts.about_nets lab_parts.read_images
         session.fingerprint session.forget_replaced session.identity session.same_net session.claim_name session.nets_by_name
         session.tokens_of session.encode_cpu session.decode_cpu''',
     'reads files, or makes what is moved later': """latents.cache_folder latents.write_latent_shard latents.finish_cache
-        lab_base.file_stamps lab_base.files_of_set lab_base.lab_images
+        lab_parts.file_stamps lab_parts.files_of_set lab_parts.lab_images
         views.as_source extractors.bundled_extractor statistics.read_samples generation.open_net
         tokenizer.open_tokenizer latents.latent_stats layouts.import_latents layouts.export_latents tokenizer.load_tokenizer""",
     'parts of functions that are looked at': """features.samples features.move_source features.on_cpu features.extract_rows features.as_banks
@@ -450,7 +450,7 @@ REASONS = {
 ASIDE = {name: why for why, names in REASONS.items() for name in names.split()}
 LOOKED = ('features', 'views', 'align', 'robustness', 'similarity', 'probes', 'metrics', 'neighbours', 'extractors', 'statistics', 'evaluate',
           'samplers', 'generation', 'recipes', 'presets', 'latents', 'layouts', 'flow_task', 'protocols', 'tokenizer', 'losses', 'discriminators',
-          'colours', 'pages', 'lab_base', 'session', 'sampler_lab', 'labs', 'explorer')
+          'colours', 'pages', 'lab_parts', 'lab_base', 'session', 'sampler_lab', 'labs', 'explorer')
 
 
 def fixed(make, *args):

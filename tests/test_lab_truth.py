@@ -23,7 +23,7 @@ from vfmvae.tokenizer import save_tokenizer, tokenizers
 from vfmvae.vfm import VFM
 from vfmvae.tokenizer import LatentFeatures
 from vfmvae.views import as_source
-from vfmvae.lab_base import lab_images
+from vfmvae.lab_parts import lab_images
 
 NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16', 'conv-f8d16')
 pytestmark = pytest.mark.skipif(not all((data_dir()/'weights'/f'{n}.safetensors').is_file() for n in NAMES), reason='the bundled weights are not there')
@@ -321,7 +321,7 @@ def test_a_set_that_its_net_does_not_know_is_said_to_be_so(monkeypatch, tmp_path
     def says(tok, images):
         asked.append((tok.name, tuple(images.shape)))
         return f'{tok.name} never saw such images' if tok.name == 'conv-f8d16' else ''
-    monkeypatch.setattr('vfmvae.lab_base.unfamiliar', says)
+    monkeypatch.setattr('vfmvae.lab_parts.unfamiliar', says)
     root = str(pictures(tmp_path))
     labs = [Explorer(images=root, n=14, k=3, tokenizers=('conv-f8d16', 'vfmvae-tiny-f8d16'), transform='hflip', strength=1.),
             ReconstructionLab(images=root, tokenizer='conv-f8d16'), NeighbourLab(images=root, n=14, k=3, second='conv-f8d16'),

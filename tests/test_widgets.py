@@ -11,7 +11,8 @@ from vfmvae.images import TRANSFORMS
 from vfmvae.plots import to_png
 from vfmvae.pages import Chart, Page, Section, Sheet, Spot, Tile
 from vfmvae.colours import pca_colours
-from vfmvae.lab_base import Control, Job, Lab, Latest
+from vfmvae.lab_base import Lab, Latest
+from vfmvae.lab_parts import Control, Job
 from vfmvae.explorer import Explorer
 from vfmvae.labs import EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab, ReconstructionState
 from vfmvae.sampler_lab import SamplerLab

@@ -114,7 +114,7 @@ def cknna(a: Features,           # (n,d) rows prepared by the caller, or a graph
           unbiased: bool = True, # False: a row is its own neighbour, and the score may exceed 1
           eps: float = 1e-6      # added to the denominator: 1e-6 is the published score, 0 the exact ratio
          ) -> float:
-    """CKNNA of two sets of features (Huh et al. 2024): HSIC(shared)/(sqrt(HSIC(a) HSIC(b)) + eps), the same in any unit.
+    """CKNNA of two sets of features (Huh et al. 2024): HSIC(shared)/(sqrt(HSIC(a) HSIC(b)) + eps), in any unit.
     It warns and is nan where all rows of a side are the same or the denominator is 0. UserError if a, b do not fit."""
     ga, gb = two_graphs(a, b, k, not unbiased)
     parts = cknna_parts(ga, gb, None, unbiased)

@@ -34,8 +34,9 @@ from .align import cknna, cknna_null
 from .similarity import compare, METRICS
 from .metrics import psnr
 from .pages import Chart, Page, Section, Spot, Tile
-from .lab_base import (about_nets, check_fits, check_state, class_name, Control, grouped, image_tile,
-                             join_sentences, Lab, make_page, read_images, slider_values, transform_controls, WORST)
+from .lab_parts import (about_nets, check_fits, check_state, class_name, Control, grouped, image_tile,
+                        join_sentences, make_page, read_images, slider_values, transform_controls, WORST)
+from .lab_base import Lab
 from .session import (decode_cpu, encode_cpu, FeatureCache, is_tokenizer, Nets, ReferenceImages, SEEDED,
                             Session, SetLab, tokens_of, View)
 
@@ -190,9 +191,13 @@ class _ExplorerState(SetLab[ExplorerState]):
         if state.vfm not in own and state.vfm not in vfms: check_vfm(state.vfm)
         if state.label: one_of(state.label, getattr(data, 'classes', ()), 'class')
         check_fits(state.transform, state.strength, getattr(data, 'size', None) or self.session.size)
-    def go(self, action: Mapping[str, Any]) -> None:
+    def go(self, action: Mapping[str, object]) -> None:
         "As of any lab; a second click on a token lets it go."
         self.set(**(dict(place=()) if action.get('place') == self.state.place else action))
+
+# %% ../nbs/50_explorer.ipynb #bc1c3469
+class _ExplorerHands(_ExplorerState):
+    "What a hand does in the explorer."
     def receive(self, name: str, content: bytes) -> None:
         """Shows an uploaded image: any mode, first frame, largest square. UserError if it is none or smaller than 8
         pixels."""
@@ -206,7 +211,7 @@ _GRAPHS: dict[str, Callable] = dict(cknna=cknna, mutual_knn=mutual_knn)   # take
 
 def _common(a: Graph, b: Graph) -> Tensor: return (a.idx[:, :, None] == b.idx[:, None]).any(2).sum(1)  # of each row
 
-class _ExplorerNumbers(_ExplorerState):
+class _ExplorerNumbers(_ExplorerHands):
     "What the explorer computes."
     def wanted(self, state: ExplorerState) -> list[tuple[list[FeatureSource], View]]:
         "All nets in every view of the curve: no transform, the present strength, the others."
@@ -249,6 +254,10 @@ class _ExplorerNumbers(_ExplorerState):
         keys = {n: ('chance', cache, cache.key(x, None), cache.key(vfm, None), s.layer, s.k) for n, x in pairs.items()}
         ends = torch.stack([self.session.once(k, partial(make, n)) for n, k in keys.items()])
         return ends[:, 0].min().item(), ends[:, 1].max().item()
+
+# %% ../nbs/50_explorer.ipynb #abe3ebf7
+class _ExplorerSets(_ExplorerNumbers):
+    "What the explorer computes of one image among the set."
     def _losers(self, cache: FeatureCache, s: ExplorerState) -> tuple[tuple[int, float], ...] | None:
         "Reference images of the class that lose most by this view, worst first, ten at most; None: not computed."
         first, vfm, named = self.session.latents(s.tokenizers[0]), self.session.vfm(s.vfm), cache.images.named
@@ -281,7 +290,7 @@ def _maps(h: Sequence[Tensor], place: Sequence[float], colour: Callable) -> tupl
     a, b = (F.cosine_similarity(g, chosen[:, None, None], 0).clamp(0, 1) for g in grids)
     return a, b
 
-class _Explorer(_ExplorerNumbers):
+class _Explorer(_ExplorerSets):
     "What the explorer computes, all together."
     @torch.no_grad()
     def compute(self, state: ExplorerState) -> Explored:
@@ -397,6 +406,7 @@ def _losers_section(r: Explored) -> Section | None:
     words = f'{whose} that lose most by {s.transform} {s.strength:g} with {s.tokenizers[0]}: {LOSES[s.sort]}'
     return Section(words, tiles, columns=10)
 
+# %% ../nbs/50_explorer.ipynb #a9c9b8b8
 def explorer_page(r: Explored) -> Page:
     "The curve; a row for the VFM, one for each tokenizer; the images that lose most; how it was measured."
     s, styles, kind = r.state, series_styles(r.state.tokenizers), 'cosine' if r.state.place else ''

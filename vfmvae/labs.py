@@ -35,8 +35,8 @@ from .dit import DiT, NetFeatures
 from .generation import nets as bundled, open_net, tokenizer_of
 from .colours import pca_colours, principal_axes
 from .pages import Chart, FRAMES, Page, Section, Spot, Tile
-from .lab_base import (check_fits, check_state, Control, grouped, image_tile, Job, make_page, read_images,
-                             transform_controls, WORST)
+from .lab_parts import (check_fits, check_state, Control, grouped, image_tile, Job, make_page,
+                        read_images, transform_controls, WORST)
 from .session import claim_name, decode_cpu, encode_cpu, FeatureCache, Nets, SetLab, tokens_of, View
 from .explorer import layer_name
 from .sampler_lab import SamplerLab, SamplerState
@@ -196,6 +196,7 @@ class _Pairs(SetLab[NeighbourState]):
         chart = Chart((*key[1:], *words), draw, spots, .2*len(names)+1.2, (1.4, .3, 1., .1))
         return Section('all against all (CKNNA): click a cell', chart=chart)
 
+# %% ../nbs/52_labs.ipynb #2680a738
 class NeighbourLab(_Pairs):
     """Two nets agree where an image has the same neighbours in both: how CKNNA is built, image by image, and all
     nets against all; see `SetLab` and `NeighbourState`."""
@@ -371,6 +372,7 @@ class EmbeddingState:
 
 UMAP_BUTTON, LET_GO = 'UMAP, about 40 s', 'let go'
 
+# %% ../nbs/52_labs.ipynb #1557dfe8
 class _Places(SetLab[EmbeddingState]):
     "Where the points of `EmbeddingLab` lie, and their groups."
     State = EmbeddingState
@@ -379,6 +381,7 @@ class _Places(SetLab[EmbeddingState]):
         return [([self.source(state.source)], v) for v in (None, *moved)]
     def pair(self, cache: FeatureCache, s: EmbeddingState) -> str:
         "CKNNA of the chosen images between both sources, in words."
+        if cache.get(self.source(s.second), None) is None: return 'The CKNNA of the chosen images is being computed.'
         k = min(10, len(s.chosen)-2)
         if len(s.chosen) < 12: return f'{len(s.chosen)} images chosen; choose at least 12 for a CKNNA of them.'
         pair = self.source(s.source), self.source(s.second)
@@ -424,9 +427,7 @@ def _draw_places(ax: Any, places: Tensor, groups: Sequence[int], names: Sequence
     if len(names) > 1: ax.legend(fontsize=7, handletextpad=.2, frameon=False, **aside)
 
 # %% ../nbs/52_labs.ipynb #161bda76
-class EmbeddingLab(_Places):
-    "A whole set in the plane; a line around points chooses their images. See `SetLab` and `EmbeddingState`."
-    title, scrub = 'Embedding lab', ('colour',)
+class _Embedding(_Places):
     def press(self, name: str) -> None:
         self.set(chosen=()) if name == LET_GO else self.set(method='umap' if name == UMAP_BUTTON else 'pca')
     def enclosed(self, spots: Sequence[int]) -> None:
@@ -455,17 +456,15 @@ class EmbeddingLab(_Places):
         rings = ['currentColor' if i == s.image else ring if i % n in s.chosen else '' for i in range(len(places))]
         spots = [Spot(x, y, rings[i], dict(image=i % n), f'{ref.about(i % n)}\n{names[groups[i]]}', i % n)
                  for i, (x, y) in enumerate(places.tolist())]
-        margins = .55, 1.05 if len(names) > 8 else .15, .45, .25
-        chart = Chart((places, *groups, names, axis, title), draw, spots, 3.2, margins, True)
-        shown = s.chosen[:12] or (s.image, *near)
-        tiles = [ref.tile(i, f'{i}' if i != s.image else f'image {i}', 'chosen' if i == s.image else '') for i in shown]
+        chart = Chart((places, *groups, names, axis, title), draw, spots, 3.2,
+                      (.55, 1.05 if len(names) > 8 else .15, .45, .25), True)
+        tiles = [ref.tile(i, f'{i}' if i != s.image else f'image {i}', 'chosen' if i == s.image else '')
+                 for i in s.chosen[:12] or (s.image, *near)]
         data = [dict(point=i, image=i % n, key=ref.names[i % n], group=names[g], x=p[0], y=p[1],
                      chosen=i % n in s.chosen)
                 for i, (p, g) in enumerate(zip(places.tolist(), groups, strict=True))]
         same = sum(groups[i] == groups[s.image] for i in near)
-        second = s.chosen and cache.get(self.source(s.second), None) is None
-        pair = self.pair(cache, s) if s.chosen and not second else ''
-        if second: pair = 'the CKNNA of the chosen images is being computed.'
+        pair = self.pair(cache, s) if s.chosen else ''
         words = [f'{len(places)} points of {s.source} by {axis}, {ref.words}, coloured by {s.colour} '
                  f'({len({*groups})} groups).',
                  f'Image {ref.called(s.image)} is of {names[groups[s.image]]}; nearest in the plane: '
@@ -476,6 +475,11 @@ class EmbeddingLab(_Places):
                  Section(pair or 'draw a line around points to choose them')]
         return make_page(parts, words, data, self.session.note(self.images, [self.source(s.source)]), sheet=ref.sheet,
                          facts=dict(source=s.source, method=axis, n=n, taken=ref.taken))
+
+# %% ../nbs/52_labs.ipynb #a830eb49
+class EmbeddingLab(_Embedding):
+    "A whole set in the plane; a line around points chooses their images. See `SetLab` and `EmbeddingState`."
+    title, scrub = 'Embedding lab', ('colour',)
     def panel(self, state: EmbeddingState) -> dict[str, Control]:
         slow = 'the first run in a process takes 30 to 50 s, later ones a few'
         buttons = {UMAP_BUTTON: slow} if state.method == 'pca' else {'PCA': 'at once'}

@@ -180,20 +180,17 @@ class _Screen:
         else:
             src = _url(_rgb(t.pixels), compress_level=1)
             made = f'<img class="pic{click}" alt="{about}" decoding="sync" src="{src}" style="{line}">'
-        card = f'<div class="card">{about}</div>' if t.tip else ''
-        (r, c), cells = t.tokens, ''
+        card, (r, c) = f'<div class="card">{about}</div>' if t.tip else '', t.tokens
         places = [((j+.5)/c, (i+.5)/r) for i in range(r) for j in range(c)]
-        if r*c: cells = ''.join(f'<i class="token{self.go(dict(place=p))}"></i>' for p in places)
-        if r*c: cells = f'<div class="tokens" style="--c:{c};--a:{c}/{r}">{cells}</div>'
-        caption = f'<figcaption>{words}</figcaption>' if words else ''
-        return f'<figure>{made}{card}{sign}{cells}{caption}</figure>'
+        cells = ''.join(f'<i class="token{self.go(dict(place=p))}"></i>' for p in places)
+        if cells: cells = f'<div class="tokens" style="--c:{c};--a:{c}/{r}">{cells}</div>'
+        return f'<figure>{made}{card}{sign}{cells}{f"<figcaption>{words}</figcaption>" if words else ""}</figure>'
     def spot(self, s: Spot, at: tuple, to: tuple) -> str:
         x, y = at[0]+to[0]*s.x, at[1]+to[1]*s.y
-        place, kind = f'left:{100*x:.2f}%;top:{100*y:.2f}%', ' left'*int(x > .6)+' up'*int(y > .6)
-        if s.width:
-            w, h = abs(to[0]*s.width), abs(to[1])
-            place, kind = f'left:{100*(x-w/2):.2f}%;top:{100*(y-h/2):.2f}%;', kind+' cell'
-            place += f'width:{100*w:.2f}%;height:{100*h:.2f}%'
+        w, h = (abs(to[0]*s.width), abs(to[1])) if s.width else (0, 0)
+        place = f'left:{100*(x-w/2):.2f}%;top:{100*(y-h/2):.2f}%'
+        kind = ' left'*int(x > .6)+' up'*int(y > .6)+' cell'*bool(w)
+        if w: place += f';width:{100*w:.2f}%;height:{100*h:.2f}%'
         ring = f';border-color:{s.colour}' if s.colour else ''
         picture = self.sheet.html(s.sprite) if s.sprite >= 0 and self.sheet else ''
         card = f'<div class="card">{picture}{html.escape(s.tip)}</div>' if s.tip or picture else ''

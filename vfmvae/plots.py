@@ -79,6 +79,7 @@ def series_styles(names: Sequence[str]) -> list[dict]:
         return dict(color=k.colour, marker=k.marker, linestyle=k.line, **hollow)
     return [style(known.get(n)) for n in names]
 
+# %% ../nbs/04_plots.ipynb #7a5f7afb
 def inches(width: str | float # 'column', 'full' or inches
           ) -> float:
     "The width of a figure in inches. UserError: another word."

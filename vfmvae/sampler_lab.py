@@ -28,7 +28,8 @@ from .samplers import ImageNoise, internal_guidance, ODES, Sampler, trajectory, 
 from .generation import nets as bundled, open_net, tokenizer_of
 from .colours import pca_colours
 from .pages import Chart, Page, Section, Spot, Tile
-from .lab_base import check_state, Control, grouped, image_tile, Job, Lab, make_page
+from .lab_parts import (check_state, Control, grouped, image_tile, Job, make_page)
+from .lab_base import Lab
 from .session import decode_cpu, identity
 
 # %% ../nbs/51_sampler_lab.ipynb #27b45413
@@ -106,6 +107,10 @@ class _SamplerNets(Lab[SamplerState]):
             given = None if self.given is None else opened(self.given, device=self.device)
             self.opened[name] = [Stage(str(k), net, tokenizer_of(net, given)) for k, net in nets.items()]
         return self.opened[name]
+
+# %% ../nbs/51_sampler_lab.ipynb #72bd49bf
+class _Trajectories(_SamplerNets):
+    "The trajectories of `SamplerLab`."
     def velocity(self, state: SamplerState, stage: Stage) -> Callable[[Tensor, float], Tensor]:
         "The velocity field of a state, guidance included."
         net = stage.net
@@ -131,7 +136,7 @@ class _SamplerNets(Lab[SamplerState]):
             return self.trajectories[key]
 
 # %% ../nbs/51_sampler_lab.ipynb #6a1b3b6d
-class _Sampler(_SamplerNets):
+class _SamplerRows(_Trajectories):
     patience = .12                                           # seconds that a picture waits for its trajectories
     def follow(self, changes: dict) -> dict:
         "Fewer steps: the same part of the trajectory. No net: the first."
@@ -160,6 +165,9 @@ class _Sampler(_SamplerNets):
         last = 'end' if complete else f'so far, t {levels[-1]:.2f}'
         names = (f'step {step}, t {t:.2f}', 'predicted', last), ('latent', 'predicted', last)
         return [*levels], step, far, [*map(image_tile, images, names[0]), *map(Tile, (c[0] for c in colours), names[1])]
+
+# %% ../nbs/51_sampler_lab.ipynb #f9468dc5
+class _Sampler(_SamplerRows):
     @torch.no_grad()
     def compute(self, state: SamplerState) -> Page:
         "Of each stage: state, prediction and end, decoded and as latents; how far each step is from the end."

@@ -38,13 +38,12 @@ from .views import as_source, extract_views, ResizePadVFM, view_name
 from .plots import LOOKS
 from .pages import Sheet, Tile
 from .colours import ColourFit
-from .lab_base import (about_nets, about_set, Control, default_strength, file_stamps, files_of_set, Job,
-                             join_sentences, Lab, lab_images, LabState, read_images)
+from .lab_parts import (about_nets, about_set, Control, default_strength, file_stamps, files_of_set, Job,
+                        join_sentences, lab_images, read_images)
+from .lab_base import Lab, LabState
 
 # %% ../nbs/49_session.ipynb #154e6103
-class ReferenceImages:
-    """`n` images of a data set, taken by `data.take`, held as 8 bit: those among which neighbours are searched.
-    `words`: which these are. UserError: fewer than 12, or one that cannot be read."""
+class _Held:
     def __init__(self, images: Dataset,
                  n: int = 256,
                  # called with the number of images of each batch that was read
@@ -73,6 +72,11 @@ class ReferenceImages:
     def called(self, i: int) -> str:
         "Image i for a sentence: its number, and its key where that is not its number in the set."
         return f'{i} ({self.names[i]})' if self.spread else f'{i}'
+
+# %% ../nbs/49_session.ipynb #2b9385df
+class ReferenceImages(_Held):
+    """`n` images of a data set, taken by `data.take`, held as 8 bit: those among which neighbours are searched.
+    `words`: which these are. UserError: fewer than 12, or one that cannot be read."""
     @cached_property
     def sheet(self) -> Sheet:
         "All of them, at most 64 px, for a page."
@@ -398,6 +402,10 @@ class _Choices(Lab[LabState]):
         layer = changes.get('layer', now.layer)
         if layer == -1: return changes
         return changes | dict(layer=find_layer(self.session.vfm(changes.get('vfm', now.vfm)), layer))
+
+# %% ../nbs/49_session.ipynb #5adf0e45
+class _Counted(_Choices[LabState]):
+    "What can be counted in a lab about a set."
     def check_counts(self, image: int, total: int, k: int = 0) -> None: # images to choose from, neighbours
         "UserError: an image that is not there, or more neighbours than there can be."
         if image >= total: raise UserError(f'no image {image}; there are {total}, counted from 0')
@@ -412,7 +420,7 @@ class _Choices(Lab[LabState]):
         return Control('whole', f'{what}, 0 to {self.last}', last=self.last)
 
 # %% ../nbs/49_session.ipynb #b5a7784a
-class SetLab(_Choices[LabState]):
+class SetLab(_Counted[LabState]):
     """A lab about a whole set: `n` images of it (`data.take`), counted from 0 among themselves, their features
     computed once. `own` VFMs and tokenizers, as objects, names or files, are known by their name."""
     def __init__(self, state: LabState | None = None,                # None: the default
