@@ -78,7 +78,7 @@ readme: $(DEV)   ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --NbConvertApp.output_files_dir=data/readme --log-level WARN \
 	  --RegexRemovePreprocessor.patterns='^#\|\s*hide' \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input nbs/index.ipynb
-	sed -E 's#\(\.\./(data/|docs/|CONTRIBUTING)#(\1#g; s#\]\(([0-9]+_[a-z_]+\.ipynb)\)#](nbs/\1)#g; s#!\[(jpeg|png)\]#![picture made by the code of nbs/index.ipynb]#' README.md > README.md.new && mv README.md.new README.md
+	sed -E 's#\(\.\./(data/|docs/|CONTRIBUTING)#(\1#g; s#\]\((([0-9]+|learn/|paper/|train/)[a-z0-9_]+\.ipynb)\)#](nbs/\1)#g; s#!\[(jpeg|png)\]#![picture made by the code of nbs/index.ipynb]#' README.md > README.md.new && mv README.md.new README.md
 
 docs: $(DEV)     ## a page for each notebook and module in _docs, with a search box and an index of names, made without a network
 	$(BIN)/python docs/build.py $(ARGS)

@@ -17,6 +17,8 @@ LATER = ''              # not run here, for the reason beside it; that make woul
 # a line of README, or what its make says that it would run -> what runs instead; None: the line itself
 SMOKE = {
     'make demo': None, 'make demo IMAGES=folder/of/pictures': None,
+    # what installs: that the tool is there
+    "pip install -e '.[widgets,notebooks]'": 'pip --version',
     'make train IMAGES=folder/of/pictures ARGS=\'--size 128 --num-images 50000 --run mine\'': None,
     'make lab': None, 'make docs': None, 'make test': None, 'make bench': None, 'make gpu': None,
     'vfmvae demo': LATER,                                                    # the same with images, below

@@ -22,6 +22,7 @@ if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/50_explorer.ipynb #e24a0bcc
 from .core import Device, one_of, real, to_grid, UserError
+from .runtime import device_of
 from .plots import curves, series_styles
 from .images import CROPS, open_image, to_tensor, TRANSFORMS
 from .features import FeatureSource, pool
@@ -145,6 +146,7 @@ class Explored:
 class DecibelSource:
     "A tokenizer as a source whose one feature of an image is the PSNR (dB) of its reconstruction."
     layers: tuple[int | str, ...] = ('psnr',)
+    device = property(lambda self: device_of(self.tokenizer))
     def __init__(self, tokenizer: Tokenizer): self.tokenizer, self.name = tokenizer, f'{tokenizer.name} psnr'
     def features(self, x: Tensor, layers: Sequence[int | str] | None = None) -> dict[int | str, Tensor]:
         "{'psnr': (b,1,1)} of images (b,3,H,W) in [-1,1]."
@@ -391,7 +393,8 @@ def _words(r: Explored) -> list[str]:
         score = f'agrees with the VFM: {metric} {now:.3f}' if now is not None else f'{s.metric} is being computed'
         was = f' ({start:.3f} without the transform)' if start is not None and now is not None else ''
         words.append(f'{t.name}: reconstruction {t.psnr:.1f} dB; {near(t.overlap)}; {score}{was}.')
-    words.append(f'Agreement: {STATES[s.reference_state]}.')
+    at = f' Maps: cosine to the token {s.place[0]:.0%} across, {s.place[1]:.0%} down.' if s.place else ''
+    words.append(f'Agreement: {STATES[s.reference_state]}.{at}')
     if r.chance: words.append(f'Chance: {r.chance[0]:.3f} to {r.chance[1]:.3f} (90 % of random pairings).')
     return words
 

@@ -193,7 +193,7 @@ class _Pairs(SetLab[NeighbourState]):
         spots = [Spot(j, i, ring*((i, j) == at), dict(first=a, second=b), f'{a}\n{b}\n{table[i, j]:.3f}', width=1.)
                  for i, a in enumerate(names) for j, b in enumerate(names)]
         def draw(ax: 'Axes') -> None: heat(table, words, words, label='CKNNA', ax=ax)
-        chart = Chart((*key[1:], *words), draw, spots, .2*len(names)+1.2, (1.4, .3, 1., .1))
+        chart = Chart((*key[1:], *words), draw, spots, .2*len(names)+1.1, (1.4, .4, .9, .1))
         return Section('all against all (CKNNA): click a cell', chart=chart)
 
 # %% ../nbs/52_labs.ipynb #2680a738
@@ -329,7 +329,7 @@ class LayerLab(_LayerSources):
         spots = [Spot(j, i, FRAMES['chosen'][1] if (i, j) == layers else '', dict(row=i, column=j),
                       f'{s.first}, {x}\n{s.second}, {y}\n{table[i, j]:.3f}', width=1.)
                  for i, x in enumerate(names[0]) for j, y in enumerate(names[1])]
-        chart = Chart((*key[1:], title), draw, spots, max(1.2, .2*len(table))+.9, (.9, .3, .65, .25))
+        chart = Chart((*key[1:], title), draw, spots, max(1.2, .2*len(table))+.9, (.9, .5, .65, .25))
         i, j = divmod(int(table.argmax()), table.shape[1])
         ref = cache.images.words
         facts = dict(n=len(cache.images), taken=cache.images.taken, k=s.k) | (dict(t=s.t) if self.noised(s) else {})

@@ -191,7 +191,7 @@ class _Sampler(_SamplerRows):
             words.append(f'{stage.name}: step {step} of {s.steps} by {s.method}, noise level {levels[step]:.3f}; '
                          f'{end if complete else "sampling ..."}.')
         def draw(ax: 'Axes') -> None:
-            curves(lines, 'noise level t', 'distance from the end', ax=ax)
+            curves(lines, 'noise level t', 'rms from the end', ax=ax)
             ax.invert_xaxis()
         chart = Chart((*map(str, lines.items()),), draw, spots, height=1.4)
         waiting = Section('sampling: ' + ', '.join(f'step {len(p.done)-1} of {s.steps}' for p in paths) + ' ...')
