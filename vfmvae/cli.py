@@ -339,7 +339,7 @@ def lab_notebook(folder: Path,         # where to write it; it is made
     given = ', '.join(f'{k}={v!r}' for k, v in fields.items())
     path = Path(folder)/f'explorer-{hashlib.blake2b(given.encode(), digest_size=4).hexdigest()}.ipynb'
     if os.path.lexists(path): return path
-    code = [f'from vfmvae.explorer import Explorer\nlab = Explorer({given})\nlab.widget()',
+    code = [f'from vfmvae.explorer import Explorer\nlab = Explorer({given})\nlab',
             "lab.set(strength=45)          # what a mouse can do, a line of code can do",
             "lab.save('explorer.pdf')      # with the PNG and the CSV beside it"]
     cells: list[dict] = [dict(cell_type='code', id=f'c{i}', metadata={}, source=s, outputs=[], execution_count=None)
@@ -349,9 +349,9 @@ def lab_notebook(folder: Path,         # where to write it; it is made
     kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
     return vfmvae.files.write_json(path, dict(cells=[head, *cells], metadata=kernel, nbformat=4, nbformat_minor=5))
 
-def _lab(data: str = 'world',
-         vfm: str = 'tiny',        # the VFM to compare with: a bundled one or any timm name
-         tokenizers: tuple[str, ...] = ('vfmvae-tiny-f8d16',), # one to four, with commas between
+def _lab(data: str = 'clothes-val',
+         vfm: str = 'photo',       # the VFM to compare with: a bundled one or any timm name
+         tokenizers: tuple[str, ...] = ('vfmvae-photo-f8d16',), # one to four, with commas between
          size: int | None = None,  # pixels per side; None: 64
          n: int = 256,             # images that neighbours and scores are taken among, at least 12
          device: str | None = None,
@@ -360,8 +360,8 @@ def _lab(data: str = 'world',
     "the alignment explorer in JupyterLab; what comes after -- is passed on to it"
     import importlib.util
     import subprocess
-    missing = [m for m in ('jupyterlab', 'ipywidgets', 'ipykernel') if importlib.util.find_spec(m) is None]
-    vfmvae.core.need(not missing, f"the lab needs {', '.join(missing)}: pip install jupyterlab ipywidgets")
+    missing = [m for m in ('jupyterlab', 'ipywidgets', 'ipyevents', 'ipykernel') if importlib.util.find_spec(m) is None]
+    vfmvae.core.need(not missing, f"the lab needs {', '.join(missing)}: pip install jupyterlab ipywidgets ipyevents")
     where = data if data in bundled('data') else str(vfmvae.files.as_path(data, 'data').resolve())
     fields = dict(images=where, vfm=vfm, tokenizers=tokenizers, n=n, size=None if size == 64 else size, device=device)
     path = lab_notebook(vfmvae.files.home()/'labs', **{k: v for k, v in fields.items() if v is not None})
