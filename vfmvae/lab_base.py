@@ -294,8 +294,8 @@ class _Mouse(_Rail[LabState]):
     _corner = 0., 0.                              # of the chart, in the window
     _mark: str
     def _listen(self) -> None:
-        with suppress(ImportError):
-            from ipyevents import Event
+        with suppress(UserError):     # without it the controls do the same
+            Event = extra('ipyevents', 'widgets', 'use the controls').Event
             self.mouse = Event(source=self.picture, watched_events=['click', 'mousedown', 'mouseup'])
             self.mouse.on_dom_event(self.touched)
             self.dragged = Event(source=self.picture, watched_events=[], wait=40)
