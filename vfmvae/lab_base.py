@@ -295,10 +295,10 @@ class _Mouse(_Rail[LabState]):
     _mark: str
     def _listen(self) -> None:
         with suppress(UserError):     # without it the controls do the same
-            Event = extra('ipyevents', 'widgets', 'use the controls').Event
-            self.mouse = Event(source=self.picture, watched_events=['click', 'mousedown', 'mouseup'])
+            made: Any = extra('ipyevents', 'widgets', 'use the controls').Event
+            self.mouse = made(source=self.picture, watched_events=['click', 'mousedown', 'mouseup'])
             self.mouse.on_dom_event(self.touched)
-            self.dragged = Event(source=self.picture, watched_events=[], wait=40)
+            self.dragged = made(source=self.picture, watched_events=[], wait=40)
             self.dragged.on_dom_event(self.touched)
     def touched(self, event: dict) -> None:
         "A click on an element of class `go-3` makes the third change of the page."
