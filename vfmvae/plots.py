@@ -291,7 +291,7 @@ def heat(matrix: 'Array',                    # (r,c) numbers
         im = ax.imshow(m, cmap='cividis', aspect='auto')
         fig.colorbar(im, ax=ax, label=label)
         ax.set_yticks(range(len(m)), names[0])
-        turned = dict(rotation=40, ha='right', rotation_mode='anchor') if max(map(len, names[1]), default=0) > 6 else {}
+        turned: Any = dict(rotation=40, ha='right', rotation_mode='anchor') if max(map(len, names[1]), default=0) > 6 else {}
         ax.set_xticks(range(m.shape[1]), names[1], **turned)
         ax.grid(False)
         ax.set_title(title)
