@@ -1,6 +1,6 @@
 """Every command and every piece of code of README.md runs, in the order in which they stand there, at a smoke size (`smoke.py`): what is typed is what is
 in SMOKE. A command that README gains, or that changes, fails here until SMOKE knows it."""
-import os, re, runpy, shutil, subprocess, sys
+import json, os, re, runpy, shutil, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -171,3 +171,15 @@ def test_no_rule_is_left_over(place):
     lines = {text for kind, text in pieces() if kind == 'sh'}
     made = {w for line in lines if line.startswith('make ') for w in made_by(line, place)}
     assert set(SMOKE) == lines | made and all(any(a in text for kind, text in pieces() if kind == 'python') for a in CODE)
+
+
+def test_every_cell_that_is_shown_has_an_output():
+    notebook = json.loads((ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8'))
+    code = [(''.join(c['source']), c['outputs']) for c in notebook['cells'] if c['cell_type'] == 'code']
+    assert [s[:60] for s, out in code if not s.startswith('#| hide') and not out] == []
+
+
+def test_the_explorer_in_motion_is_small_and_moves():
+    from PIL import Image
+    file = ROOT/'data'/'screenshots'/'explorer.webp'
+    assert file.stat().st_size < 1.5e6 and Image.open(file).n_frames >= 5

@@ -120,7 +120,8 @@ class _Reconstruction(SetLab[ReconstructionState]):
         grown = Section('scales of the decoder', [*map(image_tile, scales, names)])
         parts = [Section('', first, columns=len(first)), grown]
         if added: parts.append(Section('what each adds', [_change(d, f'+ at {d.shape[1]} px') for d in added]))
-        what = EDITS['none'] if s.edit == 'none' else f'{short}: {EDITS[s.edit]} ({s.other} is the other image)'
+        what = EDITS['none'] if s.edit == 'none' else f'{short}: {EDITS[s.edit]}'
+        if other: what += f' (the other is image {s.other})'
         words = [f'Image {s.image} by {s.tokenizer}, {before:.1f} dB. Edit: {what}; then {after:.1f} dB.',
                  f'Scales of the decoder: {", ".join(names)}.']
         about = dict(tokenizer=s.tokenizer, image=s.image, edit=s.edit, amount=s.amount, seed=s.seed, psnr_plain=before)
