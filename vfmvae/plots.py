@@ -291,8 +291,9 @@ def heat(matrix: 'Array',                    # (r,c) numbers
         im = ax.imshow(m, cmap='cividis', aspect='auto')
         fig.colorbar(im, ax=ax, label=label)
         ax.set_yticks(range(len(m)), names[0])
-        turned: Any = dict(rotation=40, ha='right', rotation_mode='anchor') if max(map(len, names[1]), default=0) > 6 else {}
-        ax.set_xticks(range(m.shape[1]), names[1], **turned)
+        long = max(map(len, names[1]), default=0) > 6
+        how: Any = dict(rotation=40, ha='right', rotation_mode='anchor') if long else {}
+        ax.set_xticks(range(m.shape[1]), names[1], **how)
         ax.grid(False)
         ax.set_title(title)
         _cell_numbers(ax, m, fmt, im.norm)
