@@ -456,7 +456,9 @@ def in_processes(folder, source, counts=(1, 2)):
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
         launch = [sys.executable, '-m', 'torch.distributed.run', '--master_port', str(port), '--nproc_per_node', str(n)]
-        done = subprocess.run([*launch, str(folder/'script.py'), str(folder/f'{n}.safetensors')], capture_output=True, text=True, timeout=300)
+        for _ in range(2):       # torch may abort as a finished process ends, on a busy machine: seen in two runs of the whole suite, cause unknown
+            done = subprocess.run([*launch, str(folder/'script.py'), str(folder/f'{n}.safetensors')], capture_output=True, text=True, timeout=300)
+            if 'terminate called without an active exception' not in done.stderr: break
         assert done.returncode == 0, f'{done.stderr[:3000]}\n...\n{done.stderr[-2000:]}'     # who aborts says why at its start
     return [load_weights(folder/f'{n}.safetensors') for n in counts]
 
