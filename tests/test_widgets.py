@@ -465,3 +465,12 @@ def test_what_a_screen_shows_can_be_printed(name, tmp_path):
     Which, how = LABS[name]
     made = Which(**how).save(tmp_path/'fig')
     assert [p.suffix for p in made] == ['.pdf', '.png', '.csv'] and Image.open(made[1]).width == 6.75*200
+
+
+@weights
+def test_a_lab_whose_first_picture_fails_says_so_where_a_cell_ends_with_it(monkeypatch):
+    pytest.importorskip('ipywidgets')
+    monkeypatch.setattr(ReconstructionLab, 'compute', lambda self, state: 1/0)
+    lab = ReconstructionLab()
+    lab._ipython_display_()
+    assert 'ZeroDivisionError' in lab.settle().status.value

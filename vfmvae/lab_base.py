@@ -289,7 +289,7 @@ class _Mouse(_Rail[LabState]):
     picture: Any
     overlay: Any
     _actions: Sequence[dict] = ()                 # of the page that is shown
-    _page: Page
+    _page = Page([])                              # that is shown; none yet
     _line: list[tuple[float, float]] = []         # around spots, while it is drawn
     _corner = 0., 0.                              # of the chart, in the window
     _mark: str
@@ -451,7 +451,7 @@ class _Kept(_Filled[LabState]):
         self._timer = loop.call_later(1.5, self._keep)     # not at every move of a slider
     def _keep(self) -> None:
         from IPython.display import Markdown
-        if self._latest.busy or self._incomplete: return
+        if self._latest.busy or self._incomplete or not self._page.sections: return
         words = Markdown(f'{self._page.words}\n\n`{self.code}`')
         for still, shown in zip(self._stills, (self._page.figure(), words), strict=True): still.update(shown)
 
