@@ -447,18 +447,24 @@ def test_two_processes_train_the_same_model(tmp_path):
     torch.testing.assert_close(torch.tensor(one['loss']), torch.tensor(two['loss']), atol=1e-5, rtol=1e-4)
 
 
+def launch(n, *words):
+    "A script and its arguments under n processes."
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    words = [sys.executable, '-m', 'torch.distributed.run', '--master_port', str(port), '--nproc_per_node', str(n), *map(str, words)]
+    for _ in range(2):       # torch may abort as a finished process ends, on a busy machine: seen in two runs of the whole suite, cause unknown
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=dict(os.environ, PYTHONFAULTHANDLER='1'))     # where it aborts
+        if 'terminate called without an active exception' not in done.stderr: break
+    return done
+
+
 def in_processes(folder, source, counts=(1, 2)):
     "Runs a script under each number of processes; what each wrote."
-    import socket
     (folder/'script.py').write_text(textwrap.dedent(source)+'\nfrom vfmvae.runtime import finish_distributed\nfinish_distributed()\n')
     for n in counts:
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
-        launch = [sys.executable, '-m', 'torch.distributed.run', '--master_port', str(port), '--nproc_per_node', str(n)]
-        for _ in range(2):       # torch may abort as a finished process ends, on a busy machine: seen in two runs of the whole suite, cause unknown
-            done = subprocess.run([*launch, str(folder/'script.py'), str(folder/f'{n}.safetensors')], capture_output=True, text=True, timeout=300)
-            if 'terminate called without an active exception' not in done.stderr: break
+        done = launch(n, folder/'script.py', folder/f'{n}.safetensors')
         assert done.returncode == 0, f'{done.stderr[:3000]}\n...\n{done.stderr[-2000:]}'     # who aborts says why at its start
     return [load_weights(folder/f'{n}.safetensors') for n in counts]
 

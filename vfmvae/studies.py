@@ -12,6 +12,7 @@ import dataclasses, hashlib, os, shutil, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 # %% ../nbs/56_studies.ipynb #1eae53aa
-from .core import build_config, need, notice, one_of, UserError, whole
-from .files import home, PathLike, read_json, Table, to_json, write_json
-from .runtime import device_of, provenance
+from .core import build_config, first_line, need, notice, one_of, PathLike, UserError, whole
+from .files import check_out, home, read_json, Table, to_json, write_json
+from .runtime import device_of, make_accelerator, num_processes, provenance, rank
 from .images import Dataset
 from .data import select_classes, Subset, take
 from .features import extract, FeatureSource, Layer
@@ -40,6 +41,7 @@ from .statistics import compute_statistics, Statistics
 from .evaluate import rfid
 from .flow import flow_loss
 from .dit import DiT, NetFeatures
+from .latents import cache_latents
 from .presets import FlowPreset, Preset
 from .recipes import estimate, evaluate_equivariance, evaluate_tokenizer, get_preset, open_data, train_tokenizer
 from .generation import evaluate_samples, generate, train_flow
@@ -101,8 +103,10 @@ class Study:
     compile: bool = False                # the nets
     def __post_init__(self) -> None:
         for k in ('tokenizer_images', 'moments', 'samples', 'final_samples', 'steps'): whole(getattr(self, k), k, 1)
+        for k in ('data', 'tokenizers', 'switches', 'seeds'): need(getattr(self, k), f'no {k} in this study; name at least one')
         need(not self.nets or self.net_images, 'nets and no images to train them on; give net_images')
         for k in self.measures: one_of(k, MEASURES, 'measure')
+        for k in self.eyes: need(k not in EXTRACTORS, f'an eye named {k!r} hides the bundled judge of that name; rename it')
         for d in self.data.values():
             for k in d.judges: one_of(k, [*EXTRACTORS, *self.eyes], 'judge')
             for k in d.references: one_of(k, self.eyes, 'eye')
@@ -112,11 +116,15 @@ def open_study(spec: PathLike | Mapping[str, Any] # a JSON file, or what it hold
               ) -> Study:
     "A study from JSON. UserError: an unknown setting (with the nearest), a measure or eye that does not exist."
     given: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else read_json(spec)
-    parts = dict(train=Pictures, test=Pictures, exam=Pictures)
-    def domain(d: Mapping[str, Any]) -> Domain:
-        return build_config(Domain, {k: build_config(parts[k], v) if k in parts else v for k, v in d.items()})
-    made = dict(data={k: domain(v) for k, v in given.get('data', {}).items()},
-                eyes={k: build_config(Eye, v) for k, v in given.get('eyes', {}).items()})
+    pictures = 'train', 'test', 'exam'
+    def entries(name: str) -> dict[str, Any]:
+        need(isinstance(found := given.get(name, {}), Mapping), f'{name} of a study are entries by name, not {found!r}')
+        return dict(found)
+    def domain(d: Any) -> Domain:
+        need(isinstance(d, Mapping), f'data of a study are entries such as {{"train": ...}}, not {d!r}')
+        return build_config(Domain, {k: build_config(Pictures, v) if k in pictures else v for k, v in d.items()})
+    made = dict(data={k: domain(v) for k, v in entries('data').items()},
+                eyes={k: build_config(Eye, v) for k, v in entries('eyes').items()})
     return build_config(Study, given | made)
 
 # %% ../nbs/56_studies.ipynb #a49e4d5b
@@ -166,7 +174,8 @@ class Trial:
                       images=s.net_images if self.net else s.tokenizer_images)
         recipe |= dict(of=self.before.folder.name, latents=s.latents) if self.net else dict(precision=s.precision)
         mark = hashlib.sha256(to_json(recipe, None).encode()).hexdigest()[:8]
-        names = self.dataset, self.tokenizer, self.switch, self.net, f's{self.seed}', mark
+        changed = any(self.net or path.startswith('tokenizer.') for path in s.switches[self.switch])
+        names = self.dataset, self.tokenizer, self.switch if changed else '', self.net, f's{self.seed}', mark
         return self.root/'-'.join(''.join(c if c.isalnum() else '_' for c in n) for n in names if n)
     @property
     def before(self) -> 'Trial':
@@ -176,23 +185,19 @@ class Trial:
     def out(self) -> Path:
         "Its weights."
         return self.folder/('net.safetensors' if self.net else 'tokenizer.safetensors')
+    @property
+    def kind(self) -> str: return 'net' if self.net else 'tokenizer'
     def todo(self) -> list[str]:
         "Measures that are missing."
-        kind = 'net' if self.net else 'tokenizer'
-        wanted = [k for k in self.study.measures or MEASURES if MEASURES[k][0] == kind]
+        wanted = [k for k in self.study.measures or MEASURES if MEASURES[k][0] == self.kind]
         return [k for k in wanted if not (self.folder/f'{k}.json').exists()]
 
-def plan(study: Study, root: PathLike) -> list[Trial]:
-    "All runs, the tokenizers of a seed before its nets, seeds in order; runs that two switches share stand once."
-    s, found = study, dict[Path, Trial]()
-    for seed in s.seeds:
-        for net in ('', *s.nets):
-            for d in s.data:
-                for t in s.tokenizers:
-                    for switch in s.switches:
-                        trial = Trial(s, Path(root), d, t, switch, seed, net)
-                        found.setdefault(trial.folder, trial)
-    return [*found.values()]
+def plan(study: Study, root: PathLike # folder of all runs
+        ) -> list[Trial]:
+    "All runs, seeds in order and in each the tokenizers before the nets. Two switches may share a folder."
+    s = study
+    return [Trial(s, Path(root), d, t, switch, seed, net) for seed, net, d, t, switch in
+            product(s.seeds, ('', *s.nets), s.data, s.tokenizers, s.switches)]
 
 # %% ../nbs/56_studies.ipynb #dcba11df
 def _cost(folder: Path, began: float, rows: list[dict] | None = None) -> float:
@@ -204,7 +209,7 @@ def _cost(folder: Path, began: float, rows: list[dict] | None = None) -> float:
 def train_trial(trial: Trial) -> None:
     "Trains what is missing, or goes on with it; its weights lie in `trial.out` then."
     s, d, folder, began = trial.study, trial.study.data[trial.dataset], trial.folder, time.process_time()
-    p, tok = trial.preset, load_tokenizer(trial.before.out) if trial.net else None
+    p, tok, acc = trial.preset, load_tokenizer(trial.before.out) if trial.net else None, make_accelerator()
     size = p.latent[1]*tok.stride if tok else p.config.img_size
     how: dict[str, Any] = dict(run=folder/'run', out=trial.out, seed=trial.seed, log_every=50, show=partial(_cost, folder, began))
     if tok is None:
@@ -213,14 +218,19 @@ def train_trial(trial: Trial) -> None:
     else:
         p = replace(p, tokenizer=tok.name, net=replace(p.net, in_channels=tok.channels),
                     latent=(tok.channels, *p.latent[1:]))
-        every = max(1, s.net_images//p.batch_size//s.moments)
-        train_flow(p, d.train.open(size), folder/'latents', tok, s.latents, num_images=s.net_images,
+        every, ds = max(1, s.net_images//p.batch_size//s.moments), d.train.open(size)
+        with acc.main_process_first():       # the others find the latents there
+            cache_latents(tok, ds, folder/'latents', s.latents, p.flips, rank=0, num_processes=1)
+        train_flow(p, ds, folder/'latents', tok, s.latents, num_images=s.net_images,
                    save_every=every, keep=s.moments+1, compile=s.compile, **how)
-    write_json(folder/'trained.json', dict(hours=_cost(folder, began), made=provenance(seed=trial.seed),
-                                           preset=asdict(p), images=s.net_images if tok else s.tokenizer_images))
-    shutil.rmtree(folder/'latents', ignore_errors=True)          # what can be made again; a net's moments stay
+    hours = _cost(folder, began)
+    acc.wait_for_everyone()
+    if not acc.is_main_process: return
     if tok is None:
         for f in (folder/'run').rglob('*.safetensors'): f.unlink()
+    shutil.rmtree(folder/'latents', ignore_errors=True)          # what can be made again; a net's moments stay
+    write_json(folder/'trained.json', dict(hours=hours, made=provenance(seed=trial.seed), preset=asdict(p),
+                                           images=s.net_images if tok else s.tokenizer_images))
 
 # %% ../nbs/56_studies.ipynb #23e31575
 class Panel:
@@ -373,9 +383,14 @@ def inside(trial: Trial, panel: Panel) -> Iterator[Row]:
                     yield _row(f'cknna_block{layer}_t{t:g}', cknna(prepare(h), other), len(h), name, images=seen)
 
 # %% ../nbs/56_studies.ipynb #fc9abe7b
-def work(trial: Trial, panels: dict[str, Panel]) -> None:
+def _finished(trial: Trial) -> bool: return (trial.folder/'trained.json').exists() and not trial.todo()
+
+def work(trial: Trial,              # the folder is made
+         panels: dict[str, Panel]   # of the data sets; what is missing is made
+        ) -> None:
     "Trains and measures what is missing of one run."
     if not (trial.folder/'trained.json').exists(): train_trial(trial)
+    make_accelerator().wait_for_everyone()              # before one of a group looks for what another one writes
     for k in trial.todo():
         if trial.dataset not in panels:
             size = load_tokenizer(trial.before.out).config.img_size
@@ -383,22 +398,29 @@ def work(trial: Trial, panels: dict[str, Panel]) -> None:
         with torch.no_grad(): rows = [*MEASURES[k][1](trial, panels[trial.dataset])]
         write_json(trial.folder/f'{k}.json', dict(rows=rows, made=provenance(seed=trial.seed)))
 
+def _next(runs: Sequence[Trial], failed: Mapping[str, str]) -> tuple[str | None, FileLock | None]:
+    "(folder of a run that is free and ready, '' while others are at work, None at the end; its lock)."
+    todo = [t for t in runs if t.folder.name not in failed and not _finished(t)]
+    for t in [t for t in todo if not t.net or (t.before.folder/'trained.json').exists()]:
+        t.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(t.folder/'lock')
+        try: lock.acquire(timeout=0)
+        except Timeout: continue
+        if not _finished(t): return t.folder.name, lock
+        lock.release()
+    left = [t for t in todo if not t.net or t.before.folder.name not in failed]
+    return '' if left else None, None
+
+def _agreed(name: str | None) -> str | None:
+    "What the first process says, in every process of a group."
+    if num_processes() == 1: return name
+    said = [name]
+    torch.distributed.broadcast_object_list(said)
+    return said[0]
+
+# %% ../nbs/56_studies.ipynb #a6034046
 COLUMNS = ('dataset', 'tokenizer', 'switch', 'net', 'seed', 'images', 'metric', 'value', 'n', 'judge', 'cpu_hours',
            'commit', 'hardware')
-
-def table_of(study: Study, root: PathLike) -> Table:
-    """One tidy row for each number that is there, by `COLUMNS`; cpu_hours are those of the run's training, images those
-    it has seen. Facts: runs (in all), done."""
-    s, rows, runs = study, list[Row](), plan(study, root)
-    for seed in s.seeds:
-        for d in s.data:
-            for t in s.tokenizers:
-                for switch in s.switches:
-                    for net in ('', *s.nets):
-                        rows += _rows_of(Trial(s, Path(root), d, t, switch, seed, net))
-    return Table(rows, runs=len(runs), done=sum(_finished(t) for t in runs))
-
-def _finished(trial: Trial) -> bool: return (trial.folder/'trained.json').exists() and not trial.todo()
 
 def _rows_of(trial: Trial) -> Iterator[Row]:
     "The rows of a run, whichever switch trained it."
@@ -406,11 +428,18 @@ def _rows_of(trial: Trial) -> Iterator[Row]:
     facts, t = read_json(side), trial
     own = dict(dataset=t.dataset, tokenizer=t.tokenizer, switch=t.switch, net=t.net, seed=t.seed, images=facts['images'])
     made = dict(cpu_hours=facts['hours'], commit=facts['made']['commit'], hardware=facts['made']['hardware'])
-    kind = 'net' if t.net else 'tokenizer'
-    for name in [k for k, (of, _) in MEASURES.items() if of == kind and (t.folder/f'{k}.json').exists()]:
+    for name in [k for k, (kind, _) in MEASURES.items() if kind == t.kind and (t.folder/f'{k}.json').exists()]:
         for r in read_json(t.folder/f'{name}.json')['rows']: yield {k: (own | r | made)[k] for k in COLUMNS}
 
-# %% ../nbs/56_studies.ipynb #fb786243
+def table_of(study: Study, root: PathLike # folder of all runs
+            ) -> Table:
+    """One tidy row for each number that is there, by `COLUMNS`; cpu_hours are those of the run's training, images those
+    it has seen. Facts: runs (in all), done."""
+    runs = plan(study, root)
+    done = {t.folder: _finished(t) for t in runs}
+    return Table([r for t in runs for r in _rows_of(t)], runs=len(done), done=sum(done.values()))
+
+# %% ../nbs/56_studies.ipynb #7fe556f1
 def study(spec: PathLike | Mapping[str, Any] | Study, # a JSON file, what it holds, or a `Study`
           folder: PathLike | None = None, # of its runs; None: `home()/studies/<name of the file>`
           out: PathLike | None = None,    # a CSV file of the table; the same name with .json holds it, too
@@ -418,37 +447,36 @@ def study(spec: PathLike | Mapping[str, Any] | Study, # a JSON file, what it hol
           say: Callable[[str], object] = print
          ) -> Table:
     """Trains and measures every run that is missing, and returns the table of all (`table_of`). Call it again to go on;
-    call it in several processes or machines on one folder, and they share the runs. A run that fails is named at the
-    end, after the others. UserError: a study that says nothing of use, or every run failed."""
+    call it in several processes or on several machines with one folder, and they share the runs; under `accelerate
+    launch` all processes train each run together. A run that fails is named at the end, after the others. UserError: a
+    study that says nothing of use, or every run failed."""
     s = spec if isinstance(spec, Study) else open_study(spec)
     need(folder or isinstance(spec, str | Path), 'no folder for the runs of this study; give folder')
+    if out: check_out(out, '.csv')
     root = Path(folder) if folder else home()/'studies'/Path(str(spec)).stem
-    todo, failed, panels = plan(s, root), dict[Path, str](), dict[str, Panel]()
-    if dry_run: return price(s, todo, say)
-    while todo:
-        before = len(todo)
-        for trial in [*todo]:
-            if _finished(trial) or trial.folder in failed: todo.remove(trial)
-            elif trial.net and not (trial.before.folder/'trained.json').exists():
-                if trial.before.folder in failed: failed[trial.folder] = 'its tokenizer failed'
-            else:
-                trial.folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    with FileLock(trial.folder/'lock', timeout=0):
-                        say(f'{trial.folder.name}: begins ({len(todo)} runs are left)')
-                        work(trial, panels)
-                except Timeout: continue
-                except (UserError, RuntimeError) as e: failed[trial.folder] = f'{type(e).__name__}: {e}'
-                break                                   # from the first again: what was waiting may be free
+    runs, failed, panels = dict[str, Trial](), dict[str, str](), dict[str, Panel]()
+    for t in plan(s, root): runs.setdefault(t.folder.name, t)
+    if dry_run: return price(s, [*runs.values()], say)
+    make_accelerator()
+    while True:
+        name, lock = _next([*runs.values()], failed) if rank() == 0 else ('', None)
+        if (name := _agreed(name)) is None: break
+        if not name: time.sleep(5)
         else:
-            if len(todo) == before: time.sleep(5)       # others are at work
-    for f, why in failed.items(): notice(f'{f.name} failed: {why}')
+            say(f'{name}: begins ({sum(not _finished(t) for t in runs.values())} of {len(runs)} runs are not finished)')
+            try: work(runs[name], panels)
+            except (UserError, RuntimeError) as e:
+                failed[name] = f'{type(e).__name__}: {first_line(e, 300)}'
+                say(f'{name}: failed, {failed[name]}')
+            finally:
+                if lock: lock.release()
+    for name, why in failed.items(): notice(f'{name} failed: {why}')
     table = table_of(s, root)
-    need(table or not failed, f'every run failed, the first by: {next(iter(failed.values()), "")}')
+    need(table or not failed, f'every run failed, the first by {next(iter(failed.values()), "")}')
     if out: write_json(Path(table.csv(out)).with_suffix('.json'), dict(rows=table.rows, **table.facts))
     return table
 
-# %% ../nbs/56_studies.ipynb #2ff1dfaa
+# %% ../nbs/56_studies.ipynb #87bf74b4
 def _net_seconds(p: FlowPreset, steps: int = 2) -> float:
     "Seconds of this machine for an image of a net's training, after a step that warms up."
     net, z = DiT(p.net), torch.randn(p.batch_size, *p.latent)
@@ -457,17 +485,21 @@ def _net_seconds(p: FlowPreset, steps: int = 2) -> float:
         flow_loss(net, z, torch.zeros(len(z), dtype=torch.int64))['loss'].backward()
     return (time.perf_counter()-began)/steps/len(z)
 
-def price(study: Study, runs: Sequence[Trial], say: Callable[[str], object] = print) -> Table:
-    "Hours and gigabytes of the runs that are missing, from a few steps of each kind on this machine; nothing is kept."
-    rows = Table()
-    for trial in (t for t in runs if not _finished(t)):
-        s, p, vfm = study, trial.preset, study.data[trial.dataset].vfm
+def price(study: Study,
+          runs: Sequence[Trial],                 # of `plan`, each folder once
+          say: Callable[[str], object] = print
+         ) -> Table:
+    """Hours and gigabytes of the training that is missing, from a few steps of each run on this machine; nothing is
+    kept. Measuring comes on top."""
+    rows, s = Table(), study
+    for trial in (t for t in runs if not (t.folder/'trained.json').exists()):
+        p, vfm = trial.preset, s.data[trial.dataset].vfm
         if trial.net:
             hours, gb = s.net_images*_net_seconds(p)/3600, 16e-9*s.moments*sum(v.numel() for v in DiT(p.net).parameters())
         else:
             stages = estimate(p, vfm if p.config.vfm else None, s.tokenizer_images, precision=s.precision, say=str)
             hours, gb = sum(r['hours'] for r in stages), sum(r['disk_gb'] for r in stages)
         rows.append(dict(run=trial.folder.name, hours=hours, gb=gb))
-    say(f"{len(rows)} runs: {sum(r['hours'] for r in rows):.1f} hours of training on this machine, "
-        f"{sum(r['gb'] for r in rows):.1f} GB; measuring comes on top")
+    hours, gb = (sum(r[k] for r in rows) for k in ('hours', 'gb'))
+    say(f'{len(rows)} runs: {hours:.1f} hours of training on this machine, {gb:.1f} GB; measuring comes on top')
     return rows

@@ -1,0 +1,190 @@
+"""A study: runs that are shared, resumed and measured once, and a table that says of each number where it comes from."""
+import csv, json, os, subprocess, sys
+from dataclasses import asdict
+from pathlib import Path
+import pytest
+from filelock import FileLock
+from vfmvae import studies
+from vfmvae.core import Notice, UserError
+from vfmvae.presets import PRESETS
+from vfmvae.recipes import evaluate_tokenizer, open_data
+from vfmvae.studies import COLUMNS, MEASURES, open_study, override, plan, study
+from vfmvae.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+WORLD = dict(train=dict(path='world', n=200, seed=100), test=dict(path='world', n=48, seed=8), exam=dict(path='world', n=64, seed=9), vfm='tiny',
+             judges=['world'], references=['eye'])
+SPEC = dict(data=dict(world=WORLD), eyes=dict(eye=dict(vfm='photo')), tokenizers=dict(plain='conv-f8d16', ours='vfmvae-photo-f8d16'), tokenizer_images=48,
+            nets=dict(small='dit-vfmvae-photo-f8d16'), net_images=128, moments=2, latents=64, samples=24, final_samples=24, steps=2,
+            common={'net.net.depth': 2, 'net.net.hidden_size': 32, 'net.net.num_heads': 2, 'net.cosine': 0, 'net.flips': False})
+
+
+def quiet(_): pass
+
+
+@pytest.fixture(scope='module')
+def whole_study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('study')
+    spec = dict(SPEC, switches={'': {}, 'colder': {'net.flow.lr': 1e-4}})
+    return folder, spec, study(spec, folder/'runs', folder/'study.csv', say=quiet)
+
+
+def test_every_number_says_where_it_comes_from(whole_study):
+    folder, spec, table = whole_study
+    with open(folder/'study.csv', newline='', encoding='utf-8') as f: rows = [*csv.DictReader(f)]
+    assert len(rows) == len(table) > 100 and tuple(rows[0]) == COLUMNS
+    assert json.loads((folder/'study.json').read_text())['rows'] == table.rows and (table.runs, table.done) == (6, 6)
+    assert all(r['value'] is not None and r['n'] > 0 and r['cpu_hours'] > 0 and r['hardware'] for r in table)
+    assert {(r['tokenizer'], r['switch'], r['net']) for r in table} == {(t, s, n) for t in ('plain', 'ours') for s in ('', 'colder') for n in ('', 'small')}
+    assert {r['images'] for r in table.where(net='')} == {48} and {r['images'] for r in table.where(metric='gfd')} == {64, 128}
+    assert all(r['judge'] for r in table if r['metric'].startswith(('rfd', 'gfd', 'cknna', 'se_')))
+
+
+def test_the_numbers_are_those_of_the_functions(whole_study):
+    folder, spec, table = whole_study
+    for t in [t for t in plan(open_study(spec), folder/'runs') if t.kind == 'tokenizer' and not t.switch]:
+        want = evaluate_tokenizer(load_tokenizer(t.out), open_data('world', 64, n=48, seed=8), None, say=False)
+        got = {r['metric']: r['value'] for r in table.where(tokenizer=t.tokenizer, switch='', net='')}
+        assert {k: got[k] for k in ('psnr', 'ssim', 'l1')} == pytest.approx({k: want[k] for k in ('psnr', 'ssim', 'l1')}, rel=1e-5)
+    pairs = [({r['metric']: r['value'] for r in table.where(tokenizer=t, switch='', net='')})['decoder_parameters'] for t in ('plain', 'ours')]
+    assert max(pairs) < 1.05*min(pairs)
+
+
+def test_a_second_call_trains_and_measures_nothing(whole_study, monkeypatch):
+    folder, spec, table = whole_study
+    for k in ('train_tokenizer', 'train_flow', 'Panel'): monkeypatch.setattr(studies, k, None)
+    assert study(spec, folder/'runs', say=quiet).rows == table.rows
+
+
+def test_a_switch_of_the_net_shares_the_tokenizer_and_a_changed_recipe_is_a_new_run(whole_study):
+    folder, spec, _ = whole_study
+    runs = plan(open_study(spec), folder/'runs')
+    at = {(t.tokenizer, t.switch, t.net): t.folder for t in runs}
+    assert at['ours', '', ''] == at['ours', 'colder', ''] and at['ours', '', 'small'] != at['ours', 'colder', 'small']
+    for change in (dict(tokenizer_images=64), dict(precision='bf16'), dict(common={**SPEC['common'], 'tokenizer.batch_size': 16}), dict(seeds=[1])):
+        assert not {t.folder for t in plan(open_study(dict(spec, **change)), folder/'runs')} & {*at.values()}, change
+    later = {t.folder for t in plan(open_study(dict(spec, net_images=256)), folder/'runs') if t.net}
+    assert later.isdisjoint(at.values()) and {t.folder for t in plan(open_study(dict(spec, samples=99, steps=7)), folder/'runs')} == {*at.values()}
+
+
+def test_a_new_measure_alone_is_asked_of_runs_that_are_there(whole_study, monkeypatch):
+    folder, spec, table = whole_study
+    for k in ('train_tokenizer', 'train_flow'): monkeypatch.setattr(studies, k, None)
+    def channels(trial, panel): yield dict(metric='channels', value=load_tokenizer(trial.out).channels, n=1, judge='')
+    monkeypatch.setitem(MEASURES, 'channels', ('tokenizer', channels))
+    found = study(spec, folder/'runs', say=quiet)
+    assert len(found) == len(table)+4 and {r['value'] for r in found.where(metric='channels')} == {16}
+    for f in (folder/'runs').glob('*/channels.json'): f.unlink()
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
+    # the latent of an RAE is fixed: a KL term has nothing to move
+    spec = dict(SPEC, tokenizers=dict(plain='conv-f8d16', rae='rae-photo-f8d192'), common={**SPEC['common'], 'tokenizer.stages.*.weights.kl': 1e-4},
+                nets={}, net_images=0, measures=['reconstruction'])
+    with pytest.warns(Notice, match='rae.*failed: UserError: stage .* weighs kl'): table = study(spec, tmp_path, say=quiet)
+    assert {r['tokenizer'] for r in table} == {'plain'} and (table.runs, table.done) == (2, 1)
+    with pytest.warns(Notice), pytest.raises(UserError, match='every run failed, the first by UserError: stage'):
+        study(dict(spec, tokenizers=dict(rae='rae-photo-f8d192')), tmp_path, say=quiet)
+
+
+def test_a_measure_that_breaks_costs_no_training(tmp_path, monkeypatch):
+    spec = dict(SPEC, tokenizers=dict(plain='conv-f8d16'), nets={}, net_images=0, measures=['reconstruction'])
+    def broken(trial, panel): raise RuntimeError('a disk that is full')
+    was = MEASURES['reconstruction']
+    monkeypatch.setitem(MEASURES, 'reconstruction', ('tokenizer', broken))
+    with pytest.warns(Notice, match='a disk that is full'), pytest.raises(UserError, match='every run failed'): study(spec, tmp_path, say=quiet)
+    monkeypatch.setitem(MEASURES, 'reconstruction', was)
+    monkeypatch.setattr(studies, 'train_tokenizer', None)
+    assert study(spec, tmp_path, say=quiet).done == 1
+
+
+WORKER = '''
+import json, sys, torch
+torch.set_num_threads(1)
+from vfmvae.studies import study
+t = study(json.loads(sys.argv[1]), sys.argv[2], say=lambda line: print(line, flush=True))
+print('done', t.done, 'of', t.runs)
+from vfmvae.runtime import finish_distributed
+finish_distributed()
+'''
+
+
+def begun(text): return [line.split(':')[0] for line in text.splitlines() if ': begins' in line]
+
+
+def test_two_workers_share_the_runs_of_one_folder(tmp_path):
+    spec = json.dumps(dict(SPEC, seeds=[0, 1], nets={}, net_images=0, measures=['reconstruction']))
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    start = [sys.executable, '-c', WORKER, spec, str(tmp_path)]
+    both = [subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)]
+    said = [p.communicate(timeout=300) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said[0][1][-1500:]+said[1][1][-1500:]
+    runs = [begun(out) for out, _ in said]
+    assert len(runs[0]+runs[1]) == len({*runs[0], *runs[1]}) == 4 and all('done 4 of 4' in out for out, _ in said)
+
+
+def test_a_run_that_another_worker_holds_is_left_to_it(tmp_path):
+    s = open_study(dict(SPEC, nets={}, net_images=0, measures=['reconstruction']))
+    first, second = plan(s, tmp_path)
+    first.folder.mkdir(parents=True)
+    with FileLock(first.folder/'lock'):
+        name, lock = studies._next([first, second], {})
+        assert name == second.folder.name
+        lock.release()
+        assert studies._next([first], {}) == ('', None)
+    assert studies._next([first], {first.folder.name: 'why'}) == (None, None)
+
+
+def test_a_group_of_processes_trains_each_run_together(tmp_path):
+    from test_train import launch
+    (tmp_path/'script.py').write_text(WORKER)
+    spec = json.dumps(dict(SPEC, tokenizers=dict(plain='conv-f8d16'), measures=['reconstruction', 'finish'], compile=False))
+    done = launch(2, tmp_path/'script.py', spec, str(tmp_path/'runs'))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len({*begun(done.stdout)}) == 2 and done.stdout.count('done 2 of 2') == 2
+    assert {json.loads(f.read_text())['made']['commit'] for f in (tmp_path/'runs').glob('*/trained.json')}
+
+
+def test_what_it_would_cost_trains_nothing(tmp_path):
+    said = []
+    rows = study(SPEC, tmp_path/'runs', dry_run=True, say=said.append)
+    assert len(rows) == 4 and all(r['hours'] > 0 and r['gb'] > 0 for r in rows) and not (tmp_path/'runs').exists()
+    assert said[-1].startswith('4 runs: ') and 'GB' in said[-1]
+
+
+# recipes as data -----------------------------------------------------------------------------------------------------------------------------------
+
+def test_an_override_changes_what_it_names_alone():
+    p = PRESETS['vfmvae-photo-f8d16']
+    q = override(p, 'stages.*.weights.vf', 0.)
+    assert [s.weights.get('vf') for s in q.stages] == [0.]*3 and [{**s.weights, 'vf': 0.} for s in p.stages] == [dict(s.weights) for s in q.stages]
+    q = override(p, 'stages.weak.equivariance', [.5, 1.])
+    assert [s.equivariance for s in q.stages] == [(), (.5, 1.), ()] and asdict(q.config) == asdict(p.config)
+    assert override(p, 'config.channels', 8).config.channels == 8 and p.config.channels == 16
+    assert override(p, 'batch_size', 4).batch_size == 4
+
+
+@pytest.mark.parametrize('path, said', [('stages.strange.lr', "no stage named 'strange'"), ('config.chanels', 'channels'), ('colour', 'no field of a Preset'),
+                                        ('stages.*.lr', 'lr')])
+def test_an_override_of_nothing_is_refused(path, said):
+    with pytest.raises(UserError, match=said): override(PRESETS['vfmvae-photo-f8d16'], path, -1)
+
+
+@pytest.mark.parametrize('change, said', [
+    (dict(sede=[0]), "'sede'.*seeds"), (dict(measures=['fid']), "no measure named 'fid'"), (dict(net_images=0), 'give net_images'),
+    (dict(data=dict(world=dict(WORLD, judges=['inceptoin']))), "no judge named 'inceptoin'"),
+    (dict(data=dict(world=dict(WORLD, references=['clip']))), "no eye named 'clip'"),
+    (dict(data=dict(world=dict(WORLD, train=dict(pth='world')))), "'pth'.*path"), (dict(samples=0), 'samples'),
+    (dict(tokenizers=dict(a='conv-f8d17')), 'conv-f8d16'), (dict(switches={'': {}, 'x': {'tokeniser.config.channels': 8}}), "part of a switch.*tokenizer"),
+    (dict(eyes=dict(eye=dict(vfm='photo'), world=dict(vfm='tiny'))), "'world' hides the bundled judge"), (dict(data={}), 'no data'), (dict(tokenizers={}), 'no tokenizers')])
+def test_what_a_study_says_wrongly_is_refused_before_anything_is_trained(change, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, 'train_tokenizer', None)
+    with pytest.raises(UserError, match=said): study(dict(SPEC, **change), tmp_path, say=quiet)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"data": 3}', '{"data": {"a": []}}', '{"seeds": "0"}', '\x00'])
+def test_a_file_that_is_no_study_is_refused_in_one_line(text, tmp_path):
+    (file := tmp_path/'s.json').write_text(text)
+    with pytest.raises(UserError) as e: study(file, say=quiet)
+    assert '\n' not in str(e.value)
