@@ -11,13 +11,13 @@ from vfmvae.images import to_pil
 from vfmvae.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = [(name, '--'+k.replace('_', '-'), cli._settings(o)) for name, c in COMMANDS.items() for k, o in c.options.items()]
+OPTIONS = [(name, k if k in cli._PLACES else '--'+k.replace('_', '-'), cli._settings(o)) for name, c in COMMANDS.items() for k, o in c.options.items()]
 NUMBERS, NAMES = ([(n, f) for n, f, how in OPTIONS if 'action' not in how and 'choices' not in how and (how['metavar'] != 'N') == named]
                   for named in (False, True))
 
 
 def required(name: str) -> list[str]:
-    return [w for n, flag, how in OPTIONS if n == name and how.get('required') for w in (flag, 'world')]
+    return [w for n, flag, how in OPTIONS if n == name and how.get('required') for w in ((flag, 'world') if flag.startswith('-') else ('world',))]
 
 
 @pytest.fixture
@@ -59,7 +59,8 @@ def test_every_number_is_one_within_its_range(name, flag, capsys, built):
 @pytest.mark.parametrize(('name', 'flag'), NAMES, ids=str)
 def test_an_empty_name_is_not_the_current_folder(name, flag, capsys, built):
     for text in ('', '  ', 'a\0b'):
-        assert f'argument {flag}: no name' in refused(capsys, name, *required(name), f'{flag}={text}')
+        words = [*required(name), f'{flag}={text}'] if flag.startswith('-') else [text]
+        assert f'argument {flag if flag.startswith("-") else flag.upper()}: no name' in refused(capsys, name, *words)
 
 
 @pytest.mark.parametrize(('words', 'says'), [
@@ -208,7 +209,7 @@ def test_where_nothing_can_be_written_is_said_before_the_work(name, flag, tmp_pa
         monkeypatch.setattr(owner, name_of, work)
     (tmp_path/'file').touch()
     if name == 'decode': monkeypatch.setattr(vfmvae.recipes, 'decode_latents', work)
-    ending = dict(align='.json', evaluate='.json', train='.safetensors').get(name.split('-')[0], '') if flag == '--out' else ''
+    ending = dict(align='.json', evaluate='.json', train='.safetensors', study='.csv').get(name.split('-')[0], '') if flag == '--out' else ''
     assert str(tmp_path/'file') in one_line(capsys, name, *required(name), flag, str(tmp_path/'file'/f'mine{ending}'))
     if ending:
         (tmp_path/f'folder{ending}').mkdir()

@@ -1,7 +1,7 @@
 """One device rule: every source, tokenizer, net, extractor, loss, measure, command and lab computes where its weights are, or on the device that
 was asked for, and answers on the CPU. Run on a pretended card (`fakecuda`), with the numbers of the CPU. What is looked at is found by going
 through the library: a new name that is not looked at, or put aside with a reason, is an error here."""
-import importlib, inspect, math, pkgutil
+import importlib, inspect, json, math, pkgutil
 from functools import cache, partial
 from pathlib import Path
 import pytest
@@ -422,9 +422,12 @@ STAYS = {'samplers.sample', 'samplers.guide', 'samplers.pack_state', 'samplers.u
          'colours.principal_axes', *(f'similarity.{n}' for n in MAPS),
          *(k for k in CALLS if k.startswith(('losses.', 'discriminators.')))}
 REASONS = {
-    'runs as a command, below': '''generation.train_flow recipes.train_tokenizer recipes.estimate recipes.accelerator_on recipes.build_training
+    'runs as a command, below': '''studies.reconstruction studies.alignment studies.recognition studies.curve studies.finish studies.inside
+        generation.train_flow recipes.train_tokenizer studies.study studies.train_trial studies.work studies.price
+        recipes.estimate recipes.accelerator_on recipes.build_training
         recipes.compile_decoder''',
-    'names and numbers only': """align.check_enough align.with_layer latents.as_scale latents.all_finite
+    'names and numbers only': """studies.open_study studies.override studies.plan studies.measure studies.decoder_parameters
+        studies.table_of align.check_enough align.with_layer latents.as_scale latents.all_finite
         views.view_name views.views views.image_set views.images_seen features.layer_index features.as_images features.batches generation.sample_labels
         recipes.open_data recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described
         tokenizer.check_config tokenizer.check_sides protocols.check_trainable extractors.vfm_root extractors.check_judge
@@ -449,7 +452,7 @@ REASONS = {
     }
 ASIDE = {name: why for why, names in REASONS.items() for name in names.split()}
 LOOKED = ('features', 'views', 'align', 'robustness', 'similarity', 'probes', 'metrics', 'neighbours', 'extractors', 'statistics', 'evaluate',
-          'samplers', 'generation', 'recipes', 'presets', 'latents', 'layouts', 'flow_task', 'protocols', 'tokenizer', 'losses', 'discriminators',
+          'samplers', 'generation', 'recipes', 'presets', 'studies', 'latents', 'layouts', 'flow_task', 'protocols', 'tokenizer', 'losses', 'discriminators',
           'colours', 'pages', 'lab_parts', 'lab_base', 'session', 'sampler_lab', 'labs', 'explorer')
 
 
@@ -533,6 +536,14 @@ def pictures() -> str:
     return str(folder)
 
 
+def small_study():
+    from test_studies import SPEC
+    tiny = dict(SPEC, tokenizers=dict(plain='conv-f8d16'), tokenizer_images=12, net_images=64, latents=64, samples=8, final_samples=8, steps=1)
+    for k in ('test', 'exam'): tiny['data'] = dict(world=dict(tiny['data']['world'], **{k: dict(path='world', n=64, seed=8)}))
+    Path('study.json').write_text(json.dumps(tiny))
+    return 'study.json'
+
+
 COMMANDS = {
     'demo': lambda: ['--num-images', '16', '--out', 'demo'],
     'train-tokenizer': lambda: ['--preset', 'conv-tiny-f8d16', '--num-images', '4', '--batch-size', '4', '--size', '32', '--out', 't.safetensors',
@@ -544,6 +555,7 @@ COMMANDS = {
     'evaluate': lambda: ['--data', pictures()],
     'evaluate-samples': lambda: ['--n', '8', '--steps', '1', '--reference-n', '8', '--out', 'r.json'],
     'align': lambda: ['--data', 'world', '--n', '12', '--k', '3', '--times', '20', '--transforms', 'hflip'],
+    'study': lambda: [small_study(), '--folder', 'runs'],
     'lab': lambda: ['--dry-run', '--n', '12']}
 
 
@@ -569,7 +581,8 @@ def test_a_command_computes_where_it_is_told(name, capsys, monkeypatch):
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_a_device_that_is_not_there_is_one_line_before_any_work(name, capsys, monkeypatch):
-    was, words = cli.COMMANDS[name], [w for o in cli.COMMANDS[name].options.values() if o.default is ... for w in (f'--{o.name}', 'world')]
+    was, words = cli.COMMANDS[name], [w for o in cli.COMMANDS[name].options.values() if o.default is ...
+                                  for w in (['world'] if o.name in cli._PLACES else [f'--{o.name}', 'world'])]
     class Began(cli.Command):
         options = was.options
     monkeypatch.setitem(cli.COMMANDS, name, Began(lambda **how: pytest.fail('began')))

@@ -14,7 +14,7 @@ from vfmvae.core import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ('VFM, World, folder, shards, open_data, open_tokenizer, tokenizers, reconstruct, train_tokenizer, train_flow, generate, evaluate_tokenizer, '
-         'rfid, gfid, cknna, se_cknna, prepare, extract, show_images, Explorer, PRESETS').split(', ')
+         'rfid, gfid, cknna, se_cknna, prepare, extract, show_images, Explorer, PRESETS, study').split(', ')
 
 
 def fresh(code):

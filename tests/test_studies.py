@@ -176,7 +176,8 @@ def test_an_override_of_nothing_is_refused(path, said):
     (dict(data=dict(world=dict(WORLD, references=['clip']))), "no eye named 'clip'"),
     (dict(data=dict(world=dict(WORLD, train=dict(pth='world')))), "'pth'.*path"), (dict(samples=0), 'samples'),
     (dict(tokenizers=dict(a='conv-f8d17')), 'conv-f8d16'), (dict(switches={'': {}, 'x': {'tokeniser.config.channels': 8}}), "part of a switch.*tokenizer"),
-    (dict(eyes=dict(eye=dict(vfm='photo'), world=dict(vfm='tiny'))), "'world' hides the bundled judge"), (dict(data={}), 'no data'), (dict(tokenizers={}), 'no tokenizers')])
+    (dict(eyes=dict(eye=dict(vfm='photo'), world=dict(vfm='tiny'))), "'world' hides the bundled judge"),
+    (dict(data={}), 'no data'), (dict(tokenizers={}), 'no tokenizers')])
 def test_what_a_study_says_wrongly_is_refused_before_anything_is_trained(change, said, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, 'train_tokenizer', None)
     with pytest.raises(UserError, match=said): study(dict(SPEC, **change), tmp_path, say=quiet)

@@ -183,3 +183,8 @@ def test_without_copies_the_shuffles_are_the_plain_ones():
 def test_bad_numbers_are_one_line(call):
     with pytest.raises(UserError) as e: call(*pair())
     assert '\n' not in str(e.value)
+
+
+def test_a_probe_of_one_row_a_class_says_so():
+    x, y = torch.randn(16, 8), torch.arange(16)
+    with pytest.raises(UserError, match='16 training rows of 16 classes.*several rows a class'): linear_probe(x, y, x, y)

@@ -10,7 +10,7 @@ _MODULES = dict(
     tokenizers='tokenizer', reconstruct='tokenizer', train_tokenizer='recipes', train_flow='generation',
     generate='generation', evaluate_tokenizer='recipes', rfid='evaluate', gfid='evaluate', cknna='align',
     se_cknna='align', prepare='neighbours', extract='features', show_images='plots', Explorer='explorer',
-    PRESETS='presets')
+    PRESETS='presets', study='studies')
 __all__ = list(_MODULES)
 
 if TYPE_CHECKING:      # for editors and type checkers; `a as a` says that it is given on
@@ -25,6 +25,7 @@ if TYPE_CHECKING:      # for editors and type checkers; `a as a` says that it is
     from .presets import PRESETS as PRESETS
     from .recipes import (evaluate_tokenizer as evaluate_tokenizer, open_data as open_data,
                           train_tokenizer as train_tokenizer)
+    from .studies import study as study
     from .tokenizer import open_tokenizer as open_tokenizer, reconstruct as reconstruct, tokenizers as tokenizers
     from .vfm import VFM as VFM
     from .world import World as World

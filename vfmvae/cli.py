@@ -85,6 +85,7 @@ _CHOICES: dict[str, tuple[str, ...]] = dict(
     method=('euler', 'midpoint', 'heun', 'heun_held', 'rk4', 'sde', 'sde_heun', 'dopri5'),
     policy=('balanced', 'random'), crop=('centre', 'adm', 'square'), reference_state=('same', 'clean'),
     precision=('fp32', 'bf16', 'fp16'))
+_PLACES = ('spec',)      # what is given by its place, without a name
 _BUNDLED = dict(tokenizer='tokenizer', net='net', preset='preset', data='data', held_out='data')
 _PYTHON_ONLY = ('labels', 'sampler', 'rank', 'num_processes', 'show', 'say', 'log_every', 'shard_size', 'tok',
                 'jupyter')
@@ -330,6 +331,19 @@ def _evaluate_samples(samples: str | None = None,  # an .npz of ADM, a folder or
     if out: print(f'written: {vfmvae.files.write_json(Path(out), r.json()).resolve()}')
 
 # %% ../nbs/57_cli.ipynb #d133619f
+def _study(spec: str,                  # a JSON file of the study, see `studies.Study`
+           folder: str | None = None,  # of its runs; None: by the name of the file in the cache of vfmvae
+           out: str | None = None,     # CSV file of the table; a JSON file lies beside it
+           dry_run: bool = False,      # only measure a few steps and say what the training will cost
+           device: str | None = None) -> int:
+    "a comparison: tokenizers, switches, nets and seeds under one budget, to one table; call it again to go on"
+    vfmvae.recipes.accelerator_on(device)
+    table = vfmvae.studies.study(spec, folder, out, dry_run)
+    if dry_run: return 0
+    print(f'{table.done} of {table.runs} runs are finished, {len(table):,} numbers')
+    if out: print(f'written: {Path(out).resolve()}')
+    return 0 if table.done == table.runs else 1
+
 def lab_notebook(folder: Path,         # where to write it; it is made
                  **fields              # of `explorer.ExplorerState`, and size and n of `explorer.Explorer`
                 ) -> Path:
@@ -395,6 +409,7 @@ COMMANDS: dict[str, Command] = {
     'evaluate': Command(_evaluate, ('cli._tokenizer',)),
     'evaluate-samples': Command(_evaluate_samples, ('generation.generate', 'cli._sampling')),
     'align': Command(_align, ('cli._tokenizer',)),
+    'study': Command(_study),
     'lab': Command(_lab),
     'doctor': Command(doctor)}
 
@@ -409,7 +424,9 @@ def parser(only: str | None = None # the command whose options are wanted; None:
         text = command.call.__doc__ or ''
         p = subs.add_parser(name, help=text, description=text[:1].upper()+text[1:], allow_abbrev=False)
         for o in command.options.values() if only in (None, name) else ():
-            p.add_argument('--'+o.name.replace('_', '-'), **_settings(o))
+            how, place = _settings(o), o.name in _PLACES
+            if place: del how['required']
+            p.add_argument(o.name if place else '--'+o.name.replace('_', '-'), **how)
     return top
 
 # %% ../nbs/57_cli.ipynb #1e76b5e6

@@ -19,7 +19,7 @@ from typing import Any
 # %% ../nbs/56_studies.ipynb #22de9cce
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import nn, Tensor
 
 # %% ../nbs/56_studies.ipynb #1eae53aa
 from .core import build_config, first_line, need, notice, one_of, PathLike, UserError, whole
@@ -206,10 +206,16 @@ def _cost(folder: Path, began: float, rows: list[dict] | None = None) -> float:
     write_json(file, dict(hours=(time.process_time()-began)/3600))
     return sum(read_json(f)['hours'] for f in folder.glob('cost-*.json'))
 
+def _on(net: nn.Module) -> Any:
+    "A net where this process computes."
+    return net.to(make_accelerator().device)
+
+def _tokenizer(trial: Trial) -> Any: return _on(load_tokenizer(trial.before.out))
+
 def train_trial(trial: Trial) -> None:
     "Trains what is missing, or goes on with it; its weights lie in `trial.out` then."
     s, d, folder, began = trial.study, trial.study.data[trial.dataset], trial.folder, time.process_time()
-    p, tok, acc = trial.preset, load_tokenizer(trial.before.out) if trial.net else None, make_accelerator()
+    p, tok, acc = trial.preset, _tokenizer(trial) if trial.net else None, make_accelerator()
     size = p.latent[1]*tok.stride if tok else p.config.img_size
     how: dict[str, Any] = dict(run=folder/'run', out=trial.out, seed=trial.seed, log_every=50, show=partial(_cost, folder, began))
     if tok is None:
@@ -241,14 +247,14 @@ class Panel:
     def source(self, name: str) -> FeatureSource:
         "An eye as a source of features, under the study's name of it."
         eye = self.study.eyes[name]
-        found = ResizePadVFM(eye.open(), eye.size/self.test.batch([0])['image'].shape[-1] if eye.size else 1.)
+        found = ResizePadVFM(_on(eye.open()), eye.size/self.test.batch([0])['image'].shape[-1] if eye.size else 1.)
         found.name = name
         return found
     @cached_property
     def judges(self) -> dict[str, tuple[Extractor, Statistics]]:
         "Name -> (extractor, statistics of the test images)."
         eyes = self.study.eyes
-        found = {k: VFMExtractor(eyes[k].open(), eyes[k].size) if k in eyes else bundled_extractor(k)
+        found = {k: _on(VFMExtractor(eyes[k].open(), eyes[k].size) if k in eyes else bundled_extractor(k))
                  for k in self.domain.judges}
         return {k: (e, compute_statistics(self.test, e)) for k, e in found.items()}
     @cached_property
@@ -286,7 +292,7 @@ def _row(metric: str, value: float, n: int, judge: str = '', **more: Any) -> Row
 @measure('tokenizer')
 def reconstruction(trial: Trial, panel: Panel) -> Iterator[Row]:
     "PSNR, SSIM, L1; PSNR of latents that are turned or shrunk; Frechet distance of reconstructions by each judge."
-    tok = load_tokenizer(trial.out)
+    tok = _tokenizer(trial)
     found = evaluate_tokenizer(tok, panel.test, None, say=False)
     for k in ('psnr', 'ssim', 'l1'): yield _row(k, found[k], int(found['n']))
     for k, v in evaluate_equivariance(tok, panel.test, 256).items(): yield _row(f'psnr_{k}', v, 256)
@@ -299,7 +305,7 @@ def reconstruction(trial: Trial, panel: Panel) -> Iterator[Row]:
 @measure('tokenizer')
 def alignment(trial: Trial, panel: Panel) -> Iterator[Row]:
     "CKNNA and SE-CKNNA of the latent with its own VFM and each reference, with intervals over images."
-    tok = load_tokenizer(trial.out)
+    tok = _tokenizer(trial)
     own: dict[str, Any] = {'latent': (LatentFeatures(tok), ['latent'])}
     if tok.vfm is not None: own['own VFM'] = (tok.vfm, [-1])
     banks = {(view, name, layer): b for (view, name, layer), b in (panel.banks | panel.seen(own)).items()}
@@ -328,7 +334,7 @@ def _halves(ds: Dataset) -> list[Subset]:
 @measure('tokenizer')
 def recognition(trial: Trial, panel: Panel) -> Iterator[Row]:
     "Linear probe and nearest neighbours of the exam's classes: in the latent, in reconstructions, in each reference."
-    tok, n = load_tokenizer(trial.out), len(panel.exam)
+    tok, n = _tokenizer(trial), len(panel.exam)
     half = _halves(panel.exam)
     asked: list[tuple[str, FeatureSource, Layer, str]] = [('latent', LatentFeatures(tok), 'latent', '')]
     for name, eye in panel.references.items():
@@ -350,7 +356,7 @@ def _moments(trial: Trial) -> Iterator[tuple[int, DiT]]:
         yield seen, net.eval()
 
 def _judged(trial: Trial, panel: Panel, net: DiT, n: int, names: Sequence[str], seen: int) -> Iterator[Row]:
-    samples = generate(net, n, trial.seed, load_tokenizer(trial.before.out), steps=trial.study.steps, guidance=1.)
+    samples = generate(_on(net), n, trial.seed, _tokenizer(trial), steps=trial.study.steps, guidance=1.)
     for name in names:
         judge, real_images = panel.judges[name]
         found = evaluate_samples(samples, real_images, judge, pr_n=0).metrics
@@ -373,11 +379,11 @@ def finish(trial: Trial, panel: Panel) -> Iterator[Row]:
 @measure('net')
 def inside(trial: Trial, panel: Panel) -> Iterator[Row]:
     "CKNNA of every second block with each reference at three noise levels and three moments: 'cknna_block2_t0.5'."
-    tok, every = load_tokenizer(trial.before.out), [*_moments(trial)]
+    tok, every = _tokenizer(trial), [*_moments(trial)]
     wanted = {k: prepare(b.features) for (view, k, _), b in panel.banks.items() if view == 'clean'}
     for seen, net in [every[i] for i in sorted({0, len(every)//2, len(every)-1})]:
         for t in (.25, .5, .75):
-            found = extract(NetFeatures(net, tok, t), panel.exam, [k for k in net.layers if isinstance(k, int)][1::2])
+            found = extract(NetFeatures(_on(net), tok, t), panel.exam, [k for k in net.layers if isinstance(k, int)][1::2])
             for layer, h in found.items():
                 for name, other in wanted.items():
                     yield _row(f'cknna_block{layer}_t{t:g}', cknna(prepare(h), other), len(h), name, images=seen)
@@ -393,7 +399,7 @@ def work(trial: Trial,              # the folder is made
     make_accelerator().wait_for_everyone()              # before one of a group looks for what another one writes
     for k in trial.todo():
         if trial.dataset not in panels:
-            size = load_tokenizer(trial.before.out).config.img_size
+            size = _tokenizer(trial).config.img_size
             panels[trial.dataset] = Panel(trial.study, trial.study.data[trial.dataset], size)
         with torch.no_grad(): rows = [*MEASURES[k][1](trial, panels[trial.dataset])]
         write_json(trial.folder/f'{k}.json', dict(rows=rows, made=provenance(seed=trial.seed)))
@@ -450,9 +456,9 @@ def study(spec: PathLike | Mapping[str, Any] | Study, # a JSON file, what it hol
     call it in several processes or on several machines with one folder, and they share the runs; under `accelerate
     launch` all processes train each run together. A run that fails is named at the end, after the others. UserError: a
     study that says nothing of use, or every run failed."""
-    s = spec if isinstance(spec, Study) else open_study(spec)
-    need(folder or isinstance(spec, str | Path), 'no folder for the runs of this study; give folder')
     if out: check_out(out, '.csv')
+    need(folder or isinstance(spec, str | Path), 'no folder for the runs of this study; give folder')
+    s = spec if isinstance(spec, Study) else open_study(spec)
     root = Path(folder) if folder else home()/'studies'/Path(str(spec)).stem
     runs, failed, panels = dict[str, Trial](), dict[str, str](), dict[str, Panel]()
     for t in plan(s, root): runs.setdefault(t.folder.name, t)
