@@ -67,6 +67,13 @@ def test_a_switch_of_the_net_shares_the_tokenizer_and_a_changed_recipe_is_a_new_
     assert later.isdisjoint(at.values()) and {t.folder for t in plan(open_study(dict(spec, samples=99, steps=7)), folder/'runs')} == {*at.values()}
 
 
+def test_a_tokenizer_may_have_overrides_of_its_own(tmp_path):
+    own = dict(SPEC['tokenizers'], other=dict(preset='conv-f8d16', **{'tokenizer.stages.*.lr': 5e-4, 'tokenizer.batch_size': 2}))
+    runs = {t.tokenizer: t.preset for t in plan(open_study(dict(SPEC, tokenizers=own)), tmp_path) if t.kind == 'tokenizer'}
+    assert (runs['other'].batch_size, [s.lr for s in runs['other'].stages]) == (2, [5e-4]) and runs['plain'] == PRESETS['conv-f8d16']
+    with pytest.raises(UserError, match='preset'): study(dict(SPEC, tokenizers=dict(a={'tokenizer.batch_size': 2})), tmp_path, say=quiet)
+
+
 def test_a_new_measure_alone_is_asked_of_runs_that_are_there(whole_study, monkeypatch):
     folder, spec, table = whole_study
     for k in ('train_tokenizer', 'train_flow'): monkeypatch.setattr(studies, k, None)

@@ -84,7 +84,8 @@ class Domain:
 class Study:
     "A whole comparison: data x tokenizers x switches x nets x seeds, under one budget."
     data: Mapping[str, Domain]
-    tokenizers: Mapping[str, str]        # name -> a key of PRESETS
+    # name -> a key of PRESETS, or dict(preset=key, **overrides) where a search found better ones
+    tokenizers: Mapping[str, str | Mapping[str, Any]]
     tokenizer_images: int                # each sees so many, all stages together
     nets: Mapping[str, str] = field(default_factory=dict) # name -> a key of PRESETS
     net_images: int = 0
@@ -165,7 +166,9 @@ class Trial:
         "Its recipe."
         s, change = self.study, (self.study.common, self.study.switches[self.switch])
         if self.net: return _switched(get_preset(s.nets[self.net], FlowPreset), 'net', *change)
-        return _switched(get_preset(s.tokenizers[self.tokenizer], Preset), 'tokenizer', *change)
+        own = s.tokenizers[self.tokenizer]
+        name, *found = (own,) if isinstance(own, str) else (own.get('preset', ''), {k: own[k] for k in own if k != 'preset'})
+        return _switched(get_preset(name, Preset), 'tokenizer', *found, *change)
     @cached_property
     def folder(self) -> Path:
         "Where it lies."
