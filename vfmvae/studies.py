@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # %% ../nbs/56_studies.ipynb #22de9cce
 import torch
@@ -29,7 +29,7 @@ from .images import Dataset
 from .data import select_classes, Subset, take
 from .features import extract, FeatureSource, Layer
 from .vfm import VFM
-from .protocols import Tokenizer
+from .protocols import Tokenizer, TrainableTokenizer
 from .tokenizer import LatentFeatures, load_tokenizer, reconstruct
 from .run import read_nets, Run
 from .neighbours import prepare
@@ -104,44 +104,49 @@ class Study:
     compile: bool = False                # the nets
     def __post_init__(self) -> None:
         for k in ('tokenizer_images', 'moments', 'samples', 'final_samples', 'steps'): whole(getattr(self, k), k, 1)
-        for k in ('data', 'tokenizers', 'switches', 'seeds'): need(getattr(self, k), f'no {k} in this study; name at least one')
+        for k in ('data', 'tokenizers', 'switches', 'seeds'): need(getattr(self, k), f'no {k} in this study; name one')
         need(not self.nets or self.net_images, 'nets and no images to train them on; give net_images')
         for k in self.measures: one_of(k, MEASURES, 'measure')
-        for k in self.eyes: need(k not in EXTRACTORS, f'an eye named {k!r} hides the bundled judge of that name; rename it')
+        for k in self.eyes: need(k not in EXTRACTORS, f'an eye named {k!r} hides the bundled judge; rename it')
         for d in self.data.values():
             for k in d.judges: one_of(k, [*EXTRACTORS, *self.eyes], 'judge')
             for k in d.references: one_of(k, self.eyes, 'eye')
 
 # %% ../nbs/56_studies.ipynb #f0041a91
-def open_study(spec: PathLike | Mapping[str, Any] # a JSON file, or what it holds
+def open_study(spec: PathLike | Mapping[str, object] # a JSON file, or what it holds
               ) -> Study:
     "A study from JSON. UserError: an unknown setting (with the nearest), a measure or eye that does not exist."
-    given: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else read_json(spec)
+    given: Any = spec if isinstance(spec, Mapping) else read_json(spec)
     pictures = 'train', 'test', 'exam'
-    def entries(name: str) -> dict[str, Any]:
+    def entries(name: str) -> dict:
         need(isinstance(found := given.get(name, {}), Mapping), f'{name} of a study are entries by name, not {found!r}')
         return dict(found)
-    def domain(d: Any) -> Domain:
+    def domain(d: Mapping) -> Domain:
         need(isinstance(d, Mapping), f'data of a study are entries such as {{"train": ...}}, not {d!r}')
         return build_config(Domain, {k: build_config(Pictures, v) if k in pictures else v for k, v in d.items()})
     made = dict(data={k: domain(v) for k, v in entries('data').items()},
                 eyes={k: build_config(Eye, v) for k, v in entries('eyes').items()})
-    return build_config(Study, given | made)
+    return build_config(Study, {**given, **made})
 
 # %% ../nbs/56_studies.ipynb #a49e4d5b
-def override(value: Any,  # a dataclass, a mapping, or a tuple of stages
+_T = TypeVar('_T')
+
+def override(value: _T,   # a dataclass, a mapping, or a tuple of stages
              path: str,   # 'config.layers', 'stages.*.weights.vf', 'stages.ssim.lr'
-             new: Any     # lists become tuples
-            ) -> Any:
+             new: object  # lists become tuples
+            ) -> _T:
     "The same with another value at the path. UserError: nothing of that name."
     head, _, rest = path.partition('.')
-    if isinstance(value, tuple) and not dataclasses.is_dataclass(value):
-        if head != '*': one_of(head, [s.name for s in value], 'stage')
-        return tuple(override(s, rest, new) if head in ('*', s.name) else s for s in value)
-    if isinstance(value, Mapping): return {**value, head: override(value[head], rest, new) if rest else new}
-    one_of(head, [f.name for f in dataclasses.fields(value)], f'field of a {type(value).__name__}')
-    now = getattr(value, head)
-    return replace(value, **{head: override(now, rest, new) if rest else tuple(new) if isinstance(new, list) else new})
+    now: Any = value
+    if isinstance(now, tuple):
+        if head != '*': one_of(head, [s.name for s in now], 'stage')
+        found: Any = tuple(override(s, rest, new) if head in ('*', s.name) else s for s in now)
+    elif isinstance(now, Mapping): found = {**now, head: override(now[head], rest, new) if rest else new}
+    else:
+        one_of(head, [f.name for f in dataclasses.fields(now)], f'field of a {type(now).__name__}')
+        to = override(getattr(now, head), rest, new) if rest else tuple(new) if isinstance(new, list) else new
+        found = replace(now, **{head: to})
+    return found
 
 def _switched(preset: Any, kind: str, *changes: Mapping[str, Any]) -> Any:
     "A preset with the overrides that are meant for its kind."
@@ -149,6 +154,14 @@ def _switched(preset: Any, kind: str, *changes: Mapping[str, Any]) -> Any:
         of, _, rest = path.partition('.')
         if one_of(of, ('tokenizer', 'net'), 'part of a switch') == kind: preset = override(preset, rest, new)
     return preset
+
+# %% ../nbs/56_studies.ipynb #a40931aa
+def _said(x: Any) -> Any:
+    "What a recipe says beside its defaults, as JSON: a field that is new here and has its default is no other recipe."
+    if dataclasses.is_dataclass(x):
+        return {f.name: _said(getattr(x, f.name)) for f in dataclasses.fields(x) if getattr(x, f.name) != f.default}
+    if isinstance(x, Mapping): return {k: _said(v) for k, v in x.items()}
+    return [_said(v) for v in x] if isinstance(x, list | tuple) else x
 
 # %% ../nbs/56_studies.ipynb #c7d81be7
 @dataclass(frozen=True)
@@ -162,19 +175,20 @@ class Trial:
     seed: int
     net: str = ''                        # '': the tokenizer itself
     @property
-    def preset(self) -> Any:
+    def preset(self) -> Preset | FlowPreset:
         "Its recipe."
         s, change = self.study, (self.study.common, self.study.switches[self.switch])
         if self.net: return _switched(get_preset(s.nets[self.net], FlowPreset), 'net', *change)
-        own = s.tokenizers[self.tokenizer]
-        name, *found = (own,) if isinstance(own, str) else (own.get('preset', ''), {k: own[k] for k in own if k != 'preset'})
-        return _switched(get_preset(name, Preset), 'tokenizer', *found, *change)
+        own: Any = s.tokenizers[self.tokenizer]
+        if isinstance(own, str): own = dict(preset=own)
+        found = {k: v for k, v in own.items() if k != 'preset'}
+        return _switched(get_preset(own.get('preset', ''), Preset), 'tokenizer', found, *change)
     @cached_property
     def folder(self) -> Path:
         "Where it lies."
         s, d = self.study, self.study.data[self.dataset]
-        recipe = dict(preset=asdict(self.preset), seed=self.seed, train=asdict(d.train), vfm=d.vfm,
-                      images=s.net_images if self.net else s.tokenizer_images)
+        recipe: dict[str, Any] = dict(preset=_said(self.preset), seed=self.seed, train=_said(d.train), vfm=d.vfm,
+                                      images=s.net_images if self.net else s.tokenizer_images)
         recipe |= dict(of=self.before.folder.name, latents=s.latents) if self.net else dict(precision=s.precision)
         mark = hashlib.sha256(to_json(recipe, None).encode()).hexdigest()[:8]
         changed = any(self.net or path.startswith('tokenizer.') for path in s.switches[self.switch])
@@ -190,11 +204,16 @@ class Trial:
         return self.folder/('net.safetensors' if self.net else 'tokenizer.safetensors')
     @property
     def kind(self) -> str: return 'net' if self.net else 'tokenizer'
+    @property
+    def trained(self) -> bool: return (self.folder/'trained.json').exists()
+    @property
+    def finished(self) -> bool: return self.trained and not self.todo()
     def todo(self) -> list[str]:
         "Measures that are missing."
         wanted = [k for k in self.study.measures or MEASURES if MEASURES[k][0] == self.kind]
         return [k for k in wanted if not (self.folder/f'{k}.json').exists()]
 
+# %% ../nbs/56_studies.ipynb #7ac96e12
 def plan(study: Study, root: PathLike # folder of all runs
         ) -> list[Trial]:
     "All runs, seeds in order and in each the tokenizers before the nets. Two switches may share a folder."
@@ -209,18 +228,18 @@ def _cost(folder: Path, began: float, rows: list[dict] | None = None) -> float:
     write_json(file, dict(hours=(time.process_time()-began)/3600))
     return sum(read_json(f)['hours'] for f in folder.glob('cost-*.json'))
 
-def _on(net: nn.Module) -> Any:
-    "A net where this process computes."
-    return net.to(make_accelerator().device)
+def _on(net: nn.Module) -> Any: return net.to(make_accelerator().device)     # where this process computes
 
 def _tokenizer(trial: Trial) -> Any: return _on(load_tokenizer(trial.before.out))
 
 def train_trial(trial: Trial) -> None:
     "Trains what is missing, or goes on with it; its weights lie in `trial.out` then."
     s, d, folder, began = trial.study, trial.study.data[trial.dataset], trial.folder, time.process_time()
-    p, tok, acc = trial.preset, _tokenizer(trial) if trial.net else None, make_accelerator()
+    p: Any = trial.preset
+    tok, acc = _tokenizer(trial) if trial.net else None, make_accelerator()
     size = p.latent[1]*tok.stride if tok else p.config.img_size
-    how: dict[str, Any] = dict(run=folder/'run', out=trial.out, seed=trial.seed, log_every=50, show=partial(_cost, folder, began))
+    how: dict[str, Any] = dict(run=folder/'run', out=trial.out, seed=trial.seed, log_every=50,
+                               show=partial(_cost, folder, began))
     if tok is None:
         train_tokenizer(p, d.train.open(size, True), d.vfm if p.config.vfm else None, num_images=s.tokenizer_images,
                         precision=s.precision, keep=1, **how)
@@ -271,9 +290,9 @@ class Panel:
         return self.seen({k: (v, [-1]) for k, v in self.references.items()})
 
 # %% ../nbs/56_studies.ipynb #1399e8a3
-_DECODERS = ('ldm_adapter.post_quant', 'mapping', 'synthesis', 'post_quant_conv', 'decoder', 'inp', 'blocks', 'norm', 'out')
+_DECODERS = *'ldm_adapter.post_quant mapping synthesis post_quant_conv decoder inp blocks norm out'.split(),
 
-def decoder_parameters(tok: Any) -> int:
+def decoder_parameters(tok: TrainableTokenizer) -> int:
     "Parameters behind the latent, of the families that we train: what a study keeps equal."
     return sum(v.numel() for k, v in tok.trainable().items() if k.startswith(_DECODERS))
 
@@ -290,7 +309,7 @@ def measure(kind: str # 'tokenizer' or 'net'
     return enter
 
 def _row(metric: str, value: float, n: int, judge: str = '', **more: Any) -> Row:
-    return dict(metric=metric, value=value, n=n, judge=judge, **more)
+    return dict(more, metric=metric, value=value, n=n, judge=judge)
 
 @measure('tokenizer')
 def reconstruction(trial: Trial, panel: Panel) -> Iterator[Row]:
@@ -300,8 +319,7 @@ def reconstruction(trial: Trial, panel: Panel) -> Iterator[Row]:
     for k in ('psnr', 'ssim', 'l1'): yield _row(k, found[k], int(found['n']))
     for k, v in evaluate_equivariance(tok, panel.test, 256).items(): yield _row(f'psnr_{k}', v, 256)
     for name, (judge, _) in panel.judges.items():
-        r = rfid(tok, panel.test, judge, pr_n=0)
-        yield _row('rfd', r.value, len(panel.test), name)
+        yield _row('rfd', rfid(tok, panel.test, judge, pr_n=0).value, len(panel.test), name)
     yield _row('decoder_parameters', decoder_parameters(tok), 1)
 
 # %% ../nbs/56_studies.ipynb #eda85c4f
@@ -311,9 +329,9 @@ def alignment(trial: Trial, panel: Panel) -> Iterator[Row]:
     tok = _tokenizer(trial)
     own: dict[str, Any] = {'latent': (LatentFeatures(tok), ['latent'])}
     if tok.vfm is not None: own['own VFM'] = (tok.vfm, [-1])
-    banks = {(view, name, layer): b for (view, name, layer), b in (panel.banks | panel.seen(own)).items()}
-    pairs = [(('latent', 'latent'), (r, -1)) for r in (*panel.references, *(['own VFM'] if tok.vfm is not None else []))]
-    for r in summarize(score_banks(banks, pairs)):
+    banks = panel.banks | panel.seen(own)
+    others = [*panel.references, *(k for k in own if k != 'latent')]
+    for r in summarize(score_banks(banks, [(('latent', 'latent'), (k, -1)) for k in others])):
         for k, short in (('clean', 'cknna'), ('mean', 'se_cknna'), ('change', 'se_change')):
             for end in ('', '_low', '_high'): yield _row(short+end, r[k+end], r['n'], r['reference'])
 
@@ -322,8 +340,7 @@ class _Rebuilt:
     "What a VFM sees of a tokenizer's reconstructions: a FeatureSource."
     def __init__(self, vfm: FeatureSource, tok: Tokenizer):
         self.vfm, self.tok, self.name, self.layers = vfm, tok, 'reconstruction', vfm.layers
-    @property
-    def device(self) -> torch.device: return device_of(self.tok)
+        self.device = device_of(tok)
     def features(self, x: Tensor, layers: Sequence[Layer] | None = None) -> dict:
         return self.vfm.features(reconstruct(self.tok, x).clamp(-1, 1), layers)
 
@@ -331,7 +348,8 @@ def _halves(ds: Dataset) -> list[Subset]:
     "Two halves of a labelled set, with as many of each class in both."
     places: dict[int, list[int]] = {}
     for i in range(0, len(ds), 64):
-        for j, y in enumerate(ds.batch(range(i, min(i+64, len(ds))))['label'].tolist()): places.setdefault(y, []).append(i+j)
+        labels = ds.batch(range(i, min(i+64, len(ds))))['label'].tolist()
+        for j, y in enumerate(labels, i): places.setdefault(y, []).append(j)
     return [Subset(ds, sorted(i for at in places.values() for i in at[k::2])) for k in (0, 1)]
 
 @measure('tokenizer')
@@ -386,19 +404,17 @@ def inside(trial: Trial, panel: Panel) -> Iterator[Row]:
     wanted = {k: prepare(b.features) for (view, k, _), b in panel.banks.items() if view == 'clean'}
     for seen, net in [every[i] for i in sorted({0, len(every)//2, len(every)-1})]:
         for t in (.25, .5, .75):
-            found = extract(NetFeatures(_on(net), tok, t), panel.exam, [k for k in net.layers if isinstance(k, int)][1::2])
-            for layer, h in found.items():
+            blocks = [k for k in net.layers if isinstance(k, int)][1::2]
+            for layer, h in extract(NetFeatures(_on(net), tok, t), panel.exam, blocks).items():
                 for name, other in wanted.items():
                     yield _row(f'cknna_block{layer}_t{t:g}', cknna(prepare(h), other), len(h), name, images=seen)
 
 # %% ../nbs/56_studies.ipynb #fc9abe7b
-def _finished(trial: Trial) -> bool: return (trial.folder/'trained.json').exists() and not trial.todo()
-
 def work(trial: Trial,              # the folder is made
          panels: dict[str, Panel]   # of the data sets; what is missing is made
         ) -> None:
     "Trains and measures what is missing of one run."
-    if not (trial.folder/'trained.json').exists(): train_trial(trial)
+    if not trial.trained: train_trial(trial)
     make_accelerator().wait_for_everyone()              # before one of a group looks for what another one writes
     for k in trial.todo():
         if trial.dataset not in panels:
@@ -409,13 +425,13 @@ def work(trial: Trial,              # the folder is made
 
 def _next(runs: Sequence[Trial], failed: Mapping[str, str]) -> tuple[str | None, FileLock | None]:
     "(folder of a run that is free and ready, '' while others are at work, None at the end; its lock)."
-    todo = [t for t in runs if t.folder.name not in failed and not _finished(t)]
-    for t in [t for t in todo if not t.net or (t.before.folder/'trained.json').exists()]:
+    todo = [t for t in runs if t.folder.name not in failed and not t.finished]
+    for t in [t for t in todo if not t.net or t.before.trained]:
         t.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(t.folder/'lock')
         try: lock.acquire(timeout=0)
         except Timeout: continue
-        if not _finished(t): return t.folder.name, lock
+        if not t.finished: return t.folder.name, lock
         lock.release()
     left = [t for t in todo if not t.net or t.before.folder.name not in failed]
     return '' if left else None, None
@@ -433,9 +449,9 @@ COLUMNS = ('dataset', 'tokenizer', 'switch', 'net', 'seed', 'images', 'metric', 
 
 def _rows_of(trial: Trial) -> Iterator[Row]:
     "The rows of a run, whichever switch trained it."
-    if not (side := trial.folder/'trained.json').exists(): return
-    facts, t = read_json(side), trial
-    own = dict(dataset=t.dataset, tokenizer=t.tokenizer, switch=t.switch, net=t.net, seed=t.seed, images=facts['images'])
+    if not trial.trained: return
+    facts, t = read_json(trial.folder/'trained.json'), trial
+    own = {k: getattr(t, k) for k in COLUMNS[:5]} | dict(images=facts['images'])
     made = dict(cpu_hours=facts['hours'], commit=facts['made']['commit'], hardware=facts['made']['hardware'])
     for name in [k for k, (kind, _) in MEASURES.items() if kind == t.kind and (t.folder/f'{k}.json').exists()]:
         for r in read_json(t.folder/f'{name}.json')['rows']: yield {k: (own | r | made)[k] for k in COLUMNS}
@@ -445,11 +461,11 @@ def table_of(study: Study, root: PathLike # folder of all runs
     """One tidy row for each number that is there, by `COLUMNS`; cpu_hours are those of the run's training, images those
     it has seen. Facts: runs (in all), done."""
     runs = plan(study, root)
-    done = {t.folder: _finished(t) for t in runs}
+    done = {t.folder: t.finished for t in runs}
     return Table([r for t in runs for r in _rows_of(t)], runs=len(done), done=sum(done.values()))
 
 # %% ../nbs/56_studies.ipynb #7fe556f1
-def study(spec: PathLike | Mapping[str, Any] | Study, # a JSON file, what it holds, or a `Study`
+def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it holds, or a `Study`
           folder: PathLike | None = None, # of its runs; None: `home()/studies/<name of the file>`
           out: PathLike | None = None,    # a CSV file of the table; the same name with .json holds it, too
           dry_run: bool = False,          # say what it would cost, and train nothing
@@ -472,7 +488,7 @@ def study(spec: PathLike | Mapping[str, Any] | Study, # a JSON file, what it hol
         if (name := _agreed(name)) is None: break
         if not name: time.sleep(5)
         else:
-            say(f'{name}: begins ({sum(not _finished(t) for t in runs.values())} of {len(runs)} runs are not finished)')
+            say(f'{name}: begins ({sum(not t.finished for t in runs.values())} of {len(runs)} runs are not finished)')
             try: work(runs[name], panels)
             except (UserError, RuntimeError) as e:
                 failed[name] = f'{type(e).__name__}: {first_line(e, 300)}'
@@ -498,13 +514,13 @@ def price(study: Study,
           runs: Sequence[Trial],                 # of `plan`, each folder once
           say: Callable[[str], object] = print
          ) -> Table:
-    """Hours and gigabytes of the training that is missing, from a few steps of each run on this machine; nothing is
-    kept. Measuring comes on top."""
+    "Hours and gigabytes of the training that is missing, from a few steps of each run here; measuring comes on top."
     rows, s = Table(), study
-    for trial in (t for t in runs if not (t.folder/'trained.json').exists()):
+    for trial in (t for t in runs if not t.trained):
         p, vfm = trial.preset, s.data[trial.dataset].vfm
-        if trial.net:
-            hours, gb = s.net_images*_net_seconds(p)/3600, 16e-9*s.moments*sum(v.numel() for v in DiT(p.net).parameters())
+        if isinstance(p, FlowPreset):
+            hours = s.net_images*_net_seconds(p)/3600
+            gb = 16e-9*s.moments*sum(v.numel() for v in DiT(p.net).parameters())
         else:
             stages = estimate(p, vfm if p.config.vfm else None, s.tokenizer_images, precision=s.precision, say=str)
             hours, gb = sum(r['hours'] for r in stages), sum(r['disk_gb'] for r in stages)
