@@ -109,7 +109,7 @@ def spatial_structure(z: Tensor,                  # (n,c,h,w) latents, in any un
     (iREPA; arXiv 2606.03578). Far is a Manhattan distance of 6 on a 16 x 16 grid. An image without foreground beside
     foreground and background far away has no srss."""
     x = _unit(z)
-    return spatial(to_tokens(x), mask, tuple(x.shape[2:]), max(2, round(6*sum(x.shape[2:])/32)))
+    return spatial(to_tokens(x), mask, (x.shape[2], x.shape[3]), max(2, round(6*sum(x.shape[2:])/32)))
 
 # %% ../nbs/37_diffusability.ipynb #dfs00031
 @torch.no_grad()
@@ -129,8 +129,8 @@ def local_continuity(tokenizer: Tokenizer,    # its `decode` is asked
     for a, s in zip(raw.split(size), step.float().split(size), strict=True):
         y = tokenizer.decode(a.to(place))
         parts.append(torch.tensor([
-            [distance(tokenizer.decode((a+e*s).to(place)), y).double().mean().item() for e in (r, -r)] for r in rhos
-        ]).mean(1)*len(a)/len(raw))
+            distance(tokenizer.decode((a+e*s).to(place)), y).double().mean().item() for r in rhos for e in (r, -r)
+        ]).view(len(rhos), 2).mean(1)*len(a)/len(raw))
     curve, rho = sum(parts, torch.zeros(len(rhos))), torch.tensor(rhos)
     need(rhos and curve.isfinite().all(), 'no rho was given, or a distance is NaN or infinite; look at rhos')
     return Table((dict(rho=r, distance=d) for r, d in zip(rhos, curve.tolist(), strict=True)),
@@ -171,7 +171,7 @@ def interpolation_fd(tokenizer: Tokenizer,
 
 # %% ../nbs/37_diffusability.ipynb #dfs00041
 def diffusability(source: Tokenizer | PathLike | Tensor,   # or latents (n,c,h,w)
-                  images: Images | PathLike | None = None, # which a tokenizer encodes, see `views.image_set`
+                  images: Images | PathLike = (),          # which a tokenizer encodes, see `views.image_set`
                   labels: Sequence[int | str] | Tensor | None = None, # (n,) classes, integers or words
                   mask: Tensor | None = None,              # (n,h,w), nonzero: foreground
                   k: int = 10,                             # neighbours of LNC
@@ -214,6 +214,7 @@ def fdr6(images: Images | PathLike,                    # judged, as `evaluate.gf
          reference: Images | Mapping[str, Statistics], # images, or their statistics by the keys of `FDR6`
          extractors: Mapping[str, Extractor] | None = None, # by the keys of `FDR6`; None: those, from the hub
          batch_size: int = 64, device: Device = None,
+         conversion: str | None = None,                # to 8 bits, as `evaluate.gfid` takes it
          **facts: object                               # of `evaluate.gfid`: subject, vfm, sampler ...
         ) -> Table:
     """Rows dict(extractor, fd, own, ratio) for the six; facts `fdr6`, the mean ratio (FD-loss), and records. One
@@ -223,9 +224,9 @@ def fdr6(images: Images | PathLike,                    # judged, as `evaluate.gf
         judge = extractors[name] if extractors else VFMExtractor(VFM(of), size) if size else Inception()
         records[name] = gfid(images, reference[name] if isinstance(reference, Mapping) else
                              compute_statistics(reference, judge, batch_size, False, device),
-                             judge, batch_size, device, pr_n=0, **facts)
+                             judge, batch_size, device, 3, 0, conversion, **facts)
     rows = [dict(extractor=k, fd=r.value, own=FDR6[k][2], ratio=r.value/FDR6[k][2]) for k, r in records.items()]
-    return Table(rows, fdr6=sum(r['ratio'] for r in rows)/len(rows), records=records)
+    return Table(rows, fdr6=sum(r.value/FDR6[k][2] for k, r in records.items())/len(records), records=records)
 
 # %% ../nbs/37_diffusability.ipynb #dfs00053
 def epochs_to(rows: Iterable[Mapping], # of a log, with `images` seen; `guidance` other than 1 does not count
