@@ -88,6 +88,12 @@ def test_a_class_of_copies_leaves_nothing_to_guess():
     assert viv(z, torch.arange(20) % 2) == pytest.approx(0, abs=1e-9)
 
 
+def test_viv_of_few_images_is_too_low():
+    z, values = kronecker(100, c=4, h=4, w=4)
+    found = [viv(z[:n], [0]*n)/(math.pi/2*values.sqrt().mean()).item() for n in (5, 10, 100)]
+    assert found[0] < .9 and found[0] < found[1] < found[2] and found[2] == pytest.approx(1, abs=.02)
+
+
 # SEC ----------------------------------------------------------------------------------------------------------------------------------------------------
 
 def wave(u, v, h=6, w=8):
@@ -317,6 +323,7 @@ def test_fdr6_is_the_mean_of_six_ratios(six):
     known = {k: compute_statistics(b, e) for k, e in six.items()}
     assert fdr6(a, known, six, batch_size=5).fdr6 == pytest.approx(table.fdr6, rel=1e-4)
     assert max(fdr6(b, known, six).column('fd')) < 1e-3*max(table.column('fd'))
+    with pytest.raises(UserError, match='no reference named .*clip-l'): fdr6(a, {k: v for k, v in known.items() if k != 'clip-l'}, six)
 
 
 def test_an_extractor_sees_the_whole_patches_of_a_size_that_its_patches_do_not_divide(six):
@@ -341,6 +348,9 @@ def test_epochs_to_a_level():
     assert 1 < epochs_to(up, 4) < 2 and 3 < epochs_to(up, 2) < 4
     noise = [dict(images=1, gfid=.5, guidance=2.), dict(images=2, gfid=math.nan), dict(images=3, loss=1.), dict(images=4, gfid=None)]
     assert epochs_to(log+noise, 16) == pytest.approx(2000)
+    record = [dict(images=5, gfid=1., guidance=dict(guidance=s)) for s in (1., 2.)]         # as `evaluate.Record` says it
+    assert epochs_to(record[:1], 2) == 5
+    with pytest.raises(UserError, match='unguided'): epochs_to(record[1:], 2)
     for rows in (noise, []):
         with pytest.raises(UserError, match='unguided'): epochs_to(rows, 2)
 

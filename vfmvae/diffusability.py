@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 # %% ../nbs/37_diffusability.ipynb #dfs00005
-from .core import Device, Draws, need, numbers, PathLike, real, to_grid, to_tokens, whole
+from .core import Device, Draws, need, numbers, PathLike, pick, real, to_grid, to_tokens, whole
 from .files import Table
 from .images import Images
 from .features import extract, move_source
@@ -221,15 +221,16 @@ def fdr6(images: Images | PathLike,                    # judged, as `evaluate.gf
     extractor is in memory at a time. UserError as `evaluate.gfid`: none of the six may be a relative of `vfm`."""
     records = {}
     for name, (of, size, _) in FDR6.items():
-        judge = extractors[name] if extractors else VFMExtractor(VFM(of), size) if size else Inception()
-        records[name] = gfid(images, reference[name] if isinstance(reference, Mapping) else
+        judge = (pick(name, extractors, 'extractor') if extractors else VFMExtractor(VFM(of), size) if size else
+                 Inception())
+        records[name] = gfid(images, pick(name, reference, 'reference') if isinstance(reference, Mapping) else
                              compute_statistics(reference, judge, batch_size, False, device),
                              judge, batch_size, device, 3, 0, conversion, **facts)
     rows = [dict(extractor=k, fd=r.value, own=FDR6[k][2], ratio=r.value/FDR6[k][2]) for k, r in records.items()]
     return Table(rows, fdr6=sum(r.value/FDR6[k][2] for k, r in records.items())/len(records), records=records)
 
 # %% ../nbs/37_diffusability.ipynb #dfs00053
-def epochs_to(rows: Iterable[Mapping], # of a log, with `images` seen; `guidance` other than 1 does not count
+def epochs_to(rows: Iterable[Mapping], # of a log, with `images` seen; rows with guidance do not count
               level: float,            # the distance to reach; published: 2
               epoch: int = 1,          # images in an epoch; 1: the answer is in images
               value: str = 'gfid'      # column of the distance
@@ -238,7 +239,8 @@ def epochs_to(rows: Iterable[Mapping], # of a log, with `images` seen; `guidance
     Between two points log(value) is linear in images. UserError: no row has an unguided value."""
     level, epoch, points = real(level, 'level', above=0), whole(epoch, 'epoch', 1), sorted(
         (r['images'], max(r[value], 1e-9)) for r in rows
-        if r.get(value) is not None and r[value] >= 0 and r.get('guidance') in (None, 1))
+        if r.get(value) is not None and r[value] >= 0
+        and (g.get('guidance') if isinstance(g := r.get('guidance'), Mapping) else g) in (None, 1))
     need(points, f'no row has images and an unguided {value!r}; give rows that hold both')
     return next(((b if a == b else a + (b-a)*math.log(u/level)/math.log(u/v))/epoch
                  for (a, u), (b, v) in zip([points[0], *points], points, strict=False) if v <= level), None)
