@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from vfmvae.core import UserError, to_grid
 from vfmvae.dit import DiT, DiTConfig, FAMILIES
 from vfmvae.diffusability import (FDR6, compare_diffusability, diffusability, epochs_to, fdr6, interpolation_fd, local_continuity,
-                                  local_label_consistency, path_shape, spatial_structure, spectral_energy, viv)
+                                  local_label_consistency, path_shape, spatial_structure, spectral_energy, viv, _variances)
 from vfmvae.evaluate import compare_judges, rfid
 from vfmvae.extractors import bundled_extractor, VFMExtractor
 from vfmvae.features import extract
@@ -86,6 +86,13 @@ def test_viv_does_not_depend_on_names_of_classes_order_or_unit():
 def test_a_class_of_copies_leaves_nothing_to_guess():
     z = normal(2, 3, 2, 2)[torch.arange(20) % 2]
     assert viv(z, torch.arange(20) % 2) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_fit_has_converged_after_five_rounds_and_not_after_one():
+    x = kronecker(12, c=4)[0].flatten(2)
+    one, five, many = (_variances(x, r).sqrt().mean().item() for r in (1, 5, 50))
+    assert abs(five/many-1) < 2e-4 < 1e-3 < abs(one/many-1)
+    assert _variances(x).sum().item() == pytest.approx(x.var(0).sum().item())
 
 
 def test_viv_of_few_images_is_too_low():
@@ -179,6 +186,13 @@ def test_far_scales_with_the_grid(side, far):
     assert table.far == far and torch.equal(table.per_image['srss'], srss(x.flatten(2).mT, mask, (side, side), far=far))
 
 
+def test_a_grid_need_not_be_square():
+    z, mask = normal(5, 3, 4, 9), normal(5, 4, 9, seed=1) > 0
+    want, got = spatial_structure(z, mask), spatial_structure(z.mT, mask.mT)
+    assert want.grid == (4, 9) and [r['value'] for r in got] == pytest.approx([r['value'] for r in want])
+    assert spectral_energy(z.mT) == pytest.approx(spectral_energy(z)) and viv(z.mT, [0]*5) == pytest.approx(viv(z, [0]*5))
+
+
 # LPC ----------------------------------------------------------------------------------------------------------------------------------------------------
 
 class Decoder:
@@ -269,6 +283,9 @@ def test_interpolations_start_at_the_reconstructions_and_end_at_their_neighbours
 def test_a_relative_judges_no_interpolation(seen):
     _, _, net, z, known = seen
     with pytest.raises(UserError, match='cannot judge'): interpolation_fd(net, z, VFMExtractor(VFM('tiny')), known)
+    mine = Decoder(net.decode)
+    mine.vfm = net.vfm                  # which says nothing of it in its name
+    with pytest.raises(UserError, match='cannot judge decoder'): interpolation_fd(mine, z, VFMExtractor(VFM('tiny')), known)
 
 
 # distances ----------------------------------------------------------------------------------------------------------------------------------------------
