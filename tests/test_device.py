@@ -15,6 +15,8 @@ from vfmvae.neighbours import knn_graph
 from vfmvae.align import (cka, cknna, cknna_null, cknna_pairs, cknna_parts, cknna_score, score_banks, score_sources,
                           se_cknna, summarize)
 from vfmvae.core import box_muller, Draws, UserError
+from vfmvae.diffusability import (diffusability, fdr6, FDR6, interpolation_fd, local_continuity, local_label_consistency, path_shape,
+                                  spatial_structure, spectral_energy, viv)
 from vfmvae.files import load_weights
 from vfmvae.runtime import best_device, device_of
 from vfmvae.images import to_pil, TRANSFORMS
@@ -32,7 +34,7 @@ from vfmvae.samplers import sample_latents
 from vfmvae.flow_task import FlowConfig, FlowMonitor, FlowTask, loss_by_level, vfm_targets
 from vfmvae.generation import evaluate_samples, generate, nets, tokenizer_of
 from vfmvae.latents import cache_latents, cache_name, latent_digest
-from vfmvae.metrics import (frechet, frechet_features, inception_score, moments, precision_recall, psnr, ssim,
+from vfmvae.metrics import (frechet, frechet_features, inception_score, kid, moments, precision_recall, psnr, ssim,
                             ssim_signed)
 from vfmvae.neighbours import mutual_knn, prepare
 from vfmvae.probes import knn_accuracy, linear_probe, probe, ridge_probe
@@ -296,6 +298,7 @@ def levels(d):
     return loss_by_level(task, Latents(), 2, 12)
 
 
+def distance_of(x, y): return (x-y).abs().mean()
 def drawn(d): return generate(nets[NET].to(d), 4, steps=2, tokenizer=tok(d))
 class Difference(nn.Module):
     "As the net of LPIPS is called."
@@ -319,6 +322,10 @@ def measure(name):
     f = getattr(similarity, name)
     if name in ('srss', 'spatial'): return lambda d: f(maps(d), (normal(2, 36) > 0).to(d))
     return (lambda d: f(maps(d))) if name in MAPS else (lambda d: f(rows(d))) if name in UNARY else twice(f)
+
+
+def latents(d): return normal(24, 4, 6, 6).to(d)
+def ground(d): return (normal(24, 6, 6, seed=1) > 0).to(d)
 
 
 def compared(d):
@@ -357,6 +364,7 @@ CALLS = {
     'metrics.moments': listed(lambda d: moments(rows(d))),
     'metrics.frechet': lambda d: frechet(*moments(rows(d)), *moments(rows(d, 1))),
     'metrics.frechet_features': twice(frechet_features),
+    'metrics.kid': twice(kid),
     'metrics.inception_score': lambda d: inception_score(normal(20, 5).softmax(1).to(d), 2),
     'metrics.precision_recall': twice(precision_recall),
     'neighbours.prepare': lambda d: prepare(rows(d)),
@@ -367,6 +375,15 @@ CALLS = {
     'evaluate.rfid': lambda d: [rfid(tok(d), world(), eye(d), sample=s, pr_n=0).value for s in (False, True)],
     'evaluate.gfid': lambda d: gfid(images(12, seed=5).to(d), known(), eye(d)).metrics,
     'evaluate.validate': listed(lambda d: validate(eye(d), World(40, seed=3), 20, dict(blur=(1.,), cast=(.2,)))),
+    'diffusability.viv': lambda d: [viv(latents(d), classes(24).to(d)), viv(latents(d), classes(24), .5)],
+    'diffusability.spectral_energy': lambda d: spectral_energy(latents(d)),
+    'diffusability.local_label_consistency': lambda d: [local_label_consistency(latents(d), classes(24).to(d), 5, m) for m in (None, ground(CPU), ground(d))],
+    'diffusability.spatial_structure': lambda d: [*spatial_structure(latents(d), ground(d))],
+    'diffusability.local_continuity': lambda d: [*local_continuity(tok(d), normal(4, 16, 4, 4).to(d), distance_of, (.5, 1.), batch_size=3)],
+    'diffusability.path_shape': lambda d: path_shape(normal(4, 3, 2, 2, 2).to(d)),
+    'diffusability.interpolation_fd': lambda d: interpolation_fd(tok(d), normal(8, 16, 8, 8).to(d), eye(d), known()).metrics,
+    'diffusability.diffusability': lambda d: [*diffusability(tok(d), world(), labels=classes(24), mask=normal(24, 8, 8) > 0)],
+    'diffusability.fdr6': lambda d: [*fdr6(images(6).to(d), images(6, seed=1).to(d), {k: eye(d) for k in FDR6})],
     'samplers.sample': lambda d: sample(lambda z, t: -z, normal(3, 4).to(d), Sampler(3)),
     'samplers.guide': lambda d: guide(lambda z, t: -z, lambda z, t: z, 2.)(normal(3, 4).to(d), .5),
     'samplers.pack_state': lambda d: pack_state(normal(2, 3, 4, 4).to(d), normal(2, 5, seed=1).to(d)),
@@ -422,11 +439,11 @@ STAYS = {'samplers.sample', 'samplers.guide', 'samplers.pack_state', 'samplers.u
          'colours.principal_axes', *(f'similarity.{n}' for n in MAPS),
          *(k for k in CALLS if k.startswith(('losses.', 'discriminators.')))}
 REASONS = {
-    'runs as a command, below': '''studies.reconstruction studies.alignment studies.recognition studies.curve studies.finish studies.inside
-        generation.train_flow recipes.train_tokenizer studies.study studies.train_trial studies.work studies.price
+    'runs as a command, below': '''trials.reconstruction trials.alignment trials.recognition trials.curve trials.finish trials.inside
+        trials.diffusable trials.path generation.train_flow recipes.train_tokenizer studies.study studies.train_trial studies.work studies.price
         recipes.estimate recipes.accelerator_on recipes.build_training
         recipes.compile_decoder''',
-    'names and numbers only': """studies.open_study studies.override studies.plan studies.measure studies.decoder_parameters
+    'names and numbers only': """trials.open_study trials.override trials.plan trials.measure trials.decoder_parameters
         studies.table_of align.check_enough align.with_layer latents.as_scale latents.all_finite
         views.view_name views.views views.image_set views.images_seen features.layer_index features.as_images features.batches generation.sample_labels
         recipes.open_data recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described
@@ -448,12 +465,13 @@ REASONS = {
         neighbours.warn_of_copies neighbours.graph_of neighbours.two_graphs metrics.gaussian losses.structural_similarity
         samplers.trajectory samplers.classifier_free samplers.internal_guidance samplers.velocity_field samplers.time_grid samplers.diffusion
         statistics.with_progress statistics.own_part statistics.own_statistics statistics.images_at_once""",
-    'of rows that are there': 'robustness.robustness_figure robustness.layer_figure evaluate.compare_statistics evaluate.compare_judges',
+    'of rows that are there': '''diffusability.compare_diffusability diffusability.epochs_to probes.classes_of robustness.robustness_figure
+        robustness.layer_figure evaluate.compare_statistics evaluate.compare_judges''',
     }
 ASIDE = {name: why for why, names in REASONS.items() for name in names.split()}
 LOOKED = ('features', 'views', 'align', 'robustness', 'similarity', 'probes', 'metrics', 'neighbours', 'extractors', 'statistics', 'evaluate',
-          'samplers', 'generation', 'recipes', 'presets', 'studies', 'latents', 'layouts', 'flow_task', 'protocols', 'tokenizer', 'losses', 'discriminators',
-          'colours', 'pages', 'lab_parts', 'lab_base', 'session', 'sampler_lab', 'labs', 'explorer')
+          'diffusability', 'samplers', 'generation', 'recipes', 'presets', 'trials', 'studies', 'latents', 'layouts', 'flow_task', 'protocols',
+          'tokenizer', 'losses', 'discriminators', 'colours', 'pages', 'lab_parts', 'lab_base', 'session', 'sampler_lab', 'labs', 'explorer')
 
 
 def fixed(make, *args):

@@ -8,7 +8,8 @@ from vfmvae import studies
 from vfmvae.core import Notice, UserError
 from vfmvae.presets import PRESETS
 from vfmvae.recipes import evaluate_tokenizer, open_data
-from vfmvae.studies import COLUMNS, MEASURES, open_study, override, plan, study
+from vfmvae.studies import COLUMNS, study
+from vfmvae.trials import MEASURES, open_study, override, plan
 from vfmvae.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

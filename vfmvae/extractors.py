@@ -149,16 +149,17 @@ class VFMExtractor(nn.Module):
     device = property(weights_at)
     def __init__(self, vfm: VFM, size: int | None = None): # resized to so many px by the VFM's filter; None: not
         super().__init__()
-        self.vfm, self.size = vfm, size
+        self.vfm, self.size, self.seen = vfm, size, size and size - size % vfm.patch    # that whole patches cover
         self.token = 'class token' if vfm.has_class else 'mean of the patch tokens'
         self.name = f'{vfm.name} ({self.token}{f", {size} px" if size else ""})'
-        resize = f'resized to {size} px ({vfm.interpolation}, antialiased)' if size else 'not resized'
-        self.preprocessing = f'clamped to [-1,1], {resize}, mean {vfm.mean} and std {vfm.std} of the VFM'
+        resize, part = (f'resized to {size} px ({vfm.interpolation}, antialiased)' if size else 'not resized',
+                        f'the first {self.seen} px, ' if self.seen != size else '')
+        self.preprocessing = f'clamped to [-1,1], {resize}, {part}mean {vfm.mean} and std {vfm.std} of the VFM'
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         "Images (b,3,H,W) in [-1,1] -> features."
         x = check_images(x, 'an extractor').float()
         if self.size: x = F.interpolate(x, (self.size, self.size), mode=self.vfm.interpolation, antialias=True)
-        return dict(features=self.vfm.with_class(x.clamp(-1, 1))[0])
+        return dict(features=self.vfm.with_class(x[..., :self.seen, :self.seen].clamp(-1, 1))[0])
 
 # %% ../nbs/29_extractors.ipynb #kin00002
 # who learned from whom, and other names of the same weights: two of one root are relatives
