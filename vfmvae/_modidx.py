@@ -846,6 +846,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'vfmvae/labs.py'),
                              'vfmvae.labs._Embedding': ('labs.html#_embedding', 'vfmvae/labs.py'),
                              'vfmvae.labs._Embedding.allow': ('labs.html#_embedding.allow', 'vfmvae/labs.py'),
+                             'vfmvae.labs._Embedding.choose': ('labs.html#_embedding.choose', 'vfmvae/labs.py'),
                              'vfmvae.labs._Embedding.compute': ('labs.html#_embedding.compute', 'vfmvae/labs.py'),
                              'vfmvae.labs._Embedding.enclosed': ('labs.html#_embedding.enclosed', 'vfmvae/labs.py'),
                              'vfmvae.labs._Embedding.press': ('labs.html#_embedding.press', 'vfmvae/labs.py'),

@@ -309,13 +309,14 @@ class _Mouse(_Rail[LabState]):
         if kind == 'mousedown' and 'pad' in names.split():
             self._line, self.dragged.watched_events = [(event['offsetX'], event['offsetY'])], ['mousemove']
             self._corner = event['clientX']-event['offsetX'], event['clientY']-event['offsetY']
-        if kind == 'mousemove' and self._line: self._draw_line(event)
-        if kind == 'mouseup' and self._line:
+        if kind == 'mousemove' and self._line and event['buttons']: self._draw_line(event)
+        elif kind in ('mousemove', 'mouseup') and self._line:    # a button may be let go outside the picture
             line, self._line, self.dragged.watched_events = self._line, [], []
             self.overlay.value = f'<style>{_LIVE}</style>'
             if len(line) > 2: self.attempt(self.enclosed, self._page.enclosed(line))
     def _draw_line(self, event: dict) -> None:
-        self._line.append((event['clientX']-self._corner[0], event['clientY']-self._corner[1]))
+        (left, top), x, y = self._line[0], event['clientX']-self._corner[0], event['clientY']-self._corner[1]
+        self._line = [(left, top), (x, top), (x, y), (left, y)] if event['shiftKey'] else [*self._line, (x, y)]
         shape = ','.join(f'{x:g}px {y:g}px' for x, y in self._line)
         self.overlay.value = f'<style>{_LIVE} .{self._mark} .pad::after{{clip-path:polygon({shape})}}</style>'
     def enclosed(self, spots: Sequence[int]) -> None:
