@@ -319,7 +319,7 @@ def drawn(*moves):
     lab.widget()
     for kind, x, y, *more in moves:
         event = dict(type=kind, target=dict(className='chart pad'), offsetX=x, offsetY=y, clientX=x+40, clientY=y+70, buttons=int(kind != 'mouseup'),
-                     shiftKey=False)
+                     ctrlKey=False, metaKey=False)
         lab.touched(event | (more[0] if more else {}))
     return lab
 
@@ -337,9 +337,10 @@ def test_a_line_ends_where_the_button_goes_up_or_was_let_go_outside(end):
     for move in (('mousemove', 5, 5), ('mousemove', 5, 5, dict(buttons=0)), ('mouseup', 5, 5)): assert drawn(*AROUND, end, move).got == [[1, 2]]
 
 
-def test_with_the_shift_key_it_is_a_box():
+@pytest.mark.parametrize('key', ['ctrlKey', 'metaKey'])
+def test_with_ctrl_or_cmd_it_is_a_box(key):
     pytest.importorskip('ipyevents')
-    assert drawn(('mousedown', 600, 0), *(('mousemove', x, y, dict(shiftKey=True)) for x, y in ((10, 5), (700, 200), (760, 80))), ('mouseup', 760, 80)).got == [[2]]
+    assert drawn(('mousedown', 600, 0), *(('mousemove', x, y, {key: True}) for x, y in ((10, 5), (700, 200), (760, 80))), ('mouseup', 760, 80)).got == [[2]]
     assert drawn(('mousedown', 1, 1), ('mouseup', 1, 1)).got == []        # a click is no line
 
 

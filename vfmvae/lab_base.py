@@ -316,7 +316,8 @@ class _Mouse(_Rail[LabState]):
             if len(line) > 2: self.attempt(self.enclosed, self._page.enclosed(line))
     def _draw_line(self, event: dict) -> None:
         (left, top), x, y = self._line[0], event['clientX']-self._corner[0], event['clientY']-self._corner[1]
-        self._line = [(left, top), (x, top), (x, y), (left, y)] if event['shiftKey'] else [*self._line, (x, y)]
+        box = event['ctrlKey'] or event['metaKey']           # Jupyter keeps the shift key for itself
+        self._line = [(left, top), (x, top), (x, y), (left, y)] if box else [*self._line, (x, y)]
         shape = ','.join(f'{x:g}px {y:g}px' for x, y in self._line)
         self.overlay.value = f'<style>{_LIVE} .{self._mark} .pad::after{{clip-path:polygon({shape})}}</style>'
     def enclosed(self, spots: Sequence[int]) -> None:

@@ -483,7 +483,7 @@ class _Embedding(_Places):
         if waiting: words = ['UMAP is being computed; the picture shows PCA until then.']
         head = f'{len(s.chosen)} chosen{", first 12"*(len(s.chosen) > 12)}' if s.chosen else 'nearest in the plane'
         parts = [Section('', chart=chart, share=.66), Section(head, tiles, columns=3, share=.34),
-                 Section(pair or 'to choose images: a line around points, a box with the shift key, or the buttons')]
+                 Section(pair or 'to choose images: a line around points, a box with Ctrl or Cmd, or the buttons')]
         return make_page(parts, words, data, self.session.note(self.images, [self.source(s.source)]), sheet=ref.sheet,
                          facts=dict(source=s.source, method=axis, n=n, taken=ref.taken))
 
