@@ -197,23 +197,12 @@ class _ExplorerState(SetLab[ExplorerState]):
         "As of any lab; a second click on a token lets it go."
         self.set(**(dict(place=()) if action.get('place') == self.state.place else action))
 
-# %% ../nbs/50_explorer.ipynb #bc1c3469
-class _ExplorerHands(_ExplorerState):
-    "What a hand does in the explorer."
-    def receive(self, name: str, content: bytes) -> None:
-        """Shows an uploaded image: any mode, first frame, largest square. UserError if it is none or smaller than 8
-        pixels."""
-        im, side = open_image(io.BytesIO(content), name=name), self.session.size
-        self.uploads[name] = to_tensor(CROPS['square'](im, side))
-        self.small[name] = f'{name} has {im.width} x {im.height} px and was enlarged.' if min(im.size) < side else ''
-        self.set(uploaded=name)
-
 # %% ../nbs/50_explorer.ipynb #dac15fa1
 _GRAPHS: dict[str, Callable] = dict(cknna=cknna, mutual_knn=mutual_knn)   # take a graph, which serves every k
 
 def _common(a: Graph, b: Graph) -> Tensor: return (a.idx[:, :, None] == b.idx[:, None]).any(2).sum(1)  # of each row
 
-class _ExplorerNumbers(_ExplorerHands):
+class _ExplorerNumbers(_ExplorerState):
     "What the explorer computes."
     def wanted(self, state: ExplorerState) -> list[tuple[list[FeatureSource], View]]:
         "All nets in every view of the curve: no transform, the present strength, the others."
@@ -259,7 +248,14 @@ class _ExplorerNumbers(_ExplorerHands):
 
 # %% ../nbs/50_explorer.ipynb #abe3ebf7
 class _ExplorerSets(_ExplorerNumbers):
-    "What the explorer computes of one image among the set."
+    "What the explorer computes of one image, of the set or uploaded."
+    def receive(self, name: str, content: bytes) -> None:
+        """Shows an uploaded image: any mode, first frame, largest square. UserError if it is none or smaller than 8
+        pixels."""
+        im, side = open_image(io.BytesIO(content), name=name), self.session.size
+        self.uploads[name] = to_tensor(CROPS['square'](im, side))
+        self.small[name] = f'{name} has {im.width} x {im.height} px and was enlarged.' if min(im.size) < side else ''
+        self.set(uploaded=name)
     def _losers(self, cache: FeatureCache, s: ExplorerState) -> tuple[tuple[int, float], ...] | None:
         "Reference images of the class that lose most by this view, worst first, ten at most; None: not computed."
         first, vfm, named = self.session.latents(s.tokenizers[0]), self.session.vfm(s.vfm), cache.images.named

@@ -430,20 +430,6 @@ def _draw_places(ax: Any, places: Tensor, groups: Sequence[int], names: Sequence
 
 # %% ../nbs/52_labs.ipynb #161bda76
 class _Embedding(_Places):
-    def press(self, name: str) -> None:
-        if name in (MORE, ALIKE): return self.choose(name == ALIKE)
-        self.set(chosen=()) if name == LET_GO else self.set(method='umap' if name == UMAP_BUTTON else 'pca')
-    def choose(self, alike: bool) -> None: # those of its group, instead of the 12 nearest in the plane
-        "More images are chosen: of those that are not, the nearest to the one that is looked at."
-        rows = self.compute(self.state).rows[:self.last+1]        # of the clean images; none yet: they are computed
-        me = rows[self.state.image] if rows else {}
-        free = [r for r in rows if not r['chosen']]
-        near = sorted(free, key=lambda r: (r['x']-me['x'])**2+(r['y']-me['y'])**2)
-        more = [r for r in near if r['group'] == me['group']] if alike else near[:12]
-        self.set(chosen=(*self.state.chosen, *(r['image'] for r in more)))
-    def enclosed(self, spots: Sequence[int]) -> None:
-        "The images of these points are chosen."
-        self.set(chosen=tuple(dict.fromkeys(i % (self.last+1) for i in spots)))
     def allow(self, state: EmbeddingState) -> None:
         super().allow(state)
         for n in (state.source, state.second): self.source(n)
@@ -491,6 +477,20 @@ class _Embedding(_Places):
 class EmbeddingLab(_Embedding):
     "A whole set in the plane; a line around points, or a button, chooses images. See `SetLab` and `EmbeddingState`."
     title, scrub = 'Embedding lab', ('colour',)
+    def press(self, name: str) -> None:
+        if name in (MORE, ALIKE): return self.choose(name == ALIKE)
+        self.set(chosen=()) if name == LET_GO else self.set(method='umap' if name == UMAP_BUTTON else 'pca')
+    def choose(self, alike: bool) -> None: # those of its group, instead of the 12 nearest in the plane
+        "More images are chosen: of those that are not, the nearest to the one that is looked at."
+        rows = self.compute(self.state).rows[:self.last+1]        # of the clean images; none yet: they are computed
+        me = rows[self.state.image] if rows else {}
+        free = [r for r in rows if not r['chosen']]
+        near = sorted(free, key=lambda r: (r['x']-me['x'])**2+(r['y']-me['y'])**2)
+        more = [r for r in near if r['group'] == me['group']] if alike else near[:12]
+        self.set(chosen=(*self.state.chosen, *(r['image'] for r in more)))
+    def enclosed(self, spots: Sequence[int]) -> None:
+        "The images of these points are chosen."
+        self.set(chosen=tuple(dict.fromkeys(i % (self.last+1) for i in spots)))
     def panel(self, state: EmbeddingState) -> dict[str, Control]:
         slow = 'the first run in a process takes 30 to 50 s, later ones a few'
         buttons = {UMAP_BUTTON: slow} if state.method == 'pca' else {'PCA': 'at once'}
