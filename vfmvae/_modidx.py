@@ -1508,7 +1508,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vfmvae.session._Held.__init__': ('session.html#_held.__init__', 'vfmvae/session.py'),
                                 'vfmvae.session._Held.__len__': ('session.html#_held.__len__', 'vfmvae/session.py'),
                                 'vfmvae.session._Held.called': ('session.html#_held.called', 'vfmvae/session.py'),
-                                'vfmvae.session._Held.place': ('session.html#_held.place', 'vfmvae/session.py'),
                                 'vfmvae.session._Opened': ('session.html#_opened', 'vfmvae/session.py'),
                                 'vfmvae.session._Opened.__init__': ('session.html#_opened.__init__', 'vfmvae/session.py'),
                                 'vfmvae.session._Opened._of_files': ('session.html#_opened._of_files', 'vfmvae/session.py'),

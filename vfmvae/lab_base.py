@@ -18,7 +18,7 @@ from typing import Any, Generic, Self, TYPE_CHECKING, TypeVar
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/48_lab_base.ipynb #4fe3e773
-from .core import DataclassLike, extra, nearest, PathLike, UserError
+from .core import DataclassLike, extra, nearest, need, PathLike, UserError
 from .files import write_atomic
 from .runtime import progress
 from .plots import save_figure
@@ -157,7 +157,7 @@ class _Picture(_States[LabState]):
         "Takes `back` back. UserError: nothing to take back."
         return self._travel(self.future, self.past, 'nothing was taken back')
     def _travel(self, there: list, behind: list, why: str) -> Self:
-        if not there: raise UserError(why)
+        need(there, why)
         self._to(there[-1], behind)
         there.pop()
         return self
@@ -465,10 +465,10 @@ class Lab(_Kept[LabState]):
         specs = self.panel(self.state)
         moved = {k: [*v] for k, v in values.items()} or {k: [*specs[k].options] for k in self.scrub if k in specs}
         for name, v in moved.items():
-            if not v: raise UserError(f'no values for {name!r}; give a list of them')
+            need(v, f'no values for {name!r}; give a list of them')
             if (now := getattr(self.state, name, None)) not in v: v.append(now)
-        if (n := math.prod(map(len, moved.values()))) > 300:
-            raise UserError(f'{n} frames make no page; name fewer values: export(path, field=[...])')
+        n = math.prod(map(len, moved.values()))
+        need(n <= 300, f'{n} frames make no page; name fewer values: export(path, field=[...])')
         frames, sheets = {}, dict[str, None]()
         for at in progress([*itertools.product(*(range(len(v)) for v in moved.values()))], desc='frames'):
             state = replace(self.state, **{k: v[i] for (k, v), i in zip(moved.items(), at, strict=True)})

@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/52_labs.ipynb #69349ac8
-from .core import Device, extra, one_of, PathLike, UserError, whole
+from .core import Device, extra, need, one_of, PathLike, real, whole
 from .runtime import device_of
 from .plots import curves, heat, look, MARKERS, PALETTE
 from .images import Images
@@ -53,7 +53,7 @@ def edit_latent(z: Tensor, other: Tensor, # (1,c,h,w) on unit scale
                 seed: int = 0) -> Tensor:
     "The edited latent (1,c,h,w). UserError on an unknown edit or an amount outside 0..1."
     one_of(edit, EDITS, 'edit')
-    if not 0 <= amount <= 1: raise UserError(f'an amount of {amount}; choose between 0 and 1')
+    real(amount, 'amount', 0, 1)
     g, (h, w) = torch.Generator().manual_seed(seed), z.shape[2:]
     if edit == 'swap': return torch.cat([z[..., :w-round(amount*w)], other[..., w-round(amount*w):]], 3)
     if edit == 'interpolate': return torch.lerp(z, other, amount)
@@ -253,8 +253,7 @@ class LayerState:
     image: int = 0                       # whose features are shown
     def __post_init__(self) -> None:
         check_state(self)
-        if not 0 <= self.t <= 1:
-            raise UserError(f't = {self.t} is no noise level; choose between 0 (data) and 1 (noise)')
+        real(self.t, 't, the noise level (0: data, 1: noise)', 0, 1)
 
 # %% ../nbs/52_labs.ipynb #81998d57
 def _layer_names(source: FeatureSource) -> tuple[str, ...]:
@@ -275,8 +274,8 @@ class _LayerSources(SetLab[LayerState]):
         super().__init__(state, **more)
         for name, (net, _) in self.nets.items():
             if name in bundled: claim_name(name, net, open_net(name))
-            if name in self.session.own or name in BUNDLED or name in tokenizers:
-                raise UserError(f'{name!r} is the name of a VFM or a tokenizer; name the net otherwise')
+            need(name not in (*self.session.own, *BUNDLED, *tokenizers),
+                 f'{name!r} is the name of a VFM or a tokenizer; name the net otherwise')
     def follow(self, changes: dict) -> dict:
         "Another source starts at its first layer."
         for name, layer in (('first', 'row'), ('second', 'column')):
@@ -310,8 +309,7 @@ class LayerLab(_LayerSources):
     def allow(self, state: LayerState) -> None:
         super().allow(state)
         for s, i in zip(self.pair(state), (state.row, state.column), strict=True):
-            if i >= (n := len(s.layers)):
-                raise UserError(f'no layer number {i} in {s.name}; it has {n}, counted from 0')
+            need(i < (n := len(s.layers)), f'no layer number {i} in {s.name}; it has {n}, counted from 0')
     @torch.no_grad()
     def compute(self, state: LayerState) -> Page:
         "The scores as a heat map with a ring on the chosen pair; one image as both see it."

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../nbs/49_session.ipynb #ab3337ff
-from .core import Device, PathLike, UserError, V, whole
+from .core import Device, need, PathLike, UserError, V, whole
 from .files import digest, home, load_weights, save_weights, sidecar
 from .runtime import best_device, device_of, held_nets
 from .images import Batch, Dataset, from_uint8, Images, to_uint8
@@ -48,7 +48,7 @@ class _Held:
                  # called with the number of images of each batch that was read
                  tick: Callable[[int], None] = lambda n: None):
         some = take(images, n)
-        if len(some) < 12: raise UserError(f'{len(some)} images give no neighbourhood; give a set of at least 12')
+        need(len(some) >= 12, f'{len(some)} images give no neighbourhood; give a set of at least 12')
         parts: list[dict] = []
         for i in range(0, len(some), 32):
             parts.append(read_images(some, range(i, min(i+32, len(some)))))
@@ -65,9 +65,6 @@ class _Held:
         copies = len(some)-len({p.numpy().tobytes() for p in self.pixels})
         self.copies = f'{copies} of the {len(some)} images are copies of others among them.' if copies else ''
     def __len__(self) -> int: return len(self.pixels)
-    def place(self, key: str) -> int | None:
-        "Where an image of the set is here; None: nowhere."
-        return self.names.index(key) if key in self.names else None
     def called(self, i: int) -> str:
         "Image i for a sentence: its number, and its key where that is not its number in the set."
         return f'{i} ({self.names[i]})' if self.spread else f'{i}'
@@ -199,8 +196,8 @@ def is_tokenizer(name: str | Path) -> bool:
 
 def claim_name(name: str, net: object, other: object) -> None:
     "UserError: another net of that name computes something else."
-    if other is not None and not same_net(other, net):
-        raise UserError(f'two different nets are named {name!r}, one of them yours; give it another name (.name = ...)')
+    need(other is None or same_net(other, net),
+         f'two different nets are named {name!r}, one of them yours; give it another name (.name = ...)')
 
 Net = FeatureSource | Tokenizer | PathLike
 Nets = Net | Sequence[Net]         # VFMs and tokenizers: objects, names or files
@@ -401,9 +398,9 @@ class SetLab(_Choices[LabState]):
         self.begin(changes, images=images, size=size, n=n, own=own)
     def check_counts(self, image: int, total: int, k: int = 0) -> None: # images to choose from, neighbours
         "UserError: an image that is not there, or more neighbours than there can be."
-        if image >= total: raise UserError(f'no image {image}; there are {total}, counted from 0')
+        need(image < total, f'no image {image}; there are {total}, counted from 0')
         n = min(self.session.n, total)
-        if k > (most := min(_MOST, n-2)): raise UserError(f'k = {k} neighbours among {n} images; choose at most {most}')
+        need(k <= (most := min(_MOST, n-2)) or not k, f'k = {k} neighbours among {n} images; choose at most {most}')
     def k_control(self, k: int, values: Sequence[int] = (2, 3, 5, 10, 20)) -> Control:
         "For the number of neighbours."
         choices = tuple(sorted({*(v for v in values if v < self.last), k}))
