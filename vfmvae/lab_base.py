@@ -49,14 +49,14 @@ class Latest:
         await asyncio.sleep(0)
         while self.busy:
             mine = self.open
-            answer = await loop.run_in_executor(None, self._answer, *mine)
+            answer = await loop.run_in_executor(None, self._answer, mine[0])
             if mine is self.open: self._finish(answer)
     def _finish(self, answer: Any) -> None:
         self.open = []
         self.show(answer)
     def settle(self) -> None:
         "Answers what is still open, now."
-        if self.busy: self._finish(self._answer(*self.open))
+        if self.busy: self._finish(self._answer(self.open[0]))
 
 # %% ../nbs/48_lab_base.ipynb #d18d5f81
 _WIDE = 320    # pixels of the rail of controls
