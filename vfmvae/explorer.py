@@ -63,8 +63,8 @@ class ExplorerState:
     def __post_init__(self) -> None:
         check_state(self)
         need(all(isinstance(t, str) for t in self.tokenizers), f'tokenizers are names, not {self.tokenizers}')
-        need(1 <= len({*self.tokenizers}) == len(self.tokenizers) <= 4, 'one to four different tokenizers stand side by '
-             f"side, not {', '.join(self.tokenizers) or 'none'}; choose others")
+        need(1 <= len({*self.tokenizers}) == len(self.tokenizers) <= 4, 'one to four different tokenizers stand side '
+             f"by side, not {', '.join(self.tokenizers) or 'none'}; choose others")
         one_of(self.metric, METRICS, 'metric')
         one_of(self.reference_state, STATES, 'reference state')
         one_of(self.sort, LOSES, 'order')

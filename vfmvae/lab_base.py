@@ -197,7 +197,7 @@ class _Picture(_States[LabState]):
 # %% ../nbs/48_lab_base.ipynb #df195418
 class _Controls(_Picture[LabState]):
     "The part of `Lab` that knows its controls, and says what is shown, or why nothing is."
-    # widgets; readout: words and code below the picture; status: at the top of the rail, what is being done or went wrong
+    # widgets; readout: words and code below the picture; status: at the top of the rail, what is done or went wrong
     readout = status = rail = picture = overlay = sheet = mark = _back = _forward = None   # type: Any
     restore = _corner = _mark = _work = _show = _fill = _keep_soon = None                  # type: Any
     def __init__(self, state: LabState | None = None):
@@ -388,9 +388,9 @@ class _Filled(_Screen[LabState]):
         if self._filler is None or self._filler.done(): self._filler = loop.create_task(self._background(loop))
     async def _background(self, loop: asyncio.AbstractEventLoop) -> None:
         "Job after job of the newest state, until the picture is whole; it is drawn anew after each."
-        def step_aside() -> None:
+        def step_aside() -> None:      # an error: nobody waits for the job any more
             while self._latest.busy: time.sleep(.005)
-            if self.mark.description not in [j.name for j in self.jobs(self.state)]: raise InterruptedError      # nobody waits for it any more
+            if self.mark.description not in [j.name for j in self.jobs(self.state)]: raise InterruptedError
         def tick(n: int) -> None: loop.call_soon_threadsafe(lambda: setattr(self.mark, 'value', self.mark.value+n))
         try:
             while self._incomplete:

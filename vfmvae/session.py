@@ -96,7 +96,8 @@ class ReferenceImages(_Held):
         return dict(image=from_uint8(self.pixels[at]), label=self.labels[at], key=[self.names[i] for i in at])
 
 # %% ../nbs/49_session.ipynb #392bff92
-_HELD: WeakKeyDictionary = WeakKeyDictionary() # source -> (its tensors, which they are and how often written, fingerprint)
+# source -> (its tensors, which they are and how often they were written, its fingerprint)
+_HELD: WeakKeyDictionary = WeakKeyDictionary()
 
 def _of_libraries(x: object) -> bool:
     "Is all code that an object holds of a library, as far as its class and its functions tell?"
@@ -366,7 +367,8 @@ class _Choices(Lab[LabState]):
     def vfm_names(self) -> tuple[str, ...]:
         "VFMs to choose from."
         own = self.session.own.items()
-        return tuple(dict.fromkeys(['photo', 'efficientnet-lite0', *(n for n, o in own if hasattr(o, 'patch')), *BUNDLED]))
+        mine = (n for n, o in own if hasattr(o, 'patch'))
+        return tuple(dict.fromkeys(['photo', 'efficientnet-lite0', *mine, *BUNDLED]))
     def tokenizer_names(self) -> tuple[str, ...]:
         "Tokenizers to choose from."
         own = (n for n, o in self.session.own.items() if hasattr(o, 'encode'))
