@@ -37,7 +37,8 @@ from .views import as_source, extract_views, ResizePadVFM, view_name
 from .plots import LOOKS
 from .pages import Sheet, Tile
 from .colours import ColourFit
-from .lab_parts import (about_nets, about_set, class_name, Control, default_strength, file_stamps, files_of_set, Job,
+from .lab_parts import (about_nets, about_set, class_name, Control, default_strength, file_stamps,
+                        files_of_set, Job,
                         join_sentences, lab_images, read_images)
 from .lab_base import Lab, LabState
 
