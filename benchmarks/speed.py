@@ -5,7 +5,7 @@
 A speed is a fact about a machine and its mood; a ratio within one run is a fact about the code: compare ratios between machines. `limit` is the part
 of the machine's best matrix product that is reached; memory is measured in a process of its own. Each part writes its file of data/results.
 """
-import argparse, asyncio, multiprocessing, os, sys, threading, time
+import argparse, asyncio, json, multiprocessing, os, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -352,6 +352,52 @@ def latency(lab, moves, burst=()):
     return out | (dict(burst_events=len(burst), burst_computations=found[0][0], burst_seconds=found[0][1]) if burst else {})
 
 
+def opening(name, n=256, rounds=1):
+    """Seconds of a lab with its defaults, after imports, from the call of its class to its first picture, and to a picture in which nothing is still
+    computed: [(first, whole, processor seconds of the first)], one after the other."""
+    import vfmvae.explorer, vfmvae.labs
+    Which = vars(vfmvae.labs)[name] if name in vars(vfmvae.labs) else vfmvae.explorer.Explorer
+    seen = []
+    async def go():
+        t, c = time.perf_counter(), time.process_time()
+        lab = Which(**({} if name in ('ReconstructionLab', 'SamplerLab') else dict(n=n)))
+        lab.widget()
+        await lab._latest.task
+        first, cpu = time.perf_counter()-t, time.process_time()-c
+        if lab._filler is not None: await lab._filler
+        seen.append((first, time.perf_counter()-t, cpu))
+    for _ in range(rounds): asyncio.run(go())
+    return seen
+
+
+def openings(rounds=2):
+    "Lab -> its first picture in new processes that find features on disk, in one whose home is empty, and again in a kernel that has opened it before."
+    rows, home = {}, os.environ.get('VFMVAE_HOME')
+    def row(seen):
+        first, whole, cpu = torch.tensor(seen, dtype=torch.float64).T
+        return dict(events=len(seen), p50=first.median().item(), p95=first.quantile(.95).item(), worst=first.max().item(),
+                    whole_p95=whole.quantile(.95).item(), cpu=cpu.median().item())
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ['VFMVAE_HOME'] = empty
+        try:
+            for name in ('Explorer', 'ReconstructionLab', 'NeighbourLab', 'LayerLab', 'EmbeddingLab', 'SamplerLab'):
+                cold = alone(opening, name)
+                rows[f'{name}, first picture, nothing on disk'] = row(cold)
+                rows[f'{name}, first picture, new process'] = row([alone(opening, name)[0] for _ in range(rounds)])
+                rows[f'{name}, first picture, warm kernel'] = row(alone(opening, name, 256, rounds+1)[1:])
+        finally: os.environ.pop('VFMVAE_HOME') if home is None else os.environ.update(VFMVAE_HOME=home)
+    return rows
+
+
+def in_browser():
+    "Rows of `benchmarks/browser.py`; none without JupyterLab and chromium."
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)/'rows.json'
+        subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', ROOT/'benchmarks/browser.py'], cwd=ROOT,
+                       env=os.environ | dict(BENCH_OUT=str(out), PYTHONPATH=str(ROOT)))
+        return json.loads(out.read_text()) if out.is_file() else {}
+
+
 def labs(a, n=256, times=5):
     "Lab and control -> what `latency` says, with the bundled models, on n images."
     from vfmvae.explorer import Explorer
@@ -363,11 +409,13 @@ def labs(a, n=256, times=5):
     guidance = [m for s in range(times) for m in (('seed', s+1), *moves('guidance', (1.5, 2., 3., 5., 1.), 1))]
     two = Explorer(n=n, tokenizers=('vfmvae-photo-f8d16', 'conv-photo-f8d16'))
     noisy = ReconstructionLab().set(edit='noise')
-    return {'explorer, strength': latency(Explorer(n=n), **strength),
+    return {**openings(), **in_browser(),
+            'explorer, strength': latency(Explorer(n=n), **strength),
             'explorer, image': latency(Explorer(n=n), moves('image', indices)),
             'explorer, k': latency(Explorer(n=n), moves('k', (3, 5, 15, 20, 30))),
             'explorer, layer': latency(Explorer(n=n), moves('layer', (0, 1, 2, 3, -1))),
             'explorer, two tokenizers, strength': latency(two, **strength),
+            'explorer, two tokenizers, image': latency(two, moves('image', indices)),
             'reconstruction, amount': latency(noisy, moves('amount', (0., .25, .75, 1., .1))),
             'neighbours, image': latency(NeighbourLab(n=n), moves('image', indices)),
             'layers, row': latency(LayerLab(n=n), moves('row', (1, 2, 3, 4, 0))),
@@ -385,7 +433,7 @@ PARTS = dict(decoder=(decoder, 'bench'), cknna=(cknna_rows, 'bench_cknna'), flow
 def told(rows):
     "One line a row: what it says about ratios and times."
     for name, r in rows.items() if isinstance(rows, dict) else ((f"{r.get('preset') or r['n']}", r) for r in rows):
-        if 'p50' in r: text = ', '.join(f'{k} {r[k]*1e3:.0f} ms' for k in ('p50', 'p95', 'whole_p95', 'cpu'))
+        if 'p50' in r: text = ', '.join(f'{k} {r[k]*1e3:.0f} ms' for k in ('p50', 'p95', 'whole_p95', 'cpu') if k in r)
         elif 'ratio_best' in r: text = ', '.join(f'{k} {r[k]:.3g}' for k in ('ratio', 'ratio_best', 'dense_ratio', 'extra_mib') if k in r)
         elif 'step_share' in r:
             text = (f"{r['ours']['images_per_s']:.4g} images/s, {r['ours']['speedup']:.2f} times timm's plain form; layers {r['asked']} cost "

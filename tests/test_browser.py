@@ -267,6 +267,46 @@ def test_a_line_around_points_chooses_their_images(page):
     assert 'The 48 chosen images' in other.seen()[1]
     shot(page, 'lasso', other.box)
     other.moves('let go', 'Space')
+    def leave() -> None:
+        "A box; the button goes up outside of the picture, and the mouse comes back."
+        pad.scroll_into_view_if_needed()
+        b = pad.bounding_box()
+        page.mouse.move(b['x']+.02*b['width'], b['y']+.02*b['height'])
+        page.keyboard.down('Control')
+        page.mouse.down()
+        page.wait_for_timeout(300*SLOW)
+        for at in (.5, .9, .97): page.mouse.move(b['x']+at*b['width'], b['y']+at*b['height'], steps=6); page.wait_for_timeout(120)
+        page.wait_for_timeout(120*SLOW)
+        page.keyboard.up('Control')
+        page.mouse.move(2, 2)
+        page.mouse.up()
+        page.mouse.move(b['x']+.5*b['width'], b['y']+.5*b['height'], steps=6)
+    other.changes(leave, 'a line whose end was outside', 'The 48 chosen images', 30)
+    assert 'polygon' not in page.locator('.vfmvae-lab style').evaluate_all('all => all.map(e => e.textContent).join()')
+    other.moves('let go', 'Space')
+
+
+def test_a_subset_is_chosen_by_the_keyboard(page):
+    other = Box(page, EMBEDDING)
+    other.moves('choose 12 more', 'Space', words='The 12 chosen images: CKNNA')
+    assert other.part('12 chosen').locator('figure').count() == 12
+    other.moves('choose 12 more', 'Space', words='The 24 chosen images: CKNNA')
+    other.moves('back', 'Space', words='The 12 chosen images')
+    other.moves('choose its group', 'Space')
+    shot(page, 'chosen', other.box)
+    other.moves('let go', 'Space')
+
+
+def test_the_trajectory_is_played_by_the_keyboard(page):
+    other = Box(page, SAMPLER)
+    other.moves('step -', 'Space')
+    play, stop = (other.box.locator(f'.widget-play button:has(.fa-{icon})') for icon in ('play', 'pause, .fa-stop'))
+    before = other.seen()[1]
+    play.focus()
+    page.keyboard.press('Space')
+    other.wait(lambda: other.seen()[1] != before, 'playing moved nothing', 20)
+    if stop.count() and stop.first.is_visible(): stop.first.focus(); page.keyboard.press('Space')
+    other.wait(other.at_rest, 'it plays on', 20)
 
 
 def test_an_image_of_ones_own(lab, tmp_path):

@@ -454,7 +454,7 @@ REASONS = {
         lab_parts.check_state lab_parts.grouped lab_parts.export_html explorer.explorer_facts lab_parts.class_name lab_parts.about_set lab_parts.join_sentences
         lab_parts.make_page session.find_layer session.is_tokenizer tokenizer.in_name""",
     'parts of the labs, which are looked at': '''explorer.explorer_page lab_parts.image_tile lab_parts.about_nets lab_parts.read_images
-        session.fingerprint session.forget_replaced session.identity session.same_net session.claim_name session.nets_by_name
+        session.fingerprint session.identity session.same_net session.claim_name session.nets_by_name
         session.tokens_of session.encode_cpu session.decode_cpu''',
     'reads files, or makes what is moved later': """latents.cache_folder latents.write_latent_shard latents.finish_cache
         lab_parts.file_stamps lab_parts.files_of_set lab_parts.lab_images

@@ -302,6 +302,48 @@ class Reader(Lab):
         return [] if state.number in self.disk else [Job(f'page {state.number}', 1, lambda free, tick: self.disk.add(state.number))]
 
 
+class Plane(Lab):
+    "Three spots; `got`: those inside of each line that was drawn."
+    State = Number
+    def compute(self, state):
+        spots = [Spot(.1, .1), Spot(.9, .1), Spot(.9, .9)]
+        return Page([Section(chart=Chart('plane', lambda ax: ax.set(xlim=(0, 1), ylim=(0, 1)), spots, lasso=True, margins=(0, 0, 0, 0)))])
+    def panel(self, state): return {}
+    def enclosed(self, spots): self.got.append(spots)
+
+
+def drawn(*moves):
+    "What a lab took from a mouse that did this: (type, x, y) in pixels of the chart, and what else an event has."
+    lab = Plane()
+    lab.got = []
+    lab.widget()
+    for kind, x, y, *more in moves:
+        event = dict(type=kind, target=dict(className='chart pad'), offsetX=x, offsetY=y, clientX=x+40, clientY=y+70, buttons=int(kind != 'mouseup'),
+                     ctrlKey=False, metaKey=False)
+        lab.touched(event | (more[0] if more else {}))
+    return lab
+
+
+AROUND = [('mousedown', 600, 0), ('mousemove', 760, 0), ('mousemove', 760, 300), ('mousemove', 600, 300)]      # the two spots at the right
+
+
+@pytest.mark.parametrize('end', [('mouseup', 600, 300), ('mousemove', 20, 300, dict(buttons=0))])
+def test_a_line_ends_where_the_button_goes_up_or_was_let_go_outside(end):
+    pytest.importorskip('ipyevents')
+    lab = drawn(*AROUND, end)
+    assert lab.got == [[1, 2]] and not lab._line and not lab.dragged.watched_events and 'polygon' not in lab.overlay.value
+    open_ = drawn(*AROUND)
+    assert open_.got == [] and 'polygon' in open_.overlay.value and open_.dragged.watched_events == ['mousemove']
+    for move in (('mousemove', 5, 5), ('mousemove', 5, 5, dict(buttons=0)), ('mouseup', 5, 5)): assert drawn(*AROUND, end, move).got == [[1, 2]]
+
+
+@pytest.mark.parametrize('key', ['ctrlKey', 'metaKey'])
+def test_with_ctrl_or_cmd_it_is_a_box(key):
+    pytest.importorskip('ipyevents')
+    assert drawn(('mousedown', 600, 0), *(('mousemove', x, y, {key: True}) for x, y in ((10, 5), (700, 200), (760, 80))), ('mouseup', 760, 80)).got == [[2]]
+    assert drawn(('mousedown', 1, 1), ('mouseup', 1, 1)).got == []        # a click is no line
+
+
 def in_the_look(lab):
     compute = lab.compute
     lab.compute = lambda state: (compute(state), lab.disk.add(state.number))[0]

@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/50_explorer.ipynb #e24a0bcc
-from .core import Device, one_of, real, to_grid, UserError
+from .core import Device, need, one_of, real, to_grid
 from .runtime import device_of
 from .plots import curves, series_styles
 from .images import CROPS, open_image, to_tensor, TRANSFORMS
@@ -61,18 +61,15 @@ class ExplorerState:
     sort: str = 'keeps'              # which images lose most, a key of LOSES
     label: str = ''                  # of one class only; '': of all
     def __post_init__(self) -> None:
-        if isinstance(self.tokenizers, str): object.__setattr__(self, 'tokenizers', (self.tokenizers,))
         check_state(self)
-        if bad := next((t for t in self.tokenizers if not isinstance(t, str)), None):
-            raise UserError(f'tokenizers are names, not {bad!r}')
-        if not 1 <= len({*self.tokenizers}) == len(self.tokenizers) <= 4:
-            raise UserError('one to four different tokenizers stand side by side, not '
-                            f"{', '.join(self.tokenizers) or 'none'}; choose others")
+        need(all(isinstance(t, str) for t in self.tokenizers), f'tokenizers are names, not {self.tokenizers}')
+        need(1 <= len({*self.tokenizers}) == len(self.tokenizers) <= 4, 'one to four different tokenizers stand side '
+             f"by side, not {', '.join(self.tokenizers) or 'none'}; choose others")
         one_of(self.metric, METRICS, 'metric')
         one_of(self.reference_state, STATES, 'reference state')
         one_of(self.sort, LOSES, 'order')
         object.__setattr__(self, 'place', tuple(real(v, 'place', 0, 1) for v in self.place))
-        if len(self.place) not in (0, 2): raise UserError(f'place = {self.place}; give (across, down) in 0..1, or ()')
+        need(len(self.place) in (0, 2), f'place = {self.place}; give (across, down) in 0..1, or ()')
     @property
     def view(self) -> View:
         "As `views.apply_view` takes it; None where the transform changes nothing."
@@ -106,8 +103,8 @@ def neighbour_overlap(rows: Tensor,           # (n,c) pooled features of the oth
     ready = prepare(torch.cat([rows, pair.to(rows)])).double()
     sim = ready[-2:] @ ready[:-2].T
     if own is not None: sim[:, own] = -torch.inf
-    if k > (among := len(rows)-(own is not None)):
-        raise UserError(f'k = {k} neighbours among {len(rows)} images; choose fewer')
+    among = len(rows)-(own is not None)
+    need(k <= among, f'k = {k} neighbours among {len(rows)} images; choose fewer')
     before, after = sim.argsort(dim=1, descending=True, stable=True)[:, :k].tolist()
     rank = 1+int((sim[1] > ready[-1] @ ready[-2]).sum())
     return NeighbourOverlap(tuple(before), tuple(i in after for i in before), rank, among+1)
@@ -171,11 +168,8 @@ class _ExplorerState(SetLab[ExplorerState]):
         """As `Lab.set`. A new VFM starts at its last layer, a new set at its first image, a new transform in the
         middle of its grid."""
         given: Any = changes.get('images')
-        if 'images' in changes: changes = changes | dict(images=self.session.give(given))
-        if isinstance(one := changes.get('tokenizers'), str): changes = changes | dict(tokenizers=(one,))
-        return super().set(**changes)
+        return super().set(**(changes | (dict(images=self.session.give(given)) if 'images' in changes else {})))
     def follow(self, changes: dict) -> dict:
-        "See `set`."
         new = changes.get('images', self.state.images) != self.state.images
         if new: changes = dict(image=0, uploaded='', label='') | changes
         if changes.get('image', self.state.image) != self.state.image: changes = dict(uploaded='') | changes
@@ -186,8 +180,7 @@ class _ExplorerState(SetLab[ExplorerState]):
         self.session.check(state.images, ())
         data, own = self.session.data(state.images), self.session.own
         self.check_counts(state.image, len(data), state.k)
-        if state.uploaded and state.uploaded not in self.uploads:
-            raise UserError(f'no upload named {state.uploaded!r}; upload it first')
+        need(state.uploaded in ('', *self.uploads), f'no upload named {state.uploaded!r}; upload it first')
         for name in (n for n in state.tokenizers if n not in own):
             if name not in tokenizers and not (is_tokenizer(name) and Path(name).is_file()): open_tokenizer(name)
         if state.vfm not in own and state.vfm not in vfms: check_vfm(state.vfm)
@@ -197,23 +190,12 @@ class _ExplorerState(SetLab[ExplorerState]):
         "As of any lab; a second click on a token lets it go."
         self.set(**(dict(place=()) if action.get('place') == self.state.place else action))
 
-# %% ../nbs/50_explorer.ipynb #bc1c3469
-class _ExplorerHands(_ExplorerState):
-    "What a hand does in the explorer."
-    def receive(self, name: str, content: bytes) -> None:
-        """Shows an uploaded image: any mode, first frame, largest square. UserError if it is none or smaller than 8
-        pixels."""
-        im, side = open_image(io.BytesIO(content), name=name), self.session.size
-        self.uploads[name] = to_tensor(CROPS['square'](im, side))
-        self.small[name] = f'{name} has {im.width} x {im.height} px and was enlarged.' if min(im.size) < side else ''
-        self.set(uploaded=name)
-
 # %% ../nbs/50_explorer.ipynb #dac15fa1
 _GRAPHS: dict[str, Callable] = dict(cknna=cknna, mutual_knn=mutual_knn)   # take a graph, which serves every k
 
 def _common(a: Graph, b: Graph) -> Tensor: return (a.idx[:, :, None] == b.idx[:, None]).any(2).sum(1)  # of each row
 
-class _ExplorerNumbers(_ExplorerHands):
+class _ExplorerNumbers(_ExplorerState):
     "What the explorer computes."
     def wanted(self, state: ExplorerState) -> list[tuple[list[FeatureSource], View]]:
         "All nets in every view of the curve: no transform, the present strength, the others."
@@ -259,7 +241,14 @@ class _ExplorerNumbers(_ExplorerHands):
 
 # %% ../nbs/50_explorer.ipynb #abe3ebf7
 class _ExplorerSets(_ExplorerNumbers):
-    "What the explorer computes of one image among the set."
+    "What the explorer computes of one image, of the set or uploaded."
+    def receive(self, name: str, content: bytes) -> None:
+        """Shows an uploaded image: any mode, first frame, largest square. UserError if it is none or smaller than 8
+        pixels."""
+        im, side = open_image(io.BytesIO(content), name=name), self.session.size
+        self.uploads[name] = to_tensor(CROPS['square'](im, side))
+        self.small[name] = f'{name} has {im.width} x {im.height} px and was enlarged.' if min(im.size) < side else ''
+        self.set(uploaded=name)
     def _losers(self, cache: FeatureCache, s: ExplorerState) -> tuple[tuple[int, float], ...] | None:
         "Reference images of the class that lose most by this view, worst first, ten at most; None: not computed."
         first, vfm, named = self.session.latents(s.tokenizers[0]), self.session.vfm(s.vfm), cache.images.named
@@ -300,7 +289,8 @@ class _Explorer(_ExplorerSets):
         s, session = state, self.session
         cache, (x, name, key) = self.start(s), self._image(s)
         changed = apply_view(x, s.view, [s.image], s.seed)[0][1]
-        vfm, place = session.vfm(s.vfm), cache.images.place(key) if cache else None
+        vfm, names = session.vfm(s.vfm), cache.images.names if cache else []
+        place = names.index(key) if key in names else None
         ask = partial(tokens_of, source=vfm, layers=vfm.layers)
         h = [session.of(('vfm', session.who(vfm), i), v, ask)[s.layer] for i, v in enumerate((x, changed))]
         maps = _maps(h, s.place, session.colours(cache, vfm, s.layer, x))

@@ -18,7 +18,7 @@ from typing import Any, Generic, Self, TYPE_CHECKING, TypeVar
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/48_lab_base.ipynb #4fe3e773
-from .core import DataclassLike, extra, nearest, PathLike, UserError
+from .core import DataclassLike, extra, nearest, need, PathLike, UserError
 from .files import write_atomic
 from .runtime import progress
 from .plots import save_figure
@@ -30,34 +30,33 @@ class Latest:
     """`ask(question)` computes `work(question)` beside the event loop and hands the newest answer to `show`; an
     error becomes `show(error)`. Without a running loop the answer comes before `ask` returns."""
     def __init__(self, work: Callable, show: Callable):
-        self.work, self.show, self.asked, self.done = work, show, 0, 0
-        self.question: object = None
+        self.work, self.show, self.open = work, show, list[object]()     # the question without an answer
         self.task: asyncio.Task | None = None
     @property
     def busy(self) -> bool:
         "Is a question without an answer?"
-        return self.done < self.asked
+        return bool(self.open)
     def _answer(self, question: object) -> Any:
         try: return self.work(question)
         except Exception as e: return e      # whatever it is, it must not end the loop that answers
     def ask(self, question: object) -> None:
         "Replaces the question that is open."
-        self.asked, self.question = self.asked+1, question
+        self.open = [question]
         try: loop = asyncio.get_running_loop()
         except RuntimeError: return self.settle()
         if self.task is None or self.task.done(): self.task = loop.create_task(self._run(loop))
     async def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         await asyncio.sleep(0)
         while self.busy:
-            mine = self.asked
-            answer = await loop.run_in_executor(None, self._answer, self.question)
-            if mine == self.asked and self.busy: self._finish(answer)
+            mine = self.open
+            answer = await loop.run_in_executor(None, self._answer, mine[0])
+            if mine is self.open: self._finish(answer)
     def _finish(self, answer: Any) -> None:
-        self.done = self.asked
+        self.open = []
         self.show(answer)
     def settle(self) -> None:
         "Answers what is still open, now."
-        if self.busy: self._finish(self._answer(self.question))
+        if self.busy: self._finish(self._answer(self.open[0]))
 
 # %% ../nbs/48_lab_base.ipynb #d18d5f81
 _WIDE = 320    # pixels of the rail of controls
@@ -147,9 +146,10 @@ class _States(Generic[LabState]):
         self._state = state
         self.changed()
 
-# %% ../nbs/48_lab_base.ipynb #c49ef9f0
-class _Travel(_States[LabState]):
-    "The part of `Lab` that takes changes back."
+# %% ../nbs/48_lab_base.ipynb #58a19eef
+class _Picture(_States[LabState]):
+    "The part of `Lab` that needs no widget: takes changes back, computes from a state, knows the line that makes it."
+    options: Mapping[str, object] = {}        # what else it was made with
     def back(self) -> Self:
         "To the state before the last change. UserError: there is none."
         return self._travel(self.past, self.future, 'there is no state before this one')
@@ -157,15 +157,10 @@ class _Travel(_States[LabState]):
         "Takes `back` back. UserError: nothing to take back."
         return self._travel(self.future, self.past, 'nothing was taken back')
     def _travel(self, there: list, behind: list, why: str) -> Self:
-        if not there: raise UserError(why)
+        need(there, why)
         self._to(there[-1], behind)
         there.pop()
         return self
-
-# %% ../nbs/48_lab_base.ipynb #58a19eef
-class _Picture(_Travel[LabState]):
-    "The part of `Lab` that needs no widget: what is computed from a state, and the line that makes it again."
-    options: Mapping[str, object] = {}        # what else it was made with
     def __repr__(self) -> str: return f'{type(self).__name__}({self.state})'
     def begin(self, changes: dict, **options: object) -> None:
         "The last step of a constructor: the changes of the state, and what else the lab was made with."
@@ -199,25 +194,12 @@ class _Picture(_Travel[LabState]):
         told = [f'{k}={plain(v)}' for k, v in now.items() if v is not usual.get(k) and v != usual.get(k)]
         return f'{type(self).__name__}({", ".join(told)})'
 
-# %% ../nbs/48_lab_base.ipynb #18c5ace3
-class _Readout(_Picture[LabState]):
-    "The part of `Lab` that says what is shown, or why nothing is."
-    readout: Any      # below the picture: its words, and its code
-    status: Any       # at the top of the rail: what is being done, or what went wrong
-    def say(self, words: str) -> None:
-        "Puts the words of the picture below it, and the line that makes it."
-        self.readout.value = (f'<p role="status" aria-live="polite">{html.escape(words)}</p><details><summary>as code'
-                              f'</summary><code style="user-select:all">{html.escape(self.code)}</code></details>')
-        self.status.value = ''
-    def complain(self, e: Exception) -> None:
-        "Says what went wrong, in one line."
-        line = ' '.join((str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}').split())[:400]
-        self.status.value = f'<b role="alert">{html.escape(line)}</b>'
-
 # %% ../nbs/48_lab_base.ipynb #df195418
-class _Controls(_Readout[LabState]):
-    "The part of `Lab` that knows its controls."
-    rail: Any
+class _Controls(_Picture[LabState]):
+    "The part of `Lab` that knows its controls, and says what is shown, or why nothing is."
+    # widgets; readout: words and code below the picture; status: at the top of the rail, what is done or went wrong
+    readout = status = rail = picture = overlay = sheet = mark = _back = _forward = None   # type: Any
+    restore = _corner = _mark = _work = _show = _fill = _keep_soon = None                  # type: Any
     def __init__(self, state: LabState | None = None):
         super().__init__(state)
         self.controls: dict[str, Any] = {}
@@ -227,12 +209,19 @@ class _Controls(_Readout[LabState]):
     def panel(self, state: LabState) -> dict[str, Control]:
         "The controls by name, in reading order; one that would do nothing is left out."
         raise NotImplementedError
-    def restore(self) -> None:
-        "Brings all controls to the state."
     def receive(self, name: str, content: bytes) -> None:
         "Takes an uploaded file."
     def press(self, name: str) -> None:
         "A button was pressed."
+    def say(self, words: str) -> None:
+        "Puts the words of the picture below it, and the line that makes it."
+        self.readout.value = (f'<p role="status" aria-live="polite">{html.escape(words)}</p><details><summary>as code'
+                              f'</summary><code style="user-select:all">{html.escape(self.code)}</code></details>')
+        self.status.value = ''
+    def complain(self, e: Exception) -> None:
+        "Says what went wrong, in one line."
+        line = ' '.join((str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}').split())[:400]
+        self.status.value = f'<b role="alert">{html.escape(line)}</b>'
     def attempt(self, act: Callable, *args: object, **kwargs: object) -> None:
         "What a user does: if it cannot be done, the lab says why and the controls go back to the state."
         try: act(*args, **kwargs)
@@ -252,8 +241,6 @@ class _Controls(_Readout[LabState]):
 # %% ../nbs/48_lab_base.ipynb #34206416
 class _Rail(_Controls[LabState]):
     "The part of `Lab` that keeps its controls in step with the state."
-    _back: Any
-    _forward: Any
     def restore(self) -> None:
         "Makes the controls that are missing, gives the others their present choices, and brings all to the state."
         self._quiet, specs = True, self.panel(self.state)
@@ -286,13 +273,8 @@ _LIVE = f'{_HIDDEN},{_HIDDEN}+.jp-OutputArea-child{{display:none}}'
 
 class _Mouse(_Rail[LabState]):
     "The part of `Lab` that hears a mouse on the picture."
-    picture: Any
-    overlay: Any
-    _actions: Sequence[dict] = ()                 # of the page that is shown
     _page = Page([])                              # that is shown; none yet
     _line: list[tuple[float, float]] = []         # around spots, while it is drawn
-    _corner = 0., 0.                              # of the chart, in the window
-    _mark: str
     def _listen(self) -> None:
         with suppress(UserError):     # without it the controls do the same
             made: Any = extra('ipyevents', 'widgets', 'use the controls').Event
@@ -302,20 +284,22 @@ class _Mouse(_Rail[LabState]):
             self.dragged.on_dom_event(self.touched)
     def touched(self, event: dict) -> None:
         "A click on an element of class `go-3` makes the third change of the page."
-        names, kind = (event.get('target') or {}).get('className'), event.get('type')
-        names = names if isinstance(names, str) else ''     # of a part of a drawing: an object
-        at = re.search(r'\bgo-(\d+)\b', names)
-        if kind == 'click' and at and int(at[1]) < len(self._actions): self.attempt(self.go, self._actions[int(at[1])])
+        # of a part of a drawing: an object
+        names, kind = str((event.get('target') or {}).get('className')), event.get('type')
+        at, actions = re.search(r'\bgo-(\d+)\b', names), self._page.actions
+        if kind == 'click' and at and int(at[1]) < len(actions): self.attempt(self.go, actions[int(at[1])])
         if kind == 'mousedown' and 'pad' in names.split():
             self._line, self.dragged.watched_events = [(event['offsetX'], event['offsetY'])], ['mousemove']
             self._corner = event['clientX']-event['offsetX'], event['clientY']-event['offsetY']
-        if kind == 'mousemove' and self._line: self._draw_line(event)
-        if kind == 'mouseup' and self._line:
+        if kind == 'mousemove' and self._line and event['buttons']: self._draw_line(event)
+        elif kind in ('mousemove', 'mouseup') and self._line:    # a button may be let go outside the picture
             line, self._line, self.dragged.watched_events = self._line, [], []
             self.overlay.value = f'<style>{_LIVE}</style>'
             if len(line) > 2: self.attempt(self.enclosed, self._page.enclosed(line))
     def _draw_line(self, event: dict) -> None:
-        self._line.append((event['clientX']-self._corner[0], event['clientY']-self._corner[1]))
+        (left, top), x, y = self._line[0], event['clientX']-self._corner[0], event['clientY']-self._corner[1]
+        box = event['ctrlKey'] or event['metaKey']           # Jupyter keeps the shift key for itself
+        self._line = [(left, top), (x, top), (x, y), (left, y)] if box else [*self._line, (x, y)]
         shape = ','.join(f'{x:g}px {y:g}px' for x, y in self._line)
         self.overlay.value = f'<style>{_LIVE} .{self._mark} .pad::after{{clip-path:polygon({shape})}}</style>'
     def enclosed(self, spots: Sequence[int]) -> None:
@@ -328,8 +312,6 @@ class _Mouse(_Rail[LabState]):
 class _Box(_Mouse[LabState]):
     "The part of `Lab` that puts its widgets together."
     _box: Any = None
-    _work: Callable
-    _show: Callable
     def widget(self) -> Any:
         """The controls, the picture and its words, as one ipywidgets box; the same one at every call. UserError
         without ipywidgets."""
@@ -357,12 +339,9 @@ class _Box(_Mouse[LabState]):
         return self._box
 
 # %% ../nbs/48_lab_base.ipynb #b4132c8b
-class _Stale(Exception): pass    # heavy work that nobody waits for any more
-
 class _Screen(_Box[LabState]):
     "The part of `Lab` that draws the newest state, and draws it again when its heavy work is done."
     _filler: asyncio.Task | None = None
-    _fill: Callable[[], None]
     _incomplete = False      # was heavy work open when the picture on the screen was begun?
     def changed(self) -> None:
         "Brings every control to the state and asks for a new picture."
@@ -381,15 +360,12 @@ class _Screen(_Box[LabState]):
         if isinstance(answer, Exception): return self.complain(answer)
         page, text, self._incomplete = answer
         self.sheet.value = page.sheet.css if page.sheet else ''
-        self.picture.value, self._actions = text, page.actions
+        self.picture.value, self._page = text, page
         try: self.restore()       # what was opened meanwhile may offer more choices
         except Exception as e: return self.complain(e)
         self.say(page.words)
-        self._page = page
         self._fill()
         self._keep_soon()
-    def _keep_soon(self) -> None:
-        "Called when a picture is shown."
 
 # %% ../nbs/48_lab_base.ipynb #f2145911
 class _Filled(_Screen[LabState]):
@@ -412,16 +388,16 @@ class _Filled(_Screen[LabState]):
         if self._filler is None or self._filler.done(): self._filler = loop.create_task(self._background(loop))
     async def _background(self, loop: asyncio.AbstractEventLoop) -> None:
         "Job after job of the newest state, until the picture is whole; it is drawn anew after each."
-        def step_aside() -> None:
+        def step_aside() -> None:      # an error: nobody waits for the job any more
             while self._latest.busy: time.sleep(.005)
-            if self.mark.description not in [j.name for j in self.jobs(self.state)]: raise _Stale
+            if self.mark.description not in [j.name for j in self.jobs(self.state)]: raise InterruptedError
         def tick(n: int) -> None: loop.call_soon_threadsafe(lambda: setattr(self.mark, 'value', self.mark.value+n))
         try:
             while self._incomplete:
                 for job in self.jobs(self.state)[:1]:
                     self.mark.description, self.mark.max, self.mark.value = job.name, job.size, 0
                     self.mark.layout.visibility = 'visible'
-                    with suppress(_Stale): await loop.run_in_executor(self._worker, job.run, step_aside, tick)
+                    with suppress(InterruptedError): await loop.run_in_executor(self._worker, job.run, step_aside, tick)
                 self._latest.ask(self.state)
                 if self._latest.task: await self._latest.task
         except Exception as e: self.complain(e)
@@ -429,7 +405,7 @@ class _Filled(_Screen[LabState]):
 
 # %% ../nbs/48_lab_base.ipynb #47d8c2bb
 class _Kept(_Filled[LabState]):
-    "The part of `Lab` that leaves something in a saved notebook."
+    "The part of `Lab` that leaves something in a saved notebook, and puts a picture on paper."
     _stills: tuple = ()
     _timer: asyncio.TimerHandle | None = None
     def _ipython_display_(self) -> None:
@@ -454,10 +430,6 @@ class _Kept(_Filled[LabState]):
         if self._latest.busy or self._incomplete or not self._page.sections: return
         words = Markdown(f'{self._page.words}\n\n`{self.code}`')
         for still, shown in zip(self._stills, (self._page.figure(), words), strict=True): still.update(shown)
-
-# %% ../nbs/48_lab_base.ipynb #30a6bebc
-class _Saved(_Kept[LabState]):
-    "The part of `Lab` that puts a picture on paper."
     def page(self, state: LabState | None = None) -> Page:
         "The whole picture of a state (None: the present one)."
         self.finish(state)
@@ -477,7 +449,7 @@ class _Saved(_Kept[LabState]):
         return save_figure(self.figure(width), stem)
 
 # %% ../nbs/48_lab_base.ipynb #c94ac5bf
-class Lab(_Saved[LabState]):
+class Lab(_Kept[LabState]):
     """`.state`, `.set(**)`, `.back()`, `.code`, `.page()`, `.figure()`, `.text()`, `.save('fig.pdf')`,
     `.export('lab.html')`; at the end of a cell, or by `.widget()`, it is there for the mouse. Then: `.controls` by
     name, `.picture` (an HTML widget), `.readout` (the words), `.status`. A lab of one's own says `State`, `compute`,
@@ -493,10 +465,10 @@ class Lab(_Saved[LabState]):
         specs = self.panel(self.state)
         moved = {k: [*v] for k, v in values.items()} or {k: [*specs[k].options] for k in self.scrub if k in specs}
         for name, v in moved.items():
-            if not v: raise UserError(f'no values for {name!r}; give a list of them')
+            need(v, f'no values for {name!r}; give a list of them')
             if (now := getattr(self.state, name, None)) not in v: v.append(now)
-        if (n := math.prod(map(len, moved.values()))) > 300:
-            raise UserError(f'{n} frames make no page; name fewer values: export(path, field=[...])')
+        n = math.prod(map(len, moved.values()))
+        need(n <= 300, f'{n} frames make no page; name fewer values: export(path, field=[...])')
         frames, sheets = {}, dict[str, None]()
         for at in progress([*itertools.product(*(range(len(v)) for v in moved.values()))], desc='frames'):
             state = replace(self.state, **{k: v[i] for (k, v), i in zip(moved.items(), at, strict=True)})

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/47_lab_parts.ipynb #d8820250
-from .core import PathLike, real, UserError, whole
+from .core import need, PathLike, real, UserError, whole
 from .images import check_images, Dataset, Images, transform, TRANSFORMS
 from .world import World
 from .data import spread, Subset
@@ -58,14 +58,14 @@ _SEEDS = 2**31-1     # every generator behind a lab takes it, with the number of
 
 def as_field(f: Field, v: object, low: int | None = None) -> object:
     """A value for field `f`, of the kind of its default: words, an integer (from `low`), a finite number, a tuple.
-    UserError: another."""
+    UserError: another. A word becomes a tuple of one."""
     kind = type(f.default)
     if kind is str:
-        if isinstance(v, str | Path): return str(v)
-        raise UserError(f'{f.name} is a name, not {str(v)[:40]!r}')
+        need(isinstance(v, str | Path), f'{f.name} is a name, not {str(v)[:40]!r}')
+        return str(v)
     if kind is float: return real(v, f.name)
     if kind is tuple:
-        if isinstance(v, list | tuple | range): return tuple(v)
+        if isinstance(v, str | list | tuple | range): return (v,) if isinstance(v, str) else tuple(v)
         raise UserError(f'{f.name} are several values in a list or tuple, not {str(v)[:40]!r}')
     if kind is not int or (f.name == 'layer' and isinstance(v, str)): return v
     return whole(v, f.name, low, _SEEDS if f.name == 'seed' else None)
@@ -76,7 +76,7 @@ def check_state(state: Any) -> None: # an instance of a frozen dataclass: for it
     for f in fields(state):
         low = 0 if isinstance(f.default, int) and f.default >= 0 else None
         object.__setattr__(state, f.name, as_field(f, getattr(state, f.name), low))
-    if getattr(state, 'k', 2) < 2: raise UserError(f'k = {state.k} neighbours; choose at least 2')
+    whole(getattr(state, 'k', 2), 'k neighbours', 2)
     if (name := getattr(state, 'transform', None)) is None: return
     t = TRANSFORMS.get(name)
     if t is None or name == 'hflip' or not t.low <= state.strength <= t.high:

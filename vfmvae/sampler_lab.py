@@ -19,7 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/51_sampler_lab.ipynb #7889e3f3
-from .core import Device, one_of, PathLike, real, UserError, whole
+from .core import Device, need, one_of, PathLike, real, whole
 from .plots import curves, series_styles
 from .protocols import Tokenizer
 from .tokenizer import opened
@@ -45,9 +45,8 @@ class SamplerState:
     seed: int = 0
     def __post_init__(self) -> None:
         check_state(self)
-        if self.steps > 1000: raise UserError(f'{self.steps} steps; choose at most 1000')
-        if not 0 <= self.step <= self.steps or self.steps < 1:
-            raise UserError(f'step {self.step} of {self.steps}; choose between 0 (noise) and the number of steps')
+        whole(self.steps, 'steps', 1, 1000)
+        whole(self.step, 'step (0: noise, the last: steps)', 0, self.steps)
         one_of(self.method, ODES, 'sampler')
         real(self.guidance, 'guidance (1: none)', 0, 1e4)
 
@@ -93,7 +92,7 @@ class _SamplerNets(Lab[SamplerState]):
         for n in sorted(known, key=lambda n: 'photo' not in n):
             named[n] = {w: m for w, m in (('early', f'{n}-early'), ('trained', n)) if m in bundled}
         if nets is not None: named['net'] = dict(nets) if isinstance(nets, Mapping) else {'net': nets}
-        if not all(named.values()): raise UserError('no nets to sample from; give at least one')
+        need(all(named.values()), 'no nets to sample from; give at least one')
         self.named, self.opened = named, dict[str, list[Stage]]()
         self.side, self.lock = whole(side, 'side', 1, 512), threading.Lock()
         self.trajectories: dict[tuple, Trajectory] = {}
@@ -146,8 +145,8 @@ class _SamplerRows(_Trajectories):
         return changes | dict(step=round(self.state.step*steps/self.state.steps))
     def allow(self, state: SamplerState) -> None:
         one_of(state.net, self.named, 'net')
-        if state.label > (n := self.stages(state)[0].net.config.num_classes):
-            raise UserError(f'no class {state.label}; there are 0 to {n-1}, and {n} for none')
+        n = self.stages(state)[0].net.config.num_classes
+        need(state.label <= n, f'no class {state.label}; there are 0 to {n-1}, and {n} for none')
     def class_of(self, state: SamplerState, label: int) -> str:
         "A class in words."
         net = self.stages(state)[0].net
