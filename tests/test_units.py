@@ -187,4 +187,4 @@ def test_bad_numbers_are_one_line(call):
 
 def test_a_probe_of_one_row_a_class_says_so():
     x, y = torch.randn(16, 8), torch.arange(16)
-    with pytest.raises(UserError, match='16 training rows of 16 classes.*several rows a class'): linear_probe(x, y, x, y)
+    with pytest.raises(UserError, match='16 training rows of 16 classes.*more of each class'): linear_probe(x, y, x, y)

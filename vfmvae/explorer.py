@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STATES', 'LOSES', 'ExplorerState', 'NeighbourOverlap', 'neighbour_overlap', 'NetView', 'Explored', 'DecibelSource',
-           'layer_name', 'explorer_facts', 'explorer_page', 'Explorer']
+           'layer_name', 'explorer_facts', 'explorer_page', 'Explorer', 'lab_notebook']
 
 # %% ../nbs/50_explorer.ipynb #6251d59e
-import io
+import hashlib, io, os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/50_explorer.ipynb #e24a0bcc
 from .core import Device, need, one_of, real, to_grid
+from .files import write_json
 from .runtime import device_of
 from .plots import curves, series_styles
 from .images import CROPS, open_image, to_tensor, TRANSFORMS
@@ -446,3 +447,23 @@ class Explorer(_Explorer):
             k=self.k_control(s.k, (2, 3, 5, 10, 15, 20, 30, 50))) | grouped(
             'images that lose most', sort=Control('choice', LOSES[s.sort], tuple(LOSES), show=LOSES.__getitem__),
             label=label if len(classes) > 2 else None)
+
+# %% ../nbs/50_explorer.ipynb #5336cc3c
+def lab_notebook(folder: Path,         # where to write it; it is made
+                 **fields              # of `ExplorerState`, and size and n of `Explorer`
+                ) -> Path:
+    """A notebook that opens the alignment explorer with these values: the one that is there, as it is, else a new one.
+    UserError on values that cannot be shown."""
+    Explorer(**fields)
+    given = ', '.join(f'{k}={v!r}' for k, v in fields.items())
+    path = Path(folder)/f'explorer-{hashlib.blake2b(given.encode(), digest_size=4).hexdigest()}.ipynb'
+    if os.path.lexists(path): return path
+    code = [f'from vfmvae.explorer import Explorer\nlab = Explorer({given})\nlab',
+            "lab.set(strength=45)          # what a mouse can do, a line of code can do",
+            "lab.save('explorer.pdf')      # with the PNG and the CSV beside it"]
+    cells: list[dict] = [dict(cell_type='code', id=f'c{i}', metadata={}, source=s, outputs=[], execution_count=None)
+                         for i, s in enumerate(code)]
+    text = '# Alignment explorer\n\nRun the first cell (Shift+Enter), then move the controls.'
+    head = dict(cell_type='markdown', id='head', metadata={}, source=text)
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    return write_json(path, dict(cells=[head, *cells], metadata=kernel, nbformat=4, nbformat_minor=5))

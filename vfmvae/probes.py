@@ -168,7 +168,7 @@ def _linear(a: np.ndarray, ya: np.ndarray, b: np.ndarray, yb: np.ndarray, seed: 
         warnings.simplefilter('ignore', ConvergenceWarning)
         if len({*ya[fit].tolist()}) < 2: fit = np.arange(len(a))
         need(np.isin(ya[held], ya[fit]).any(), f'{len(a)} training rows of {classes} classes: none of those that '
-                                               'choose the penalty has a class of the others; give several rows a class')
+                                               'choose the penalty has a class of the others; give more of each class')
         for p in reversed(PENALTIES):           # strong to weak: each start is near its goal
             model.set_params(C=1/(p*size*len(fit))).fit(z[fit], ya[fit])
             there = np.isin(ya[held], model.classes_)
