@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../nbs/16_baselines.ipynb #d1cbed89
-from .core import (at_least_float32, check_fields, Draws, Gaussian, need, real, to_grid, to_tokens, uniforms_for,
-                         whole)
+from .core import (at_least_float32, check_fields, Draws, Gaussian, need, one_of, real, to_grid, to_tokens,
+                         uniforms_for, whole)
 from .vfm import VFM
-from .layers import norm_groups, sincos_table
+from .layers import fuse_layers, FUSIONS, norm_groups, sincos_table
 from .protocols import EncoderOutput
 from .tokenizer import families, in_name, TokenizerModel
 
@@ -244,6 +244,8 @@ def _check_rae(c: 'RAEConfig') -> None:
     real(c.tau, 'RAEConfig.tau', 0)
     real(c.eps, 'RAEConfig.eps', above=0)
     whole(c.mlp, 'RAEConfig.mlp', 0, 1 << 20)
+    one_of(c.fuse, FUSIONS, 'fusion of RAEConfig.fuse')
+    check(not c.global_mean or c.fuse != 'concat', "global_mean: a fusion by 'concat' is wider; choose fuse='mean'")
     side = c.img_size//c.stride
     check(c.places in (0, side) and c.places <= 256,
           f'places: {c.places} is neither 0 nor the side of the latent, {side}, of at most 256')
@@ -273,6 +275,9 @@ class RAEConfig:
     published: bool = False    # as its authors build it: a learned token among the others, norms' eps 1e-12, positions
                                # up to 16, a bicubic resize unfiltered
     places: int = 0            # side of a grid of means and stds, one for each position (published files); 0: none
+    layers: tuple[int, ...] = () # several layers, fused into one latent (RAEv2); (): `layer` alone
+    fuse: str = 'mean'         # how, see `layers.FUSIONS`; 'concat': channels of all of them together
+    global_mean: bool = False  # adds the mean over tokens of the last of them to each token (RAEv2)
 
     def __post_init__(self) -> None: _check_rae(self)
     @property
@@ -287,9 +292,17 @@ class RAEConfig:
     def name(self) -> str:
         "rae-vfm-f<stride>d<channels>, such as rae-dinov2b-f16d768."
         return f"rae-{in_name(self.vfm)}-f{self.stride}d{self.channels}"
+    @property
+    def read(self) -> tuple[int, ...]:
+        "The VFM layers that it reads."
+        return self.layers or (self.layer,)
+    def widths(self, vfm: VFM) -> list[int]:
+        "Channels of the latent that a VFM gives: one number, unless its layers differ and cannot be fused."
+        each = [*map(vfm.width, self.read)]
+        return [sum(each)] if self.fuse == 'concat' else sorted({*each})
     def for_vfm(self, vfm: VFM) -> 'RAEConfig':
         "The same decoder on another VFM."
-        return replace(self, vfm=vfm.name, patch=vfm.patch, channels=vfm.dim)
+        return replace(self, vfm=vfm.name, patch=vfm.patch, channels=self.widths(vfm)[-1])
 
 # %% ../nbs/16_baselines.ipynb #d0a3123f
 @lru_cache(16)
@@ -305,7 +318,7 @@ class _RAEParts(TokenizerModel):
     place_std: Tensor
     def __init__(self, config: RAEConfig,     # its shape
                  vfm: VFM | None = None):     # the frozen VFM; None: decode only
-        super().__init__(config, (config.layer,))
+        super().__init__(config, config.read)
         from timm.models.vision_transformer import Block
         c = config
         self.inp = nn.Linear(c.channels, c.width)
@@ -323,10 +336,10 @@ class _RAEParts(TokenizerModel):
 
     def check_vfm(self, vfm: VFM) -> None:
         "UserError if its patch or width is not that of the configuration."
-        c = self.config
-        need((vfm.patch, vfm.dim) == (c.patch, c.channels),
-             f'{vfm.name} has patch {vfm.patch} and {vfm.dim} channels, {self.name} was made for {c.patch} and '
-             f'{c.channels}; use config.for_vfm(vfm)')
+        c, wide = self.config, self.config.widths(vfm)
+        need((vfm.patch, wide) == (c.patch, [c.channels]),
+             f"{vfm.name} has patch {vfm.patch} and {' or '.join(map(str, wide))} channels, {self.name} was made for "
+             f'{c.patch} and {c.channels}; use config.for_vfm(vfm)')
     def _resized(self, x: Tensor) -> Tensor:
         if not self.config.published: return super()._resized(x)
         size = [round(s*self.config.scale) for s in x.shape[2:]]
@@ -347,8 +360,8 @@ class RAE(_RAEParts):
         """Everything one encoding yields. In training mode the posterior has a std of sigma ~ U(0, tau), drawn per
         image: its sample is the noisy latent."""
         c, found = self.config, dict(self.vfm_features(x) if features is None else features)
-        h = found[c.layer]
-        z, logvar = to_grid(F.layer_norm(h, h.shape[-1:], eps=c.eps), x.shape[2]//self.stride), None
+        h = fuse_layers([found[k] for k in c.read], c.fuse, c.global_mean, c.eps)
+        z, logvar = to_grid(h, x.shape[2]//self.stride), None
         if self.training and c.tau:
             sigma = c.tau*uniforms_for(z, draws, 'sigma')[:, None, None, None].to(z.dtype)
             logvar = (2*sigma.clamp(min=1e-6).log()).expand_as(z)
