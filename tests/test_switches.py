@@ -1,21 +1,26 @@
 """The switches of the study: at their neutral value nothing changes, to the bit; each does what its paper says; nonsense is one line."""
 import json
 from dataclasses import asdict, replace
+from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from vfmvae.baselines import ConvVAE, ConvVAEConfig, RAE, RAEConfig
-from vfmvae.core import build_config, to_grid, UserError
-from vfmvae.layers import fuse_layers, FUSIONS
-from vfmvae.tokenizer import load_tokenizer, save_tokenizer
-from vfmvae.tokenizer_task import TINY
+from vfmvae.core import build_config, Draws, normal_like, to_grid, UserError
+from vfmvae.data import loader
+from vfmvae.layers import add_noise, fuse_layers, FUSIONS, noise_levels
+from vfmvae.run import Run, task_state
+from vfmvae.tokenizer import fit_stats, load_tokenizer, save_tokenizer
+from vfmvae.tokenizer_task import check_stage, forward_training, Stage, TINY, TokenizerTask
+from vfmvae.train import fit
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 from vfmvae.vfm import VFM
 from vfmvae.world import World
 
-PLAIN = ConvVAEConfig(channels=16, width=8, mults=(1, 2, 4, 8), blocks=1, decoder_blocks=1, img_size=64)
+SMALL = replace(TINY, channel_base=1024, channel_max=32, fusion=(32, 32, 32, 16), attention=(), out_dims=(32,)*3, widen=2)
+PLAIN = ConvVAEConfig(channels=16, width=8, mults=(1, 1, 2, 2), blocks=1, decoder_blocks=1, img_size=64)
 CONV = replace(PLAIN, vfm='tiny', patch=8, dim=128)
 FROZEN = RAEConfig('tiny', 8, 128, stride=8, img_size=64, width=32, depth=1, heads=2)
-CONFIGS = dict(vfmvae=TINY, conv=CONV, plain=PLAIN, rae=FROZEN)
+CONFIGS = dict(vfmvae=SMALL, conv=CONV, plain=PLAIN, rae=FROZEN)
 CLASSES = {VFMVAEConfig: VFMVAE, ConvVAEConfig: ConvVAE, RAEConfig: RAE}
 
 
@@ -24,7 +29,28 @@ def build(config, seed=0):
     return CLASSES[type(config)](config, VFM('tiny') if config.vfm else None)
 
 
-def images(n=4): return World(n, seed=3).batch(range(n))['image']
+def images(n=2): return World(n, seed=3).batch(range(n))['image']
+
+
+def draws(seed=0, n=2): return Draws(seed, range(n))
+
+
+def step(tok, stage, seed=0, **how):
+    "What one step of a stage logs; its random numbers are those of its images."
+    task = TokenizerTask(tok, stage, half_life=100, **how)
+    return task.step([dict(image=images(), draws=draws(seed))], lambda loss: loss.backward(), lambda ok=True: ok, 2)
+
+
+def resumes(make, folder, data=None, n=8):
+    "A run of four steps that stops after two and goes on in a task of other random weights is the run that never stopped."
+    data, how = data or loader(World(32), 2), dict(log_every=1, show=lambda rows: None)
+    straight, first, second = make(0), make(0), make(1)
+    fit(straight, data, n, run=Run(folder/'a'), **how)
+    fit(first, data, n//2, run=Run(folder/'b'), **how)
+    fit(second, data, n, run=Run(folder/'b'), **how)
+    (a, _), (b, _) = task_state(straight), task_state(second)
+    assert a.keys() == b.keys() and not [k for k in a if not torch.equal(a[k], b[k])]
+    return straight
 
 
 def one_line(says, make):
@@ -59,7 +85,7 @@ def test_fused_layers_are_what_their_names_say():
 
 @pytest.mark.parametrize('fuse', FUSIONS)
 def test_a_fused_latent_decodes_trains_and_comes_back_from_its_file(fuse, tmp_path):
-    for config in (replace(FROZEN, layers=(0, -1), fuse=fuse, channels=256 if fuse == 'concat' else 128), replace(TINY, fuse=fuse)):
+    for config in (replace(FROZEN, layers=(0, -1), fuse=fuse, channels=256 if fuse == 'concat' else 128), replace(SMALL, fuse=fuse)):
         assert build_config(type(config), json.loads(json.dumps(asdict(config)))) == config
         tok, x = build(config), images(2)
         tok.decode(tok.train().encode(x).sample()).square().mean().backward()
@@ -70,9 +96,9 @@ def test_a_fused_latent_decodes_trains_and_comes_back_from_its_file(fuse, tmp_pa
 
 
 def test_a_fused_vfmvae_projects_one_map_to_as_many_channels():
-    x, plain, mixed = images(2), build(TINY).eval(), build(replace(TINY, fuse='mean')).eval()
-    assert torch.equal(build(replace(TINY, fuse='concat')).encode(x).mean, plain.encode(x).mean)
-    assert (plain.config.projected, mixed.config.projected) == (((128, 64),)*3, ((128, 192),))
+    x, plain, mixed = images(2), build(SMALL).eval(), build(replace(SMALL, fuse='mean')).eval()
+    assert torch.equal(build(replace(SMALL, fuse='concat')).encode(x).mean, plain.encode(x).mean)
+    assert (plain.config.projected, mixed.config.projected) == (((128, 32),)*3, ((128, 96),))
     h = plain.vfm_features(x)
     same = mixed.ldm_adapter.final_quant(mixed.ldm_adapter.patch_quants[0](F.pad(fuse_layers([*h.values()]), (0, 64))))
     assert torch.equal(mixed.encode_parts(x).moments, to_grid(same, 8))
@@ -80,7 +106,7 @@ def test_a_fused_vfmvae_projects_one_map_to_as_many_channels():
 
 def test_files_from_before_the_fusion_are_read_as_they_were():
     assert build_config(RAEConfig, without(FROZEN, 'layers', 'fuse', 'global_mean')) == FROZEN
-    assert build_config(VFMVAEConfig, without(TINY, 'fuse')) == TINY
+    assert build_config(VFMVAEConfig, without(SMALL, 'fuse')) == SMALL
 
 
 @pytest.mark.parametrize('says, make', [
@@ -89,7 +115,117 @@ def test_files_from_before_the_fusion_are_read_as_they_were():
     ('config.for_vfm', lambda: build(replace(FROZEN, layers=(0, -1), fuse='concat'))),
     ('layer', lambda: build(replace(FROZEN, layers=(99,)))),
     ('layers', lambda: replace(FROZEN, layers='all')),
-    ('is not one of last, mean, sum, concat', lambda: replace(TINY, fuse='max')),
-    ("use fuse='concat'", lambda: replace(TINY, fuse='mean', in_dims=(128, 64, 128))),
+    ('is not one of last, mean, sum, concat', lambda: replace(SMALL, fuse='max')),
+    ("use fuse='concat'", lambda: replace(SMALL, fuse='mean', in_dims=(128, 64, 128))),
     ('no fusion named', lambda: fuse_layers([torch.zeros(1, 2, 3)], 'all'))])
 def test_a_fusion_that_cannot_be_is_one_line(says, make): one_line(says, make)
+
+
+# regulariser of the latent -----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('family', ['vfmvae', 'conv', 'plain'])
+def test_an_rms_latent_lies_on_a_sphere_without_spread(family, tmp_path):
+    config = replace(CONFIGS[family], mode='rms')
+    tok, x = build(config).train(), images(2)
+    parts = tok.encode_parts(x)
+    h = parts.moments
+    torch.testing.assert_close(parts.raw.mean, h/(h.square().mean(1, keepdim=True)+1e-6).sqrt())
+    assert h.shape == (2, 16, 8, 8) and not parts.raw.std.any() and torch.equal(parts.posterior.sample(), parts.posterior.mean)
+    assert step(tok, Stage('s', dict(l1=1.), ()))['l1'] > 0
+    again = load_tokenizer(save_tokenizer(tmp_path/'a.safetensors', tok.eval()))
+    assert again.config == config and torch.equal(again.encode(x).mode(), tok.encode(x).mode())
+
+
+@pytest.mark.parametrize('family', CONFIGS)
+def test_without_a_kl_loss_every_family_trains_and_no_kl_is_computed(family):
+    zero, absent = (step(build(CONFIGS[family]), Stage('s', dict(l1=1., **w), ())) for w in (dict(kl=0.), dict()))
+    assert 'kl' not in zero and zero == absent
+
+
+def test_the_latent_with_a_spread_is_that_from_before_the_switch():
+    assert build_config(ConvVAEConfig, without(CONV, 'mode')) == CONV and ConvVAEConfig.mode == 'kl'
+    for config in (CONV, SMALL):
+        tok, x = build(config).eval(), images(2)
+        parts = tok.encode_parts(x)
+        mean, logvar = parts.moments.chunk(2, 1)
+        assert torch.equal(parts.raw.mean, mean) and torch.equal(parts.raw.logvar, logvar.clamp(-30, 20))
+
+
+KL = Stage('s', dict(l1=1., kl=1e-6), ())
+
+@pytest.mark.parametrize('says, make', [
+    ("no mode of ConvVAEConfig.mode named 'rmss'; nearest: rms", lambda: replace(CONV, mode='rmss')),
+    ("is not 'kl', 'rms' or 'discrete'", lambda: replace(TINY, mode='sphere')),
+    ('weighs kl, but the latent of conv-tiny-f8d16 is on a sphere; leave it out', lambda: check_stage(build(replace(CONV, mode='rms')), KL)),
+    ('on a sphere', lambda: check_stage(build(replace(SMALL, mode='rms')), KL))])
+def test_a_regulariser_that_cannot_be_is_one_line(says, make): one_line(says, make)
+
+
+# noise for the decoder ---------------------------------------------------------------------------------------------------------------------------
+
+NOISES = {'rae': dict(kind='add', law='uniform', scale=.8), 'gae': dict(kind='add', law='normal', scale=.25),
+          'l-detok': dict(kind='mix', law='uniform', scale=3.)}
+PIXELS = {'vfmvae': dict(l1=1., multiscale=.1, kl=1e-6, vf=1.), 'conv': dict(l1=1., kl=1e-6, vf=1.), 'plain': dict(l1=1., kl=1e-6), 'rae': dict(l1=1.)}
+CLEAN = CONFIGS | dict(rae=replace(FROZEN, tau=0.))
+
+
+@pytest.mark.parametrize('family', CONFIGS)
+def test_a_stage_without_noise_decodes_the_sample_to_the_bit(family):
+    tok, x = build(CONFIGS[family]).train(), images()
+    code, z, pictures, _ = forward_training(tok, x, draws=draws())
+    again = tok.encode_parts(x, draws=draws()).posterior.sample(draws())
+    assert torch.equal(z, again) and all(torch.equal(a, b) for a, b in zip(pictures, tok.decode_scales(again), strict=True))
+    assert 'noise' in Stage('s', PIXELS[family], ()).config() and Stage('s', PIXELS[family], ()).noise is None
+
+
+@pytest.mark.parametrize('family, kind', [('vfmvae', 'l-detok'), ('conv', 'gae'), ('plain', 'rae'), ('rae', 'l-detok'), ('rae', 'rae')])
+def test_noise_reaches_the_decoder_alone_and_is_that_of_its_images(family, kind):
+    stage = Stage('s', PIXELS[family], (), noise=NOISES[kind])
+    clean, noisy, again, other = (step(build(CLEAN[family]), replace(stage, noise=n), seed)
+                                  for n, seed in ((None, 0), (stage.noise, 0), (stage.noise, 0), (stage.noise, 1)))
+    assert noisy == again and noisy['l1'] != clean['l1'] and (noisy['l1'] != other['l1'])
+    assert [noisy.get(k) for k in ('kl', 'vf')] == [clean.get(k) for k in ('kl', 'vf')]          # of the clean latent
+    x = images()
+    tok, same = build(CLEAN[family]), build(CLEAN[family])
+    with torch.no_grad(): forward_training(tok.train(), x, draws=draws(), noise=stage.noise)
+    assert all(torch.equal(v, fit_stats(same.eval(), x).state_dict()[k]) for k, v in fit_stats(tok.eval(), x).state_dict().items())
+
+
+def test_noise_is_in_units_of_the_clean_channels():
+    z = 5 + torch.tensor([1., 10.])[:, None, None]*torch.randn(2, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    z = z.requires_grad_()
+    for noise in NOISES.values():
+        y = add_noise(z, draws=draws(), **noise)
+        got = (y-z).flatten(2).std(2)/z.flatten(2).std(2)
+        torch.testing.assert_close(got[:, 0], got[:, 1], atol=.03, rtol=.05)
+        assert torch.autograd.grad(y.sum(), z)[0].max() <= 1                                    # its size has no gradient
+    s, n = noise_levels(z, 'uniform', 1., draws()), normal_like(z, draws())
+    mean, std = (f((0, 2, 3), keepdim=True) for f in (z.mean, partial(z.std, correction=0)))
+    torch.testing.assert_close(y, mean + std*((1-s)*(z-mean)/std + s*3*n))                      # l-DeTok, on the normalised latent
+    assert torch.equal(add_noise(z[:1], draws=draws(n=1), like=z), add_noise(z, draws=draws())[:1])
+
+
+def test_an_raes_own_tau_is_the_same_noise_inside():
+    tok, x = build(FROZEN).train(), images()
+    parts, clean = tok.encode_parts(x, draws=draws()), build(replace(FROZEN, tau=0.)).train().encode_parts(x).posterior
+    sigma = noise_levels(clean.mean, 'uniform', FROZEN.tau, draws())
+    assert torch.equal(sigma, (.8*draws().uniform('sigma'))[:, None, None, None]) and clean.logvar is None
+    assert torch.equal(parts.raw.logvar, (2*sigma.clamp(min=1e-6).log()).expand_as(clean.mean))
+    torch.testing.assert_close(parts.posterior.sample(draws()), clean.mean + sigma*normal_like(clean.mean, draws(), 'posterior'))
+
+
+@pytest.mark.parametrize('family', ['vfmvae', 'rae'])
+def test_a_run_with_noise_stops_and_resumes_to_the_bit(family, tmp_path):
+    resumes(lambda seed: TokenizerTask(build(CLEAN[family], seed), Stage('s', PIXELS[family], (), noise=NOISES['l-detok']), half_life=100), tmp_path)
+
+
+@pytest.mark.parametrize('says, noise', [
+    ("give dict.kind='add'", 'add'), ("give dict.kind='add'", dict(kind='add')), ("give dict.kind='add'", dict(NOISES['rae'], sigma=1.)),
+    ("no kind of noise named 'ad'", dict(NOISES['rae'], kind='ad')), ("no law of noise named 'gauss'", dict(NOISES['rae'], law='gauss')),
+    ("no law of noise named 'normal'.*known: uniform", dict(NOISES['l-detok'], law='normal')), ('scale of its noise', dict(NOISES['rae'], scale=0)),
+    ('scale of its noise', dict(NOISES['rae'], scale='x')), ('scale of its noise', dict(NOISES['rae'], scale=float('nan')))])
+def test_noise_that_cannot_be_is_one_line(says, noise): one_line(says, lambda: Stage('s', dict(l1=1.), (), noise=noise))
+
+
+def test_two_noises_at_once_are_refused():
+    one_line('set its tau=0', lambda: check_stage(build(FROZEN), Stage('s', dict(l1=1.), (), noise=NOISES['rae'])))

@@ -18,9 +18,9 @@ from torch import nn, Tensor
 
 # %% ../nbs/16_baselines.ipynb #d1cbed89
 from .core import (at_least_float32, check_fields, Draws, Gaussian, need, one_of, real, to_grid, to_tokens,
-                         uniforms_for, whole)
+                         whole)
 from .vfm import VFM
-from .layers import fuse_layers, FUSIONS, norm_groups, sincos_table
+from .layers import fuse_layers, FUSIONS, noise_levels, norm_groups, sincos_table, unit_moment
 from .protocols import EncoderOutput
 from .tokenizer import families, in_name, TokenizerModel
 
@@ -94,6 +94,7 @@ def _check_conv(c: 'ConvVAEConfig') -> None:
     def check(ok: object, text: str) -> None: need(ok, f'ConvVAEConfig.{text}')
     check_fields(c)
     _in_reach(c, ('channels', 'width', 'img_size', 'patch', 'dim'), ('blocks', 'decoder_blocks'))
+    one_of(c.mode, ('kl', 'rms'), 'mode of ConvVAEConfig.mode')
     if c.groups is not None: whole(c.groups, 'ConvVAEConfig.groups', 1)
     check(0 < len(c.mults) <= 16, f'mults: {c.mults} needs one factor for each of 1 to 16 levels')
     for m in c.mults: whole(m, 'ConvVAEConfig.mults', 1, 1024)
@@ -109,7 +110,6 @@ def _check_conv(c: 'ConvVAEConfig') -> None:
 class ConvVAEConfig:
     "Shape of a `ConvVAE`; defaults: SD-VAE, f8d4 at 256 px. Checked at construction (UserError). JSON by `asdict`."
     family: ClassVar[str] = 'conv'
-    mode: ClassVar[str] = 'kl'
     progressive: ClassVar[bool] = False
     latent_multiple: ClassVar[int] = 1
     channels: int = 4                       # of the latent
@@ -124,6 +124,7 @@ class ConvVAEConfig:
     vfm: str | None = None                  # name of the VFM to align with; None: a plain VAE
     patch: int = 16                         # its patch, pixels
     dim: int = 1024                         # its width
+    mode: str = 'kl'                        # or 'rms': each position of RMS 1 over the channels, no spread (GAE)
 
     def __post_init__(self) -> None: _check_conv(self)
     @property
@@ -135,6 +136,10 @@ class ConvVAEConfig:
         "Image pixels per latent pixel."
         return 1 << (len(self.mults)-1)
     size_multiple = stride          # `img_size` must be a multiple of it
+    @property
+    def moments(self) -> int:
+        "Channels that the encoder writes: of mean and logvar, or of the latent alone."
+        return self.channels*(2 if self.mode == 'kl' else 1)
     @property
     def align(self) -> bool:
         "Whether it carries a VFM and the linear map of the alignment loss."
@@ -162,7 +167,7 @@ class _Encoder(nn.Module):
         self.down = nn.ModuleList(_Level([w[i]]+[w[i+1]]*c.blocks, i in c.attention, c.groups,
                                          downsample=_Down(w[i+1]) if i < n-1 else None) for i in range(n))
         self.mid, self.norm_out = _Mid(w[-1], c.groups), _norm(w[-1], c.groups)
-        self.conv_out = nn.Conv2d(w[-1], 2*c.channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(w[-1], c.moments, 3, padding=1)
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down: x = level(x)
@@ -202,7 +207,7 @@ class ConvVAE(TokenizerModel):
         c = config
         self.encoder, self.decoder = _Encoder(c), _Decoder(c)
         self.quant_conv, self.post_quant_conv = (nn.Conv2d(n, n, 1) if c.quant else nn.Identity()
-                                                 for n in (2*c.channels, c.channels))
+                                                 for n in (c.moments, c.channels))
         _start(self)
         if c.align:
             self.linear_proj = nn.Conv2d(c.channels, c.dim, 1, bias=False)
@@ -227,7 +232,8 @@ class ConvVAE(TokenizerModel):
         """Everything one encoding yields; x (b,3,H,W) in [-1,1]. `features`: of `vfm_features`, passed on for the
         alignment."""
         moments = self.quant_conv(self.encoder(self.checked_images(x)))
-        raw = Gaussian.split(at_least_float32(moments))
+        wide = at_least_float32(moments)
+        raw = Gaussian.split(wide) if self.config.mode == 'kl' else Gaussian(unit_moment(wide, 1e-6))
         return EncoderOutput(self.stats.scale(raw), raw, moments, dict(features or {}))
     def decode_scales(self, z: Tensor) -> list[Tensor]:
         "Latents (b,c,h,w) on unit scale to a list of one image (b,3,H,W), unclamped."
@@ -363,7 +369,7 @@ class RAE(_RAEParts):
         h = fuse_layers([found[k] for k in c.read], c.fuse, c.global_mean, c.eps)
         z, logvar = to_grid(h, x.shape[2]//self.stride), None
         if self.training and c.tau:
-            sigma = c.tau*uniforms_for(z, draws, 'sigma')[:, None, None, None].to(z.dtype)
+            sigma = noise_levels(z, 'uniform', c.tau, draws)
             logvar = (2*sigma.clamp(min=1e-6).log()).expand_as(z)
         raw = Gaussian(z, logvar)
         if c.places: raw = raw.scale(*self._place_scale(*z.shape[2:]))

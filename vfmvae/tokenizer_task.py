@@ -21,6 +21,7 @@ from torch import nn, Tensor
 # %% ../nbs/21_tokenizer_task.ipynb #46b3d95b
 from .core import check_fields, Draws, nearest, need, one_of, real, whole
 from .runtime import num_processes
+from .layers import add_noise, NOISE_KINDS, NOISE_LAWS
 from .protocols import check_trainable, EncoderOutput, TokenizerConfig, TrainableTokenizer
 from .vae import Codebook, Synthesis, VFMVAEConfig
 from .losses import (adaptive_weight, align_loss, EquivarianceTransform, latent_transform, multiscale, pixel,
@@ -94,6 +95,13 @@ SCALES = (.25, .5, .75, 1.)
 _PREREQUISITE = {'gan': 'l1', 'patchgan': 'gan'}                    # what must settle before a discriminator that waits
 _IDENTITY = EquivarianceTransform()
 
+def _check_noise(noise: Any, who: str) -> None:
+    need(isinstance(noise, Mapping) and {*noise} == {'kind', 'law', 'scale'},
+         f"{who}: noise is {noise!r}; give dict(kind='add', law='uniform', scale=.8)")
+    one_of(noise['kind'], NOISE_KINDS, 'kind of noise', f'; {who}')
+    one_of(noise['law'], NOISE_LAWS[:1] if noise['kind'] == 'mix' else NOISE_LAWS, 'law of noise', f'; {who}')
+    real(noise['scale'], f'{who}: scale of its noise', above=0, high=1e3)
+
 def _check_stage(s: 'Stage') -> None:
     "UserError on what a `Stage` says wrongly."
     who = f'stage {s.name!r}'
@@ -116,6 +124,7 @@ def _check_stage(s: 'Stage') -> None:
     scales = [real(e, f'{who}: a scale of its equivariance', above=0, high=1) for e in s.equivariance]
     check(not scales or scales[-1] == 1 and len(scales) > 1,
           f': equivariance {s.equivariance} must be scales in (0, 1] that end with 1')
+    if s.noise is not None: _check_noise(s.noise, who)
     for k in s.warmup: check(k in _PREREQUISITE, f' has no warm-up for {k!r}; known: gan, patchgan')
     for k, other in _PREREQUISITE.items():
         check(k not in s.warmup or {k, other} <= on,
@@ -141,6 +150,8 @@ class Stage:
     lr_discriminators: float | None = None # None: lr
     cos_margin: float = 0.            # of the VF loss: positions this close cost nothing (VA-VAE: .5)
     dist_margin: float = 0.           # likewise differences of distances (VA-VAE: .25)
+    noise: Mapping[str, Any] | None = None # kind, law and scale of `layers.add_noise`, for the decoder alone: RAE's
+                                      # add, uniform, .8; GAE's add, normal, .25; l-DeTok's mix, uniform, 3
     def __post_init__(self) -> None: _check_stage(self)
     def config(self) -> dict:
         "As JSON; the weights may be any mapping. `num_images` is called `images` there, as in every record and log."
@@ -167,7 +178,8 @@ def forward_training(model: TrainableTokenizer,
                      x: Tensor,                              # images (b,3,H,W) in [-1,1]
                      warp: EquivarianceTransform = _IDENTITY, # see `sample_equivariance`
                      features: Mapping[int, Tensor] | None = None, # frozen, of the (shrunk) images, by layer
-                     draws: Draws | None = None              # of the latent's sample; None: torch's own
+                     draws: Draws | None = None,             # of the latent's sample; None: torch's own
+                     noise: Mapping[str, Any] | None = None  # see `Stage.noise`
                     ) -> tuple[EncoderOutput, Tensor, list[Tensor], Tensor]:
     "(encoding, the sampled latent before the warp, images of every scale, the target of the largest)."
     target = target_transform(x, warp.scale, warp.k, model.interpolation)
@@ -175,6 +187,7 @@ def forward_training(model: TrainableTokenizer,
     code = model.encode_parts(seen, model.vfm_features(seen) if features is None else features, draws)
     z = code.posterior.sample(draws)
     moved = z if warp.prior else latent_transform(z, warp.scale, warp.k)
+    if noise: moved = add_noise(moved, draws=draws and draws.named('decoder'), like=z, **noise)
     return code, z, model.decode_scales(moved), target
 
 # %% ../nbs/21_tokenizer_task.ipynb #2d40623b
@@ -213,7 +226,7 @@ def tokenizer_losses(model: TrainableTokenizer, # in train mode
     need('perceptual' not in w or perceptual is not None, f'stage {stage.name!r} weighs a perceptual loss, but none '
          "was given; pass perceptual=... or drop it from the stage's weights")
     need(w, f'stage {stage.name!r} has no loss left after {seen} images; weigh one that lasts')
-    found = forward_training(model, x, warp, features, draws)
+    found = forward_training(model, x, warp, features, draws, stage.noise)
     made = Pass(model, stage, *found, perceptual, discriminators or {}, draws)
     late = losses_of('adversarial')                  # decoded images are judged after they are compared
     out = {k: LOSSES[k].call(made) for k in sorted(w, key=late.__contains__)}
@@ -264,11 +277,13 @@ def check_stage(model: TrainableTokenizer, stage: Stage) -> tuple[float, ...]:
     def check(ok: object, text: str) -> None: need(ok, f'stage {stage.name!r} {text}')
     codes = sorted({'vq', 'entropy'} & on)
     check(c.mode == 'discrete' or not codes, f"weighs {' and '.join(codes)}, which needs mode='discrete'")
-    check(c.mode != 'features' or 'kl' not in on, f'weighs kl, but the latent of {model.name} is fixed; leave it out')
+    held = dict(features='fixed', rms='on a sphere').get(c.mode)
+    check(not held or 'kl' not in on, f'weighs kl, but the latent of {model.name} is {held}; leave it out')
     check('vf' not in on or c.align, 'weighs vf; build the model with align=True')
     small = int(min(scales, default=1.)*c.img_size)
     check('ssim' not in on or small >= 11, f'weighs ssim, which needs 11 px, and shrinks pictures to {small}; leave '
                                            'the small scales out of its equivariance')
+    check(not stage.noise or not getattr(c, 'tau', 0), f'has noise, and so has {model.name}; set its tau=0')
     moved = select(model, stage.train)
     check('vf' not in on or not stage.adaptive or any(p is model.last_weight for p in moved.values()),
           'balances vf at a weight that it does not train; train it too, or set adaptive=False')
@@ -422,7 +437,8 @@ class _Descents(_Record):
             self.features[key] = self.model.vfm_features(x if key[1] == 1 else self.model.shrink(x, key[1]))
         return dict(warp=warp, features=self.features[key], draws=draws)
     def _discriminator_terms(self, i: int, x: Tensor, draws: Draws | None) -> dict[str, Tensor]:
-        with torch.no_grad(): _, _, images, target = forward_training(self.model, x, **self._shared(i, x, draws))
+        how = self._shared(i, x, draws)
+        with torch.no_grad(): _, _, images, target = forward_training(self.model, x, **how, noise=self.stage.noise)
         learning = {k: d for k, d in self.discriminators.items() if k not in self.without}
         return discriminator_losses(learning, target, images[0], draws)
     def _model_terms(self, i: int, x: Tensor, draws: Draws | None, seen: int) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def _rules(c: 'VFMVAEConfig') -> Iterator[tuple[str, object, str]]:
         yield k, min(getattr(c, k), default=1) >= least, f'{getattr(c, k)} has a number below {least}'
     yield 'res_blocks', c.res_blocks >= 0, f'{c.res_blocks} is negative; 0 means one ConvNeXt layer per block'
     yield 'layers', n > 0 and len(c.in_dims) == len(c.out_dims) == n, f'{n} layers need {n} in_dims and {n} out_dims'
-    yield 'mode', c.mode in ('kl', 'discrete'), f"{c.mode!r} is not 'kl' or 'discrete'"
+    yield 'mode', c.mode in ('kl', 'rms', 'discrete'), f"{c.mode!r} is not 'kl', 'rms' or 'discrete'"
     yield 'projection', c.projection in ('attnproj', 'conv'), f"{c.projection!r} is not 'attnproj' or 'conv'"
     for k, known in dict(act=ACTIVATIONS, fuse=FUSIONS).items():
         yield k, (v := getattr(c, k)) in known, f"{v!r} is not one of {', '.join(known)}"
@@ -98,7 +98,7 @@ class _Fields:
     img_size: int = 256                       # nominal image side; others work if their grid fits
     stride: int = 16                          # image pixels per latent pixel
     channels: int = 32                        # of the latent
-    mode: str = 'kl'                          # 'kl' (continuous) or 'discrete'
+    mode: str = 'kl'                          # continuous, 'rms': each position of RMS 1, no spread (GAE); 'discrete'
     vocab: int = 32768                        # discrete: codes in all codebooks together
     codebooks: int = 8                        # discrete: codebooks, one per chunk of channels
     projection: str = 'attnproj'              # or 'conv'
@@ -361,6 +361,7 @@ class _Encoder(TokenizerModel):
         codes, dtype = None, self.stats.mean.dtype
         moments = self.ldm_adapter.down([features[k].to(dtype) for k in self.config.layers], rows)
         if self.config.mode == 'kl': raw = Gaussian.split(at_least_float32(moments))
+        elif self.config.mode == 'rms': raw = Gaussian(unit_moment(at_least_float32(moments), 1e-6))
         else:
             codes = self.ldm_adapter.quantizer(to_tokens(moments))
             raw = Gaussian(to_grid(codes.z, moments.shape[2]))
