@@ -7,8 +7,12 @@ import torch.nn.functional as F
 from vfmvae.baselines import ConvVAE, ConvVAEConfig, RAE, RAEConfig
 from vfmvae.core import build_config, Draws, normal_like, to_grid, UserError
 from vfmvae.data import loader
+from vfmvae.dit import DiT, DiTConfig, save_net
+from vfmvae.flow import convert, flow_loss, interpolate, prediction_error
+from vfmvae.flow_task import FlowConfig, FlowTask
 from vfmvae.layers import add_noise, fuse_layers, FUSIONS, noise_levels
 from vfmvae.run import Run, task_state
+from vfmvae.samplers import _guided, sample_latents, Sampler, velocity_field
 from vfmvae.tokenizer import fit_stats, load_tokenizer, save_tokenizer
 from vfmvae.tokenizer_task import check_stage, forward_training, Stage, TINY, TokenizerTask
 from vfmvae.train import fit
@@ -229,3 +233,89 @@ def test_noise_that_cannot_be_is_one_line(says, noise): one_line(says, lambda: S
 
 def test_two_noises_at_once_are_refused():
     one_line('set its tau=0', lambda: check_stage(build(FROZEN), Stage('s', dict(l1=1.), (), noise=NOISES['rae'])))
+
+
+# predicting the clean latent ---------------------------------------------------------------------------------------------------------------------
+
+TINY_NET = dict(in_channels=4, num_classes=3, patch_size=2, hidden_size=32, depth=2, num_heads=2)
+def net_of(seed=0, **how):
+    torch.manual_seed(seed)
+    net = DiT(DiTConfig(**TINY_NET | how))
+    for p in net.parameters():
+        if not p.any(): torch.nn.init.normal_(p, std=.05)
+    return net
+
+
+class Latents:
+    "Latents in memory, with the pictures that they would be of."
+    augment, shape = False, (4, 8, 8)
+    def __init__(self, n=8, **how): self.mean, self.label, self.pictures = rand(0, n, 4, 8, 8), torch.arange(n) % 3, images(n)
+    def __len__(self): return len(self.mean)
+    def batch(self, at): return dict(mean=self.mean[[*at]], label=self.label[[*at]], key=[str(i) for i in at], image=self.pictures[[*at]])
+
+
+def rand(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def guess(z, t, y): return .3*z + 1
+
+
+@pytest.mark.parametrize('path', ['linear', 'gvp'])
+def test_the_weighted_error_of_data_is_that_of_the_velocity_it_implies(path):
+    z, noise, out = (rand(i, 6, 4, 3, 3).double() for i in range(3))
+    t = torch.tensor([.01, .049, .05, .1, .6, .99], dtype=torch.float64)
+    got = prediction_error(out, z, noise, t, path, 'data', 'velocity')
+    implied = convert(out, interpolate(z, noise, t, path)[0], t, 'data', 'velocity', path)
+    torch.testing.assert_close(got[2:], prediction_error(implied, z, noise, t, path)[2:])
+    if path == 'linear':
+        torch.testing.assert_close(got, prediction_error(out, z, noise, t, path, 'data')/t.clamp(min=.05)**2)
+        clamped = (interpolate(z, noise, t)[0]-out)/t.clamp(min=.05).view(-1, 1, 1, 1), (interpolate(z, noise, t)[0]-z)/t.clamp(min=.05).view(-1, 1, 1, 1)
+        torch.testing.assert_close(got, (clamped[0]-clamped[1]).square().flatten(1).mean(1))             # RAEv2's own two lines
+
+
+def test_sampling_divides_a_prediction_of_data_by_the_same_number():
+    y, z = torch.zeros(2, dtype=torch.int64), rand(0, 2, 4, 3, 3)
+    for t in (.001, .03, .05, .4): torch.testing.assert_close(velocity_field(guess, y, predict='data')(z, t), (z-guess(z, t, y))/max(t, .05))
+    net = net_of(predict='data', base_depth=1).eval()
+    z = rand(1, 2, 4, 8, 8)
+    level, read = torch.full((2,), .02), lambda out: (z-out)/.05
+    with torch.no_grad(): out = net(z, level, y, layers=())
+    torch.testing.assert_close(velocity_field(net, y)(z, .02), read(out.v))
+    torch.testing.assert_close(_guided(net, y, None, Sampler(2, guidance=1.5, weak='base'), None)(z, .02), read(out.base) + 1.5*(read(out.v)-read(out.base)))
+    assert torch.equal(velocity_field(net, y, predict='velocity')(z, .02), out.v)
+
+
+def test_a_net_that_predicts_data_learns_samples_and_comes_back(tmp_path):
+    flow = FlowConfig(predict='data', weighting='velocity', lr=1e-3, clip=1.)
+    assert build_config(FlowConfig, json.loads(json.dumps(asdict(flow)))) == replace(flow, laws=(('uniform', 0),))
+    task = FlowTask(net_of(predict='data'), flow)
+    rows = fit(task, loader(Latents(), 8), 8*30, log_every=10, show=lambda h: None)
+    assert rows[-1]['flow'] < rows[0]['flow']
+    again = DiT.load(save_net(tmp_path/'net.safetensors', task.net.eval()))
+    assert again.config.predict == 'data' and torch.equal(sample_latents(again, [0, 1], (4, 8, 8), sampler=Sampler(3)),
+                                                          sample_latents(task.net, [0, 1], (4, 8, 8), sampler=Sampler(3)))
+    as_velocity = net_of(predict='velocity').eval()
+    as_velocity.load_state_dict(again.state_dict())
+    assert not torch.allclose(sample_latents(again, [0], (4, 8, 8), sampler=Sampler(3)), sample_latents(as_velocity, [0], (4, 8, 8), sampler=Sampler(3)))
+
+
+def test_a_velocity_net_learns_and_samples_as_before_the_switch():
+    z, y, noise, t = rand(0, 3, 4, 8, 8), torch.tensor([0, 1, 2]), rand(1, 3, 4, 8, 8), torch.tensor([.001, .3, .9])
+    z_t, v = interpolate(z, noise, t)
+    net = net_of().eval()
+    want = (net(z_t, t, y)-v).square().flatten(1).mean(1)
+    assert torch.equal(flow_loss(net, z, y, t=t, noise=noise)['per_sample'], want)
+    task = FlowTask(net, FlowConfig())
+    with torch.no_grad(): assert torch.equal(task.terms(dict(mean=z, label=y), t=t, noise=noise, net=net.eval())['per_sample'], want)
+    assert torch.equal(velocity_field(net, y)(z, .01), net(z, torch.full((3,), .01), y))
+    assert build_config(FlowConfig, without(FlowConfig(), *NEW)) == FlowConfig() and build_config(DiTConfig, without(DiTConfig(), *NEW)) == DiTConfig()
+NEW = 'weighting', 'predict', 'spatial', 'projector', 'optimizer'
+
+
+@pytest.mark.parametrize('says, make', [
+    ("no weighting named 'likelihood'", lambda: prediction_error(*(torch.zeros(1, 2),)*3, torch.zeros(1), predict='data', weighting='likelihood')),
+    ('velocity has no weighting; leave it out', lambda: prediction_error(*(torch.zeros(1, 2),)*3, torch.zeros(1), weighting='velocity')),
+    ('no weighting of a predicted velocity', lambda: FlowConfig(weighting='velocity')),
+    ("no weighting of a predicted data named 'likelihood'", lambda: FlowConfig(predict='data', weighting='likelihood')),
+    ("'datum' is none of velocity", lambda: DiTConfig(predict='datum')),
+    ('a net predicts the velocity', lambda: DiTConfig(predict='data', data_time=True)),
+    ('go together; give one for both', lambda: FlowTask(net_of(), FlowConfig(predict='data')))])
+def test_a_prediction_that_cannot_be_is_one_line(says, make): one_line(says, make)

@@ -23,7 +23,7 @@ from .runtime import device_of, weights_at
 from .layers import sincos_table
 from .protocols import LatentStats, Tokenizer
 from .tokenizer import check_config, families, image_seeds, Pretrained
-from .flow import DiTOutput
+from .flow import DiTOutput, PREDICTIONS
 from .dit_layers import (Block, FinalLayer, LabelEmbed, MLPS, modulations, NORMS, PatchEmbed, projector, QK_NORMS,
                                rope_table, TimeEmbed, unpatchify)
 
@@ -58,6 +58,7 @@ class DiTConfig:
     head_depth: int = 0            # ... blocks, 0: no head,
     head_num_heads: int = 0        # ... and heads
     data_time: bool = False        # the weights were trained with t = 1 for data; set by the loaders
+    predict: str = 'velocity'      # what `forward` returns, of `flow.PREDICTIONS`; samplers read it off here
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -79,7 +80,7 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
     for k, f in DiTConfig.__dataclass_fields__.items():
         least = 0 if k.startswith(('head_', 'cls_', 'base_')) else 1
         if f.type in ('int', int): yield k, (v := getattr(c, k)) >= least, f'{v!r} must be at least {least}'
-    for k, known in dict(norm=NORMS, mlp=MLPS, qk_norm=QK_NORMS).items():
+    for k, known in dict(norm=NORMS, mlp=MLPS, qk_norm=QK_NORMS, predict=PREDICTIONS).items():
         yield k, (v := getattr(c, k)) in known, f"{v!r} is none of {', '.join(known)}"
     yield ('mlp_ratio', c.mlp_ratio > 0 and int(c.hidden_size*c.mlp_ratio) > 1,
            f'{c.mlp_ratio} leaves the MLP no width; 4 is usual')
@@ -97,6 +98,7 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
         yield k, not used or at <= c.depth, f'{at} is more than the {c.depth} blocks there are'
     yield ('cls_dim', not (c.cls_dim and c.head_depth),
            'a class token and a DDT head do not go together; set one of them to 0')
+    yield 'predict', c.predict == 'velocity' or not c.data_time, 'with data_time a net predicts the velocity'
 
 # %% ../nbs/34_dit.ipynb #541c75ef
 SIZES = {'S': dict(hidden_size=384, depth=12, num_heads=6), 'B': dict(hidden_size=768, depth=12, num_heads=12),
@@ -322,7 +324,7 @@ class DiT(Pretrained, _Layers):
                 # of `self.layers`, () for none: a `DiTOutput` with their tokens
                 layers: Sequence[int | str] | None = None
                ) -> Tensor | tuple[Tensor, Tensor] | DiTOutput:
-        """Velocity (b,in_channels,h,w) = noise - data, in the type of z; with a class token (velocity, class-token
+        """Velocity (b,in_channels,h,w) = noise - data (or what `config.predict` says), in the type of z; with a class token (velocity, class-token
         velocity); with `layers`, a `DiTOutput`. Labels are dropped in train mode only. UserError, one line, for what
         does not fit (values are looked at on a CPU alone)."""
         return _forward(self, z, t, y, cls, drop, layers)

@@ -28,7 +28,7 @@ from .run import defaults_of, EMA, Run
 from .train import betas_of, safe_step
 from .robustness import layer_scores
 from .flow import (DiTOutput, flow_loss, FLOW_WEIGHTS, FlowTargets, PATHS, PREDICTIONS, sample_t, TERMS,
-                         TIME_DISTRIBUTIONS, TimeLaw)
+                         TIME_DISTRIBUTIONS, TimeLaw, WEIGHTINGS)
 from .dit import DiT, DiTConfig, NetFeatures
 from .samplers import COARSE, ImageNoise, in_eval_mode, sample_latents, Sampler
 from .latents import cache_latents, LatentCache
@@ -59,18 +59,21 @@ class FlowConfig:
     weights: Mapping[str, float] = field(default_factory=lambda: dict(FLOW_WEIGHTS['sit']))
     laws: Laws = (('uniform', 0),)      # ((law of t, or arguments of `sample_t`; images from which it holds), ...)
     path: str = 'linear'
-    predict: str = 'velocity'
+    predict: str = 'velocity'           # as DiTConfig.predict
     lr: float = 1e-4
     betas: tuple[float, float] = (.9, .999)
     weight_decay: float = 0.
     clip: float | None = None           # largest gradient norm
     ema: float = .9999                  # decay of the average, per step
+    weighting: str | None = None        # over noise levels, of `flow.WEIGHTINGS`; RAEv2: predict='data', 'velocity'
     def __post_init__(self) -> None:
         need(isinstance(self.weights, Mapping),
              f'FlowConfig.weights: {self.weights!r} is no mapping of loss terms to numbers')
         for k in self.weights: one_of(k, TERMS, 'loss term of FlowConfig.weights')
         for k, known in dict(path=PATHS, predict=PREDICTIONS).items():
             one_of(getattr(self, k), known, f'value of FlowConfig.{k}')
+        if self.weighting is not None:
+            one_of(self.weighting, WEIGHTINGS[self.predict], f'weighting of a predicted {self.predict}', '; None')
         object.__setattr__(self, 'laws', _laws(self.laws))
         object.__setattr__(self, 'betas', betas_of(self.betas, 'FlowConfig.betas'))
         object.__setattr__(self, 'weights', dict(self.weights))
@@ -121,6 +124,8 @@ class _FlowNets:
         for term, of in dict(repa='z_dims', cls='cls_dim', base='base_depth').items():
             need((term in config.weights) == bool(getattr(c, of)),
                  f"the weight '{term}' and DiTConfig.{of} go together; give both or none")
+        need(config.predict == c.predict,
+             f'FlowConfig.predict={config.predict!r} and DiTConfig.predict={c.predict!r} go together; give one for both')
         needed = max(len(c.z_dims), int(bool(c.cls_dim)))
         need(len(vfms) == needed, f'this net aligns with {needed} VFMs, {len(vfms)} were given')
         for vfm, width in zip([*vfms, *vfms[:1]], [*c.z_dims, c.cls_dim], strict=False):
@@ -186,7 +191,8 @@ class _FlowTerms(_FlowNets):
                     ) -> Tensor | tuple[Tensor, Tensor] | DiTOutput:
             with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
                 return run(z_t, t, y, cls, drop, layers=() if c.z_dims or c.base_depth else None)
-        return flow_loss(velocity, z, y, f.weights, t, noise, draws, f.law(seen), f.path, f.predict, targets=targets)
+        return flow_loss(velocity, z, y, f.weights, t, noise, draws, f.law(seen), f.path, f.predict, f.weighting,
+                         targets)
 
 # %% ../nbs/38_flow_task.ipynb #6060144b
 class FlowTask(_FlowTerms):
