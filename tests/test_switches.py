@@ -8,8 +8,8 @@ from vfmvae.baselines import ConvVAE, ConvVAEConfig, RAE, RAEConfig
 from vfmvae.core import build_config, Draws, normal_like, to_grid, UserError
 from vfmvae.data import loader
 from vfmvae.dit import DiT, DiTConfig, save_net
-from vfmvae.flow import convert, flow_loss, interpolate, prediction_error
-from vfmvae.flow_task import FlowConfig, FlowTask
+from vfmvae.flow import convert, flow_loss, FLOW_WEIGHTS, interpolate, prediction_error, repa_loss, spatial_norm
+from vfmvae.flow_task import FlowConfig, FlowTask, vfm_targets
 from vfmvae.layers import add_noise, fuse_layers, FUSIONS, noise_levels
 from vfmvae.run import Run, task_state
 from vfmvae.samplers import _guided, sample_latents, Sampler, velocity_field
@@ -319,3 +319,54 @@ NEW = 'weighting', 'predict', 'spatial', 'projector', 'optimizer'
     ('a net predicts the velocity', lambda: DiTConfig(predict='data', data_time=True)),
     ('go together; give one for both', lambda: FlowTask(net_of(), FlowConfig(predict='data')))])
 def test_a_prediction_that_cannot_be_is_one_line(says, make): one_line(says, make)
+
+
+# iREPA -------------------------------------------------------------------------------------------------------------------------------------------
+
+REPA = dict(z_dims=(128,), projector_dim=8, encoder_depth=1)
+IREPA = FlowConfig(FLOW_WEIGHTS['irepa'], spatial=1., lr=1e-3)
+def outputs(net, z): return net(z, torch.full((len(z),), .4), torch.zeros(len(z), dtype=torch.int64), layers=[0])
+
+
+def test_the_projector_of_irepa_is_one_convolution_on_the_grid():
+    net, z = net_of(**REPA, projector='conv').eval(), rand(0, 2, 4, 4, 8)
+    out = outputs(net, z)
+    want = net.projectors[0](out.tokens[0].transpose(1, 2).unflatten(2, (2, 4))).flatten(2).transpose(1, 2)
+    assert torch.equal(out.projections[0], want) and net.projectors[0].weight.shape == (128, 32, 3, 3)
+    plain = net_of(**REPA).eval()
+    assert torch.equal(outputs(plain, z).projections[0], plain.projectors[0](outputs(plain, z).tokens[0]))
+
+
+def test_the_target_of_irepa_is_normed_over_the_tokens_of_each_image():
+    h = 5 + rand(0, 2, 16, 7)*torch.arange(1, 8)
+    for a in (0., .6, 1.): torch.testing.assert_close(spatial_norm(h, a), (h-a*h.mean(1, keepdim=True))/(h.std(1, correction=0, keepdim=True)+1e-6))
+    vfm, batch = VFM('tiny'), Latents().batch(range(2))
+    tasks = {k: FlowTask(net_of(**REPA, projector='conv'), f, [vfm]) for k, f in dict(new=IREPA, old=replace(IREPA, spatial=None)).items()}
+    how = dict(t=torch.tensor([.3, .6]), noise=rand(3, 2, 4, 8, 8))
+    with torch.no_grad():
+        got = {k: t.terms(batch, net=t.net.eval(), **how) for k, t in tasks.items()}
+        p = outputs_at(tasks['old'].net, batch, **how)
+        tokens = vfm_targets(vfm, batch['image'], (4, 4))[1]
+    assert torch.equal(got['old']['repa'], repa_loss(p, [tokens])) and torch.equal(got['new']['repa'], repa_loss(p, [spatial_norm(tokens)]))
+    assert torch.equal(got['new']['loss'], got['new']['flow'] + got['new']['repa'])
+
+
+def outputs_at(net, batch, t, noise): return net(interpolate(batch['mean'], noise, t)[0], t, batch['label'], layers=()).projections
+
+
+def test_a_net_of_irepa_learns_and_comes_back(tmp_path):
+    task = FlowTask(net_of(**REPA, projector='conv'), IREPA, [VFM('tiny')])
+    assert build_config(FlowConfig, json.loads(json.dumps(asdict(IREPA)))) == IREPA
+    rows = fit(task, loader(Latents(), 8), 8*20, log_every=5, show=lambda h: None)
+    assert rows[-1]['repa'] < rows[0]['repa']
+    again = DiT.load(save_net(tmp_path/'net.safetensors', task.net.eval()))
+    a, b = (outputs(net, rand(0, 1, 4, 8, 8)).projections[0] for net in (again, task.net))
+    assert again.config == task.net.config and torch.equal(a, b)
+
+
+@pytest.mark.parametrize('says, make', [
+    ("'convolution' is none of mlp, conv", lambda: DiTConfig(projector='convolution')),
+    ('no place on a grid', lambda: DiTConfig(z_dims=(8,), cls_dim=8, projector='conv')),
+    ("weigh 'repa' too, or leave it None", lambda: FlowConfig(spatial=1.)),
+    ('FlowConfig.spatial', lambda: replace(IREPA, spatial=2.)), ('FlowConfig.spatial', lambda: replace(IREPA, spatial='x'))])
+def test_an_alignment_that_cannot_be_is_one_line(says, make): one_line(says, make)

@@ -629,6 +629,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'vfmvae.flow.repa_loss': ('flow.html#repa_loss', 'vfmvae/flow.py'),
                              'vfmvae.flow.sample_t': ('flow.html#sample_t', 'vfmvae/flow.py'),
                              'vfmvae.flow.shift_t': ('flow.html#shift_t', 'vfmvae/flow.py'),
+                             'vfmvae.flow.spatial_norm': ('flow.html#spatial_norm', 'vfmvae/flow.py'),
                              'vfmvae.flow.t_interval': ('flow.html#t_interval', 'vfmvae/flow.py')},
             'vfmvae.flow_task': { 'vfmvae.flow_task.FlowConfig': ('flow_task.html#flowconfig', 'vfmvae/flow_task.py'),
                                   'vfmvae.flow_task.FlowConfig.__post_init__': ( 'flow_task.html#flowconfig.__post_init__',

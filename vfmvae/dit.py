@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../nbs/34_dit.ipynb #07be95a8
-from .core import build_config, Draws, need, normal_like, UserError, whole
+from .core import build_config, Draws, need, normal_like, to_grid, to_tokens, UserError, whole
 from .files import check_state_dict, check_weights, load_weights, save_weights, sidecar
 from .runtime import device_of, weights_at
 from .layers import sincos_table
@@ -58,6 +58,7 @@ class DiTConfig:
     head_depth: int = 0            # ... blocks, 0: no head,
     head_num_heads: int = 0        # ... and heads
     data_time: bool = False        # the weights were trained with t = 1 for data; set by the loaders
+    projector: str = 'mlp'         # of REPA: token by token, or 'conv': one 3x3 convolution on their grid (iREPA)
     predict: str = 'velocity'      # what `forward` returns, of `flow.PREDICTIONS`; samplers read it off here
 
     def __post_init__(self) -> None:
@@ -98,6 +99,9 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
         yield k, not used or at <= c.depth, f'{at} is more than the {c.depth} blocks there are'
     yield ('cls_dim', not (c.cls_dim and c.head_depth),
            'a class token and a DDT head do not go together; set one of them to 0')
+    yield 'projector', c.projector in (known := ('mlp', 'conv')), f"{c.projector!r} is none of {', '.join(known)}"
+    yield ('projector', c.projector == 'mlp' or not c.cls_dim,
+           "a class token has no place on a grid; use 'mlp', or cls_dim=0")
     yield 'predict', c.predict == 'velocity' or not c.data_time, 'with data_time a net predicts the velocity'
 
 # %% ../nbs/34_dit.ipynb #541c75ef
@@ -200,7 +204,8 @@ class _Layers(nn.Module):
         self.t_embedder, self.y_embedder = TimeEmbed(d, c.fourier), LabelEmbed(c.num_classes, d)
         self.blocks = nn.ModuleList(Block(dim, heads, int(dim*c.mlp_ratio), c.norm, c.mlp, c.qk_norm, c.shift)
                                     for dim, heads in c.sizes)
-        self.projectors = nn.ModuleList(projector(d, c.projector_dim, z) for z in c.z_dims)
+        self.projectors = nn.ModuleList(nn.Conv2d(d, z, 3, padding=1) if c.projector == 'conv' else
+                                        projector(d, c.projector_dim, z) for z in c.z_dims)
         if c.cls_dim: self.cls_projectors2, self.wg_norm = nn.Linear(c.cls_dim, d), nn.LayerNorm(d, eps=1e-6)
         if c.head_depth:
             self.s_embedder = PatchEmbed(c.in_channels, d, c.patch_size)
@@ -251,7 +256,10 @@ def _forward(net: _Layers, z: Tensor, t: Tensor, y: Tensor, cls: Tensor | None, 
     if c.base_depth:
         base = _velocity(c, net.base_layer(out[c.base_depth-1], *modulations([net.base_layer], cond)), z)[0]
     tokens = {k: out[k][0] if k == 'final' and c.cls_dim else out[k] for k in layers or ()}
-    return DiTOutput(v, v_cls, base, tuple(p(out[c.encoder_depth-1]) for p in net.projectors), tokens)
+    def project(p: nn.Module) -> Tensor:
+        h = out[c.encoder_depth-1]
+        return to_tokens(p(to_grid(h, z.shape[2]//c.patch_size))) if c.projector == 'conv' else p(h)
+    return DiTOutput(v, v_cls, base, tuple(map(project, net.projectors)), tokens)
 
 def _layer_outputs(net: _Layers, z: Tensor, time: Tensor, cond: Tensor, cls: Tensor | None, keep: set
                   ) -> dict[int | str, Any]:

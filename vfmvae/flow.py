@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PATHS', 'PREDICTIONS', 'TIME_DISTRIBUTIONS', 'WEIGHTINGS', 'DATA_FLOOR', 'FLOW_WEIGHTS', 'TERMS', 'Coefficients',
            'noise_level', 'coefficients', 'check_shapes', 'interpolate', 'convert', 't_interval', 'shift_t',
-           'dimension_shift', 'TimeLaw', 'sample_t', 'cosine_loss', 'repa_loss', 'half_diffusion', 'prediction_error',
-           'DiTOutput', 'FlowTargets', 'flow_loss']
+           'dimension_shift', 'TimeLaw', 'sample_t', 'cosine_loss', 'repa_loss', 'spatial_norm', 'half_diffusion',
+           'prediction_error', 'DiTOutput', 'FlowTargets', 'flow_loss']
 
 # %% ../nbs/32_flow.ipynb #327bd59f
 import math
@@ -190,6 +190,13 @@ def repa_loss(projections: Sequence[Tensor], # one (b,n,c) of the net for each V
     for p, h in zip(projections, targets, strict=True): check_shapes(p, h, 'projection and VFM tokens')
     return -torch.stack([_cosine(p, h, -1).mean() for p, h in zip(projections, targets, strict=True)]).mean()
 
+# %% ../nbs/32_flow.ipynb #ire00002
+def spatial_norm(h: Tensor,          # VFM tokens (b,n,c)
+                 alpha: float = 1.   # share of the mean over tokens that is taken away; iREPA: .6 to 1
+                ) -> Tensor:
+    "(h - alpha mean)/(std + 1e-6) over the tokens of each image and channel, (b,n,c) (iREPA, 2025)."
+    return (h - alpha*h.mean(1, keepdim=True))/(h.std(1, correction=0, keepdim=True) + 1e-6)
+
 # %% ../nbs/32_flow.ipynb #81339141
 def half_diffusion(t: Tensor | float, path: str = 'linear') -> Tensor:
     """lambda = sigma sigma' - sigma^2 alpha'/alpha: velocity = (alpha'/alpha) z_t - lambda score; infinite where alpha
@@ -231,7 +238,7 @@ def prediction_error(out: Tensor,    # (b,...) output of the net
 # %% ../nbs/32_flow.ipynb #9ccf29a5
 FLOW_WEIGHTS: dict[str, dict[str, float]] = dict(
     sit=dict(flow=1.), lightningdit=dict(flow=1., cosine=1.), repa=dict(flow=1., repa=.5),
-    reg=dict(flow=1., repa=.5, cls=.03))
+    reg=dict(flow=1., repa=.5, cls=.03), irepa=dict(flow=1., repa=1.))
 TERMS = ('flow', 'cosine', 'repa', 'cls', 'base')
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from .protocols import Tokenizer
 from .run import defaults_of, EMA, Run
 from .train import betas_of, safe_step
 from .robustness import layer_scores
-from .flow import (DiTOutput, flow_loss, FLOW_WEIGHTS, FlowTargets, PATHS, PREDICTIONS, sample_t, TERMS,
-                         TIME_DISTRIBUTIONS, TimeLaw, WEIGHTINGS)
+from .flow import (DiTOutput, flow_loss, FLOW_WEIGHTS, FlowTargets, PATHS, PREDICTIONS, sample_t, spatial_norm,
+                         TERMS, TIME_DISTRIBUTIONS, TimeLaw, WEIGHTINGS)
 from .dit import DiT, DiTConfig, NetFeatures
 from .samplers import COARSE, ImageNoise, in_eval_mode, sample_latents, Sampler
 from .latents import cache_latents, LatentCache
@@ -65,6 +65,7 @@ class FlowConfig:
     weight_decay: float = 0.
     clip: float | None = None           # largest gradient norm
     ema: float = .9999                  # decay of the average, per step
+    spatial: float | None = None        # REPA's targets through `spatial_norm` with this alpha (iREPA: .6 to 1); None: not
     weighting: str | None = None        # over noise levels, of `flow.WEIGHTINGS`; RAEv2: predict='data', 'velocity'
     def __post_init__(self) -> None:
         need(isinstance(self.weights, Mapping),
@@ -72,6 +73,9 @@ class FlowConfig:
         for k in self.weights: one_of(k, TERMS, 'loss term of FlowConfig.weights')
         for k, known in dict(path=PATHS, predict=PREDICTIONS).items():
             one_of(getattr(self, k), known, f'value of FlowConfig.{k}')
+        if self.spatial is not None:
+            real(self.spatial, 'FlowConfig.spatial', low=0, high=1)
+            need('repa' in self.weights, "FlowConfig.spatial is of REPA's targets; weigh 'repa' too, or leave it None")
         if self.weighting is not None:
             one_of(self.weighting, WEIGHTINGS[self.predict], f'weighting of a predicted {self.predict}', '; None')
         object.__setattr__(self, 'laws', _laws(self.laws))
@@ -99,11 +103,12 @@ def vfm_targets(vfm: VFM,             # frozen
     return vfm.with_class(x if x.shape[2:] == size else resized(x, size, vfm.interpolation))
 
 def _flow_targets(vfms: Sequence[VFM], c: DiTConfig, batch: Mapping[str, Any], grid: tuple[int, int],
-                  cls_noise: Tensor | None) -> FlowTargets:
+                  cls_noise: Tensor | None, spatial: float | None = None) -> FlowTargets:
     "Targets of REPA and REG from the images of a batch; REG: the first VFM's class token, also in front of its tokens."
     need(not vfms or 'image' in batch,
          'REPA and REG look at the images; give the cache its images: cache.with_images(data)')
     found = [vfm_targets(v.to(batch['image'].device), batch['image'], grid) for v in vfms]
+    if spatial is not None: found = [(k, spatial_norm(h, spatial)) for k, h in found]
     if not c.cls_dim: return FlowTargets(tokens=[h for _, h in found])
     return FlowTargets(found[0][0], cls_noise, [torch.cat([k[:, None], h], 1) for k, h in found][:len(c.z_dims)])
 
@@ -186,7 +191,8 @@ class _FlowTerms(_FlowNets):
         self._check(c, z, y)
         drop = uniforms_for(y, draws, 'label') < c.label_dropout if net.training and c.label_dropout else None
         grid = z.shape[2]//c.patch_size, z.shape[3]//c.patch_size
-        targets, run = _flow_targets(self.vfms, c, batch, grid, cls_noise), self._run(net, grid, z)
+        targets = _flow_targets(self.vfms, c, batch, grid, cls_noise, f.spatial)
+        run = self._run(net, grid, z)
         def velocity(z_t: Tensor, t: Tensor, y: Tensor, cls: Tensor | None = None
                     ) -> Tensor | tuple[Tensor, Tensor] | DiTOutput:
             with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
