@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
+from torch import nn
 from vfmvae.baselines import ConvVAE, ConvVAEConfig, RAE, RAEConfig
 from vfmvae.core import build_config, Draws, normal_like, to_grid, UserError
 from vfmvae.data import loader
@@ -15,7 +16,7 @@ from vfmvae.run import Run, task_state
 from vfmvae.samplers import _guided, sample_latents, Sampler, velocity_field
 from vfmvae.tokenizer import fit_stats, load_tokenizer, save_tokenizer
 from vfmvae.tokenizer_task import check_stage, forward_training, Stage, TINY, TokenizerTask
-from vfmvae.train import fit
+from vfmvae.train import fit, MuonAdamW
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 from vfmvae.vfm import VFM
 from vfmvae.world import World
@@ -370,3 +371,61 @@ def test_a_net_of_irepa_learns_and_comes_back(tmp_path):
     ("weigh 'repa' too, or leave it None", lambda: FlowConfig(spatial=1.)),
     ('FlowConfig.spatial', lambda: replace(IREPA, spatial=2.)), ('FlowConfig.spatial', lambda: replace(IREPA, spatial='x'))])
 def test_an_alignment_that_cannot_be_is_one_line(says, make): one_line(says, make)
+
+
+# Muon --------------------------------------------------------------------------------------------------------------------------------------------
+
+def same_start(): return nn.ModuleDict(dict(a=nn.Linear(6, 4), b=nn.Conv2d(2, 3, 3)))
+
+
+def test_muon_moves_matrices_and_adamw_the_rest_as_each_does_alone():
+    torch.manual_seed(0)
+    net = same_start()
+    twin = same_start()
+    twin.load_state_dict(net.state_dict())
+    opt = MuonAdamW(net.parameters(), .01, (.8, .95), .1)
+    flat, rest = ([p for p in twin.parameters() if (p.ndim == 2) == two] for two in (True, False))
+    alone = torch.optim.Muon(flat, lr=.01, weight_decay=.1, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW(rest, .01, (.8, .95), weight_decay=.1)
+    for i in range(3):
+        for n, optimizers in ((net, [opt]), (twin, alone)):
+            for j, p in enumerate(n.parameters()): p.grad = rand(10*i+j, *p.shape)
+            for o in optimizers: o.step()
+    assert len(flat) == 1 and all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    for g in opt.param_groups: g['lr'] = 0.
+    kept = [p.detach().clone() for p in net.parameters()]
+    opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(kept, net.parameters(), strict=True))            # a schedule reaches both
+    for some in ([flat[0]], rest): assert len(MuonAdamW(some, .01).param_groups) == 1
+
+
+def test_a_net_trained_with_muon_stops_and_resumes_to_the_bit(tmp_path):
+    make = lambda seed: FlowTask(net_of(seed), FlowConfig(optimizer='muon', lr=1e-3, clip=1., ema=.9))
+    task = resumes(make, tmp_path, loader(Latents(), 2))
+    assert isinstance(task.optimizers['net'], MuonAdamW) and task.config()['flow']['optimizer'] == 'muon'
+    with pytest.raises(UserError, match='flow.optimizer: muon there, adamw here'):
+        fit(FlowTask(net_of(), FlowConfig(lr=1e-3, clip=1., ema=.9)), loader(Latents(), 2), 16, run=Run(tmp_path/'a'), show=lambda h: None)
+
+
+def test_a_tokenizer_trained_with_muon_stops_and_resumes_to_the_bit(tmp_path):
+    task = resumes(lambda seed: TokenizerTask(build(FROZEN, seed), Stage('s', PIXELS['rae'], ()), half_life=100, optimizer='muon'), tmp_path)
+    assert any('momentum_buffer' in s for s in task.optimizers['model'].state.values())
+
+
+def test_the_optimizers_from_before_the_switch_are_those_of_today(tmp_path):
+    task, net = TokenizerTask(build(FROZEN), Stage('s', PIXELS['rae'], ())), FlowTask(net_of(), FlowConfig())
+    assert type(task.optimizers['model']) is torch.optim.Adam and type(net.optimizers['net']) is torch.optim.AdamW
+    group, = task.optimizers['model'].param_groups
+    assert (group['betas'], group['eps'], group['lr']) == ((0., .99), 1e-8, 1e-4) and net.optimizers['net'].param_groups[0]['fused']
+    class Old(FlowTask):
+        def config(self):
+            found = super().config()
+            return found | dict(flow={k: v for k, v in found['flow'].items() if k not in NEW}, net={k: v for k, v in found['net'].items() if k not in NEW})
+    fit(Old(net_of(), FlowConfig()), loader(Latents(), 4), 8, run=Run(tmp_path/'old'), show=lambda h: None)
+    fit(FlowTask(net_of(1), FlowConfig()), loader(Latents(), 4), 16, run=Run(tmp_path/'old'), show=lambda h: None)     # an old run goes on
+
+
+def test_an_optimizer_that_cannot_be_is_one_line(monkeypatch):
+    one_line("no optimizer of FlowConfig.optimizer named 'mon'", lambda: FlowConfig(optimizer='mon'))
+    one_line("no optimizer named 'sgd'", lambda: TokenizerTask(build(FROZEN), KL, optimizer='sgd'))
+    monkeypatch.delattr(torch.optim, 'Muon')
+    one_line("install torch 2.9 or later, or choose optimizer='adamw'", lambda: FlowTask(net_of(), FlowConfig(optimizer='muon')))

@@ -25,7 +25,7 @@ from .images import Batch, Dataset, Images
 from .vfm import VFM
 from .protocols import Tokenizer
 from .run import defaults_of, EMA, Run
-from .train import betas_of, safe_step
+from .train import betas_of, MuonAdamW, safe_step
 from .robustness import layer_scores
 from .flow import (DiTOutput, flow_loss, FLOW_WEIGHTS, FlowTargets, PATHS, PREDICTIONS, sample_t, spatial_norm,
                          TERMS, TIME_DISTRIBUTIONS, TimeLaw, WEIGHTINGS)
@@ -65,6 +65,7 @@ class FlowConfig:
     weight_decay: float = 0.
     clip: float | None = None           # largest gradient norm
     ema: float = .9999                  # decay of the average, per step
+    optimizer: str = 'adamw'            # or 'muon': see `train.MuonAdamW`
     spatial: float | None = None        # REPA's targets through `spatial_norm` with this alpha (iREPA: .6 to 1); None: not
     weighting: str | None = None        # over noise levels, of `flow.WEIGHTINGS`; RAEv2: predict='data', 'velocity'
     def __post_init__(self) -> None:
@@ -73,6 +74,7 @@ class FlowConfig:
         for k in self.weights: one_of(k, TERMS, 'loss term of FlowConfig.weights')
         for k, known in dict(path=PATHS, predict=PREDICTIONS).items():
             one_of(getattr(self, k), known, f'value of FlowConfig.{k}')
+        one_of(self.optimizer, ('adamw', 'muon'), 'optimizer of FlowConfig.optimizer')
         if self.spatial is not None:
             real(self.spatial, 'FlowConfig.spatial', low=0, high=1)
             need('repa' in self.weights, "FlowConfig.spatial is of REPA's targets; weigh 'repa' too, or leave it None")
@@ -141,7 +143,8 @@ class _FlowNets:
         self.nets: dict[str, nn.Module] = dict(net=net)
         params = [p for p in net.parameters() if p.requires_grad]
         how: dict[str, Any] = dict(lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-        self.optimizers = dict(net=torch.optim.AdamW(params, fused=True, **how))
+        muon = config.optimizer == 'muon'
+        self.optimizers = dict(net=MuonAdamW(params, **how) if muon else torch.optim.AdamW(params, fused=True, **how))
         self.ema = EMA(net, constant=config.ema)
         self._forward: Callable | None = None
         self._labelled = False              # whether labels on a device were looked at, which waits for it

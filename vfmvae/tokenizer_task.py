@@ -28,7 +28,7 @@ from .losses import (adaptive_weight, align_loss, EquivarianceTransform, latent_
                            sample_equivariance, ssim_loss, target_transform)
 from .discriminators import feature_matching, gan_loss_d, gan_loss_g, ProjectedDiscriminator
 from .run import defaults_of, EMA, modules_in
-from .train import betas_of, NotFinite, safe_step
+from .train import betas_of, MuonAdamW, NotFinite, safe_step
 
 # %% ../nbs/21_tokenizer_task.ipynb #1b0e5a81
 @dataclass(frozen=True)
@@ -326,11 +326,13 @@ class _Setup:
                                                           # published
                  discriminators: Mapping[str, nn.Module] | None = None, # 'gan': a `ProjectedDiscriminator`, 'patchgan'
                  precision: str = 'fp32',                 # one of PRECISIONS
-                 start: int = 0                           # images seen in earlier stages
+                 start: int = 0,                          # images seen in earlier stages
+                 optimizer: str = 'adam'                  # of the tokenizer; or 'muon': see `train.MuonAdamW`
                 ):
         check_trainable(model)
         assert isinstance(model, nn.Module)
         one_of(precision, PRECISIONS, 'precision')
+        one_of(optimizer, ('adam', 'muon'), 'optimizer')
         if clip is not None: real(clip, 'clip', above=0)
         on, given = {*stage.active()}, discriminators or {}
         wanted = [k for k, terms in (('gan', {'gan'}), ('patchgan', {'patchgan', 'feature_matching'})) if terms & on]
@@ -339,6 +341,7 @@ class _Setup:
                           f"pass discriminators={{'{lacking}': ...}}")
         self.stage, self.perceptual, self.half_life, self.betas = stage, perceptual, half_life, betas_of(betas, 'betas')
         self.clip, self.precision, self.start = clip, precision, whole(start, 'start', 0)
+        self.optimizer = optimizer
         self.model: TrainableTokenizer = model.train()
         self.discriminators = {k: given[k].train() for k in wanted}
         self.scales = check_stage(model, stage)
@@ -346,7 +349,8 @@ class _Setup:
         moved, adam = select(model, stage.train), partial(torch.optim.Adam, betas=self.betas, eps=1e-8)
         for k, p in model.trainable().items(): p.requires_grad_(k in moved)
         self.nets: dict[str, nn.Module] = dict(model=model, **self.discriminators)
-        self.optimizers = dict(model=adam(list(moved.values()), lr=stage.lr))
+        made: Callable[..., torch.optim.Optimizer] = partial(MuonAdamW, betas=self.betas) if optimizer == 'muon' else adam
+        self.optimizers = dict(model=made(list(moved.values()), lr=stage.lr))
         if self.discriminators:
             learning = [p for d in self.discriminators.values() for p in d.parameters() if p.requires_grad]
             lr = stage.lr_discriminators or stage.lr
@@ -370,7 +374,7 @@ class _Record(_Setup):
         stage = {k: v for k, v in self.stage.config().items() if k != 'images'}
         nets: dict[str, dict] = {k: getattr(d, 'config', dict)() for k, d in self.discriminators.items()}
         return dict(model=asdict(self.model.config), stage=stage, betas=list(self.betas), half_life=self.half_life,
-                    clip=self.clip, discriminators=nets, precision=self.precision, start=self.start)
+                    clip=self.clip, discriminators=nets, precision=self.precision, start=self.start, optimizer=self.optimizer)
     def defaults(self) -> dict:
         "What `config` says where nothing is set."
         own = {k: v for k, v in defaults_of(TokenizerTask).items() if k not in ('perceptual', 'discriminators')}
