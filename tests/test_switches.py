@@ -11,8 +11,9 @@ from vfmvae.data import loader
 from vfmvae.dit import DiT, DiTConfig, save_net
 from vfmvae.flow import convert, flow_loss, FLOW_WEIGHTS, interpolate, prediction_error, repa_loss, spatial_norm
 from vfmvae.flow_task import FlowConfig, FlowTask, vfm_targets
-from vfmvae.layers import add_noise, fuse_layers, FUSIONS, noise_levels
-from vfmvae.run import Run, task_state
+from vfmvae.layers import add_noise, fuse_layers, FUSIONS, noise_levels, PriorTarget
+from vfmvae.losses import distance_matrix, moved_latents, scr_loss, ssr_loss
+from vfmvae.run import load_nets, read_nets, Run, task_state
 from vfmvae.samplers import _guided, sample_latents, Sampler, velocity_field
 from vfmvae.tokenizer import fit_stats, load_tokenizer, save_tokenizer
 from vfmvae.tokenizer_task import check_stage, forward_training, Stage, TINY, TokenizerTask
@@ -429,3 +430,85 @@ def test_an_optimizer_that_cannot_be_is_one_line(monkeypatch):
     one_line("no optimizer named 'sgd'", lambda: TokenizerTask(build(FROZEN), KL, optimizer='sgd'))
     monkeypatch.delattr(torch.optim, 'Muon')
     one_line("install torch 2.9 or later, or choose optimizer='adamw'", lambda: FlowTask(net_of(), FlowConfig(optimizer='muon')))
+
+
+# PAE's losses ------------------------------------------------------------------------------------------------------------------------------------
+
+PRIOR = dict(ssr=.2, scr=1., mcr=.5)
+AIMED = {k: replace(CONFIGS[k], target=True) for k in ('vfmvae', 'conv')}
+PAE = {k: Stage('pae', PIXELS[k] | PRIOR, (), lr=1e-3) for k in CONFIGS}
+
+
+def test_the_losses_of_pae_are_what_their_formulas_say():
+    z, t = rand(0, 2, 6, 4, 4), rand(1, 2, 6, 4, 4)
+    g = [(n := F.normalize(x.flatten(2), dim=1)).mT@n for x in (z, t)]
+    torch.testing.assert_close(ssr_loss(z, t), (g[0]-g[1]).square().mean())
+    assert torch.equal(distance_matrix(z, t, .1), F.relu((g[0]-g[1]).abs()-.1).mean())                    # the loss that shares its lines, as it was
+    cos = F.cosine_similarity(z, t, dim=1).mean(), F.cosine_similarity(z.mean((2, 3)), t.mean((2, 3)), dim=1).mean()
+    torch.testing.assert_close(scr_loss(z, t), 2-sum(cos))
+    assert ssr_loss(2*z, z) < 1e-10 and scr_loss(2*z, z).abs() < 1e-5
+    middle, large = moved_latents(z, draws=draws())
+    for m, angle in ((middle, 42.5), (large, 85.)):
+        torch.testing.assert_close(F.cosine_similarity(m, z, dim=1).acos().rad2deg(), torch.full((2, 4, 4), angle))
+        torch.testing.assert_close(m.norm(dim=1), z.norm(dim=1))
+    assert torch.equal(moved_latents(z, draws=draws())[1], large) and not torch.equal(moved_latents(z, draws=draws(1))[1], large)
+    flat = torch.stack([F.normalize(x, dim=1) for x in (z, middle, large)]).flatten(3)                    # one direction for both: they lie in a plane
+    assert torch.linalg.matrix_rank(flat.permute(1, 3, 0, 2), tol=1e-4).max() == 2
+
+
+def test_the_target_is_the_principal_components_of_the_first_batch_and_stays():
+    torch.manual_seed(0)
+    target, a = PriorTarget(7, 3), rand(0, 4, 7, 5, 5)*torch.arange(1., 8)[:, None, None] + 3
+    assert not target.eval()(a).any() and target.train() and target(a).any()
+    x = a.transpose(0, 1).flatten(1).T
+    want = torch.linalg.svd(x-x.mean(0), full_matrices=False)[2][:3]
+    torch.testing.assert_close((target.axes@want.T).abs(), torch.eye(3), atol=1e-4, rtol=1e-4)
+    kept = target(a)
+    target(5*a)
+    assert torch.equal(target(a), kept)
+    one_line('no 8 principal components', lambda: PriorTarget(7, 8))
+
+
+@pytest.mark.parametrize('family', AIMED)
+def test_a_run_with_paes_losses_stops_and_resumes_to_the_bit_and_the_next_stage_keeps_its_target(family, tmp_path):
+    task = resumes(lambda seed: TokenizerTask(build(AIMED[family], seed), PAE[family], half_life=100), tmp_path)
+    axes = task.model.prior_target.axes.clone()
+    assert axes.any() and torch.equal(task.ema.net.prior_target.axes, axes)
+    state, _ = read_nets(tmp_path/'a')
+    later = TokenizerTask(build(AIMED[family], 1), replace(PAE[family], name='later'), half_life=100)
+    load_nets(later, state)
+    logs = later.step([dict(image=images(), draws=draws())], lambda loss: loss.backward(), lambda ok=True: ok, 2)
+    assert {'ssr', 'scr', 'mcr'} <= {*logs} and torch.equal(later.model.prior_target.axes, axes)
+    again = load_tokenizer(save_tokenizer(tmp_path/'t.safetensors', task.model.eval()))
+    assert torch.equal(again.prior_target.axes, axes) and again.config.target
+
+
+def test_each_loss_of_pae_falls_when_it_is_asked_for():
+    for k in ('ssr', 'scr', 'mcr'):
+        task = TokenizerTask(build(replace(CONV, target=True)), Stage('s', {'l1': .01, k: 1.}, (), lr=2e-3), half_life=100, betas=(.9, .99))
+        rows = fit(task, loader(World(8), 4), 4*12, log_every=4, show=lambda h: None)
+        assert rows[-1][k] < rows[0][k], k
+
+
+@pytest.mark.parametrize('family', ['plain', 'rae'])
+def test_continuity_needs_no_target(family):
+    seen = []
+    logs = step(build(CLEAN[family]), Stage('s', dict(l1=1., mcr=1.), ()), perceptual=lambda x, y: seen.append(y.requires_grad) or (x-y).square().mean())
+    assert logs['mcr'] > 0 and seen == [False, False]
+    assert logs['mcr'] > step(build(CLEAN[family]), Stage('s', dict(l1=1., mcr=1.), ()))['mcr']           # perception counts where it is given
+
+
+def test_files_without_a_target_are_read_as_they_were():
+    for config, new in ((SMALL, AIMED['vfmvae']), (CONV, AIMED['conv'])):
+        assert build_config(type(config), without(config, 'target')) == config
+        plain, aimed = build(config).own_state(), build(new).own_state()
+        assert {*aimed}-{*plain} == {'prior_target.mean', 'prior_target.axes'} and all(torch.equal(v, aimed[k]) for k, v in plain.items())
+
+
+@pytest.mark.parametrize('says, make', [
+    ('weighs scr and ssr; build a VFM-VAE or an aligned convolutional VAE with target=True', lambda: check_stage(build(CONV), PAE['conv'])),
+    ('with target=True', lambda: check_stage(build(FROZEN), PAE['rae'])),
+    ('looks at no VFM; give vfm', lambda: replace(PLAIN, target=True)),
+    ('a target needs layer -1', lambda: replace(SMALL, target=True, align=False, layers=(0, 2, 3))),
+    ("no loss named 'srs'", lambda: Stage('s', dict(srs=1.)))])
+def test_losses_of_pae_that_cannot_be_are_one_line(says, make): one_line(says, make)

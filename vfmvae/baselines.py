@@ -20,7 +20,7 @@ from torch import nn, Tensor
 from .core import (at_least_float32, check_fields, Draws, Gaussian, need, one_of, real, to_grid, to_tokens,
                          whole)
 from .vfm import VFM
-from .layers import fuse_layers, FUSIONS, noise_levels, norm_groups, sincos_table, unit_moment
+from .layers import fuse_layers, FUSIONS, noise_levels, norm_groups, PriorTarget, sincos_table, unit_moment
 from .protocols import EncoderOutput
 from .tokenizer import families, in_name, TokenizerModel
 
@@ -95,6 +95,7 @@ def _check_conv(c: 'ConvVAEConfig') -> None:
     check_fields(c)
     _in_reach(c, ('channels', 'width', 'img_size', 'patch', 'dim'), ('blocks', 'decoder_blocks'))
     one_of(c.mode, ('kl', 'rms'), 'mode of ConvVAEConfig.mode')
+    check(c.vfm or not c.target, 'target: a plain VAE looks at no VFM; give vfm=... or set target=False')
     if c.groups is not None: whole(c.groups, 'ConvVAEConfig.groups', 1)
     check(0 < len(c.mults) <= 16, f'mults: {c.mults} needs one factor for each of 1 to 16 levels')
     for m in c.mults: whole(m, 'ConvVAEConfig.mults', 1, 1024)
@@ -124,6 +125,7 @@ class ConvVAEConfig:
     vfm: str | None = None                  # name of the VFM to align with; None: a plain VAE
     patch: int = 16                         # its patch, pixels
     dim: int = 1024                         # its width
+    target: bool = False                    # carries the target of the losses ssr and scr: `layers.PriorTarget`
     mode: str = 'kl'                        # or 'rms': each position of RMS 1 over the channels, no spread (GAE)
 
     def __post_init__(self) -> None: _check_conv(self)
@@ -209,6 +211,7 @@ class ConvVAE(TokenizerModel):
         self.quant_conv, self.post_quant_conv = (nn.Conv2d(n, n, 1) if c.quant else nn.Identity()
                                                  for n in (c.moments, c.channels))
         _start(self)
+        if c.target: self.prior_target = PriorTarget(c.dim, c.channels)
         if c.align:
             self.linear_proj = nn.Conv2d(c.channels, c.dim, 1, bias=False)
             nn.init.xavier_normal_(self.linear_proj.weight, gain=0.5)

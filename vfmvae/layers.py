@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'NOISE_KINDS', 'NOISE_LAWS', 'ACTIVATIONS', 'GeGLU', 'PoolAttention', 'ProjBlock', 'AttnProj', 'ConvProj',
-           'fuse_layers', 'noise_levels', 'add_noise', 'EqualLinear', 'Style', 'unit_moment', 'is_cpu_float32',
-           'use_cpu_inference_kernel', 'modulated', 'channels_last', 'depthwise', 'Depthwise', 'dense', 'Pointwise',
-           'residual_mlp', 'norm_groups', 'ConvNeXt', 'binomial', 'Upsample', 'ToRGB', 'ChannelNorm', 'GridAttention',
-           'dwsep', 'pointwise', 'sincos_table']
+           'fuse_layers', 'PriorTarget', 'noise_levels', 'add_noise', 'EqualLinear', 'Style', 'unit_moment',
+           'is_cpu_float32', 'use_cpu_inference_kernel', 'modulated', 'channels_last', 'depthwise', 'Depthwise',
+           'dense', 'Pointwise', 'residual_mlp', 'norm_groups', 'ConvNeXt', 'binomial', 'Upsample', 'ToRGB',
+           'ChannelNorm', 'GridAttention', 'dwsep', 'pointwise', 'sincos_table']
 
 # %% ../nbs/12_layers.ipynb #7d024ef6
 from collections.abc import Callable, Sequence
@@ -125,6 +125,26 @@ def fuse_layers(features: Sequence[Tensor], # (b,n,c) of each layer
     h = [F.layer_norm(t, t.shape[-1:], eps=eps) for t in features]
     z = pick(fuse, FUSIONS, 'fusion')(h)
     return z + h[-1].mean(1, keepdim=True) if global_mean else z
+
+# %% ../nbs/12_layers.ipynb #pri00002
+class PriorTarget(nn.Module):
+    """Frozen features (b,d,h,w) to (b,c,h,w): less their mean, along their first c principal components, both of the
+    first batch in training (of all processes). Ours, in place of the map that PAE learns. UserError if c > d."""
+    mean: Tensor
+    axes: Tensor
+    def __init__(self, d: int, c: int):
+        super().__init__()
+        need(c <= d, f'{d} channels of a VFM have no {c} principal components; use a latent of at most {d} channels')
+        self.register_buffer('mean', torch.zeros(d))
+        self.register_buffer('axes', torch.zeros(c, d))
+    def forward(self, a: Tensor) -> Tensor:
+        if self.training and not self.axes.any(): self._fit(to_tokens(a.detach()).flatten(0, 1).double())
+        return torch.einsum('cd,bdhw->bchw', self.axes, a.to(self.axes) - self.mean[:, None, None])
+    def _fit(self, x: Tensor) -> None: # (n,d)
+        mean = average(x.mean(0))
+        v = torch.linalg.eigh(average((x-mean).T@(x-mean)/len(x)))[1].T.flip(0)[:len(self.axes)]
+        self.axes.copy_(v*v.gather(1, v.abs().argmax(1, keepdim=True)).sign())       # eigh leaves the sign open
+        self.mean.copy_(mean)
 
 # %% ../nbs/12_layers.ipynb #noi00002
 NOISE_KINDS, NOISE_LAWS = ('add', 'mix'), ('uniform', 'normal')

@@ -24,8 +24,8 @@ from .runtime import num_processes
 from .layers import add_noise, NOISE_KINDS, NOISE_LAWS
 from .protocols import check_trainable, EncoderOutput, TokenizerConfig, TrainableTokenizer
 from .vae import Codebook, Synthesis, VFMVAEConfig
-from .losses import (adaptive_weight, align_loss, EquivarianceTransform, latent_transform, multiscale, pixel,
-                           sample_equivariance, ssim_loss, target_transform)
+from .losses import (adaptive_weight, align_loss, EquivarianceTransform, latent_transform, moved_latents,
+                           multiscale, pixel, sample_equivariance, scr_loss, ssim_loss, ssr_loss, target_transform)
 from .discriminators import feature_matching, gan_loss_d, gan_loss_g, ProjectedDiscriminator
 from .run import defaults_of, EMA, modules_in
 from .train import betas_of, MuonAdamW, NotFinite, safe_step
@@ -51,6 +51,11 @@ class Pass:
     def patch_logits(self) -> list:
         "What PatchGAN says of the decoded images, layers by scale; asked once for two losses."
         return self.discriminators['patchgan'](self.fake)
+    @cached_property
+    def raw_and_prior(self) -> tuple[Tensor, Tensor]:
+        "The raw latent and what `layers.PriorTarget` makes of the VFM's last layer, (b,c,h,w) each."
+        target: Any = getattr(self.model, 'prior_target')  # noqa: B009
+        return self.model.stats.unscale(self.z), target(self.model.align_target(self.code))
 
 def _logits(net: Callable, x: Tensor, draws: Draws | None, use: str) -> Tensor:
     "A discriminator's logits; one of ours takes the random numbers of its augmentation, a plain callable does not."
@@ -59,6 +64,16 @@ def _logits(net: Callable, x: Tensor, draws: Draws | None, use: str) -> Tensor:
 def _perceived(p: Pass) -> Tensor:
     assert p.perceptual is not None                  # `tokenizer_losses` has asked
     return p.perceptual(p.fake, p.target)
+
+def _continuity(p: Pass) -> Tensor:
+    "L1, and perception where it is given, from each decoded move of the latent to the one before (PAE's MCR)."
+    moved, terms = moved_latents(p.z, draws=p.draws and p.draws.named('moved')), list[Tensor]()
+    with torch.no_grad(): before = p.model.decode_scales(p.z)[0]
+    for z in moved:
+        after = p.model.decode_scales(z)[0]
+        terms += [pixel(after, before), *([p.perceptual(after, before)] if p.perceptual else [])]
+        before = after.detach()
+    return torch.stack(terms).sum()
 
 def _matching(p: Pass) -> Tensor:
     with torch.no_grad(): wanted = p.discriminators['patchgan'](p.target)
@@ -80,6 +95,9 @@ LOSSES = dict(
     kl=Loss('latent', lambda p: p.code.raw.kl().mean()),
     vf=Loss('latent', lambda p: align_loss(p.model.align_features(p.z), p.model.align_target(p.code),
                                            p.stage.dist_margin, p.stage.cos_margin)),
+    # PAE's; to a target of ours, see `layers.PriorTarget`
+    ssr=Loss('latent', lambda p: ssr_loss(*p.raw_and_prior)), scr=Loss('latent', lambda p: scr_loss(*p.raw_and_prior)),
+    mcr=Loss('latent', _continuity),
     vq=Loss('latent', lambda p: p.code.codes.vq), entropy=Loss('latent', lambda p: p.code.codes.entropy),
     gan=Loss('adversarial', lambda p: gan_loss_g(_logits(p.discriminators['gan'], p.fake, p.draws, 'fake'))),
     patchgan=Loss('adversarial', lambda p: gan_loss_g(p.patch_logits, 'mse')),
@@ -277,6 +295,9 @@ def check_stage(model: TrainableTokenizer, stage: Stage) -> tuple[float, ...]:
     def check(ok: object, text: str) -> None: need(ok, f'stage {stage.name!r} {text}')
     codes = sorted({'vq', 'entropy'} & on)
     check(c.mode == 'discrete' or not codes, f"weighs {' and '.join(codes)}, which needs mode='discrete'")
+    prior = sorted({'ssr', 'scr'} & on)
+    check(not prior or getattr(c, 'target', False), f"weighs {' and '.join(prior)}; build a VFM-VAE or an aligned "
+          'convolutional VAE with target=True')
     held = dict(features='fixed', rms='on a sphere').get(c.mode)
     check(not held or 'kl' not in on, f'weighs kl, but the latent of {model.name} is {held}; leave it out')
     check('vf' not in on or c.align, 'weighs vf; build the model with align=True')

@@ -23,7 +23,7 @@ from .core import at_least_float32, Draws, Gaussian, need, to_grid, to_tokens, U
 from .runtime import average
 from .vfm import VFM
 from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, dwsep, EqualLinear, fuse_layers, FUSIONS,
-                           GridAttention, norm_groups, pointwise, ToRGB, unit_moment, Upsample)
+                           GridAttention, norm_groups, pointwise, PriorTarget, ToRGB, unit_moment, Upsample)
 from .protocols import Codes, EncoderOutput
 from .tokenizer import check_config, check_sides, families, in_name, TokenizerModel
 
@@ -51,6 +51,7 @@ def _rules(c: 'VFMVAEConfig') -> Iterator[tuple[str, object, str]]:
         yield k, (v := getattr(c, k)) in known, f"{v!r} is not one of {', '.join(known)}"
     yield ('fuse', c.fuse == 'concat' or len({*c.in_dims}) == 1,
            f"layers of widths {c.in_dims} have no {c.fuse}; use fuse='concat'")
+    yield 'layers', -1 in c.layers or not c.target, 'a target needs layer -1; add it or set target=False'
     yield 'layers', -1 in c.layers or not c.align, 'the alignment loss needs layer -1; add it or set align=False'
     ratio = c.scale*c.stride/c.patch
     yield ('scale', ratio >= 1 and _fits(ratio), f'VFM grid of {ratio:g} tokens per latent pixel and axis does not '
@@ -119,6 +120,7 @@ class _Fields:
                                               # last one
     legacy: bool = False                      # fixed noise maps of the published weights
     align: bool = True                        # carries the linear map of the alignment (VF) loss
+    target: bool = False                      # carries the target of the losses ssr and scr: `layers.PriorTarget`
     fuse: str = 'concat'                      # of FUSIONS: each layer is projected alone; or the fused map, to the
                                               # sum of out_dims (an arm to compare with, after RAEv2)
 
@@ -334,6 +336,7 @@ class _Encoder(TokenizerModel):
                  vfm: VFM | None = None):    # frozen here, always in eval mode
         super().__init__(config, config.layers)
         self.ldm_adapter, self.synthesis = Adapter(config), Synthesis(config)
+        if config.target: self.prior_target = PriorTarget(config.in_dims[config.layers.index(-1)], config.channels)
         self.mapping = MappingNetwork(config.channels*config.widen, config.w_dim, config.pooled)
         self.attach(vfm)
 
