@@ -12,11 +12,11 @@ from vfmvae.dit import DiT, DiTConfig, save_net
 from vfmvae.flow import convert, flow_loss, FLOW_WEIGHTS, interpolate, prediction_error, repa_loss, spatial_norm
 from vfmvae.flow_task import FlowConfig, FlowTask, vfm_targets
 from vfmvae.layers import add_noise, fuse_layers, FUSIONS, noise_levels, PriorTarget
-from vfmvae.losses import distance_matrix, moved_latents, scr_loss, ssr_loss
+from vfmvae.losses import distance_matrix, moved_latents, sample_equivariance, scr_loss, ssr_loss
 from vfmvae.run import load_nets, read_nets, Run, task_state
 from vfmvae.samplers import _guided, sample_latents, Sampler, velocity_field
 from vfmvae.tokenizer import fit_stats, load_tokenizer, save_tokenizer
-from vfmvae.tokenizer_task import check_stage, forward_training, Stage, TINY, TokenizerTask
+from vfmvae.tokenizer_task import check_stage, EQUIVARIANCE, forward_training, SCALES, Stage, TINY, TokenizerTask
 from vfmvae.train import fit, MuonAdamW
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 from vfmvae.vfm import VFM
@@ -512,3 +512,15 @@ def test_files_without_a_target_are_read_as_they_were():
     ('a target needs layer -1', lambda: replace(SMALL, target=True, align=False, layers=(0, 2, 3))),
     ("no loss named 'srs'", lambda: Stage('s', dict(srs=1.)))])
 def test_losses_of_pae_that_cannot_be_are_one_line(says, make): one_line(says, make)
+
+
+# EQ-VAE by its name ------------------------------------------------------------------------------------------------------------------------------
+
+def test_the_prior_of_eq_vae_has_a_name():
+    named = Stage('s', dict(l1=1.), equivariance='eq-vae')
+    assert named == Stage('s', dict(l1=1.), equivariance=SCALES) == Stage('s', dict(l1=1.), equivariance=EQUIVARIANCE['eq-vae'])
+    assert json.loads(json.dumps(named.config()))['equivariance'] == list(SCALES) and Stage('s', dict(l1=1.)).equivariance == ()
+    drawn = [sample_equivariance(named.equivariance, Draws(0, [0], step=i)) for i in range(4000)]
+    half, shrunk = (sum(map(f, drawn))/4000 for f in (lambda w: not w.prior, lambda w: w.prior and w.scale < 1))
+    assert abs(half-.5) < .03 and abs(shrunk-.5*.25) < .02                                                # published: prior .5, its scale .25
+    one_line("no equivariance named 'eqvae'; nearest: eq-vae", lambda: Stage('s', dict(l1=1.), equivariance='eqvae'))
