@@ -406,6 +406,7 @@ CALLS = {
     'losses.align_loss': near(losses.align_loss),
     'losses.ssr_loss': near(losses.ssr_loss),
     'losses.scr_loss': near(losses.scr_loss),
+    'losses.mcr_loss': lambda d: losses.mcr_loss(lambda z: z[:, :3].repeat_interleave(2, 3), normal(2, 4, 3, 3).to(d), losses.pixel, Draws(0, range(2))),
     'losses.moved_latents': lambda d: losses.moved_latents(normal(2, 4, 3, 3).to(d), draws=Draws(0, range(2))),
     'losses.adaptive_weight': lambda d: losses.adaptive_weight((w := normal(3).to(d).requires_grad_()).square().sum(), w.sum(), w, 2.),
     'discriminators.gan_loss_d': listed(lambda d: discriminators.gan_loss_d(normal(3, 4).to(d), normal(3, 4, seed=1).to(d))),

@@ -319,7 +319,7 @@ NEW = 'weighting', 'predict', 'spatial', 'projector', 'optimizer'
     ("no weighting of a predicted data named 'likelihood'", lambda: FlowConfig(predict='data', weighting='likelihood')),
     ("'datum' is none of velocity", lambda: DiTConfig(predict='datum')),
     ('a net predicts the velocity', lambda: DiTConfig(predict='data', data_time=True)),
-    ('go together; give one for both', lambda: FlowTask(net_of(), FlowConfig(predict='data')))])
+    ('give both the same', lambda: FlowTask(net_of(), FlowConfig(predict='data')))])
 def test_a_prediction_that_cannot_be_is_one_line(says, make): one_line(says, make)
 
 

@@ -139,10 +139,6 @@ class ConvVAEConfig:
         return 1 << (len(self.mults)-1)
     size_multiple = stride          # `img_size` must be a multiple of it
     @property
-    def moments(self) -> int:
-        "Channels that the encoder writes: of mean and logvar, or of the latent alone."
-        return self.channels*(2 if self.mode == 'kl' else 1)
-    @property
     def align(self) -> bool:
         "Whether it carries a VFM and the linear map of the alignment loss."
         return self.vfm is not None
@@ -169,7 +165,7 @@ class _Encoder(nn.Module):
         self.down = nn.ModuleList(_Level([w[i]]+[w[i+1]]*c.blocks, i in c.attention, c.groups,
                                          downsample=_Down(w[i+1]) if i < n-1 else None) for i in range(n))
         self.mid, self.norm_out = _Mid(w[-1], c.groups), _norm(w[-1], c.groups)
-        self.conv_out = nn.Conv2d(w[-1], c.moments, 3, padding=1)
+        self.conv_out = nn.Conv2d(w[-1], c.channels*(1 + (c.mode == 'kl')), 3, padding=1)
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down: x = level(x)
@@ -209,7 +205,7 @@ class ConvVAE(TokenizerModel):
         c = config
         self.encoder, self.decoder = _Encoder(c), _Decoder(c)
         self.quant_conv, self.post_quant_conv = (nn.Conv2d(n, n, 1) if c.quant else nn.Identity()
-                                                 for n in (c.moments, c.channels))
+                                                 for n in (self.encoder.conv_out.out_channels, c.channels))
         _start(self)
         if c.target: self.prior_target = PriorTarget(c.dim, c.channels)
         if c.align:
@@ -259,6 +255,11 @@ def _check_rae(c: 'RAEConfig') -> None:
     check(c.places in (0, side) and c.places <= 256,
           f'places: {c.places} is neither 0 nor the side of the latent, {side}, of at most 256')
 
+def _latent_widths(c: 'RAEConfig', vfm: VFM) -> list[int]:
+    "Channels of the latent that a VFM gives: one number, unless its layers differ and cannot be fused."
+    each = [*map(vfm.width, c.read)]
+    return [sum(each)] if c.fuse == 'concat' else sorted({*each})
+
 # %% ../nbs/16_baselines.ipynb #1d501bb4
 @dataclass(frozen=True)
 class RAEConfig:
@@ -305,13 +306,9 @@ class RAEConfig:
     def read(self) -> tuple[int, ...]:
         "The VFM layers that it reads."
         return self.layers or (self.layer,)
-    def widths(self, vfm: VFM) -> list[int]:
-        "Channels of the latent that a VFM gives: one number, unless its layers differ and cannot be fused."
-        each = [*map(vfm.width, self.read)]
-        return [sum(each)] if self.fuse == 'concat' else sorted({*each})
     def for_vfm(self, vfm: VFM) -> 'RAEConfig':
         "The same decoder on another VFM."
-        return replace(self, vfm=vfm.name, patch=vfm.patch, channels=self.widths(vfm)[-1])
+        return replace(self, vfm=vfm.name, patch=vfm.patch, channels=_latent_widths(self, vfm)[-1])
 
 # %% ../nbs/16_baselines.ipynb #d0a3123f
 @lru_cache(16)
@@ -345,7 +342,7 @@ class _RAEParts(TokenizerModel):
 
     def check_vfm(self, vfm: VFM) -> None:
         "UserError if its patch or width is not that of the configuration."
-        c, wide = self.config, self.config.widths(vfm)
+        c, wide = self.config, _latent_widths(self.config, vfm)
         need((vfm.patch, wide) == (c.patch, [c.channels]),
              f"{vfm.name} has patch {vfm.patch} and {' or '.join(map(str, wide))} channels, {self.name} was made for "
              f'{c.patch} and {c.channels}; use config.for_vfm(vfm)')

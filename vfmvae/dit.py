@@ -283,6 +283,7 @@ def _layer_outputs(net: _Layers, z: Tensor, time: Tensor, cond: Tensor, cls: Ten
         through(net.x_embedder(z), named[c.depth:], conditioning, tables.head_rope)
     return kept
 
+# %% ../nbs/34_dit.ipynb #vel00001
 def _velocity(c: DiTConfig, out: Any, z: Tensor) -> tuple[Tensor, Tensor | None]:
     "A final layer's output in the library's time direction, as velocities."
     sign, (tokens, v_cls) = -1 if c.data_time else 1, out if c.cls_dim else (out, None)
@@ -332,9 +333,9 @@ class DiT(Pretrained, _Layers):
                 # of `self.layers`, () for none: a `DiTOutput` with their tokens
                 layers: Sequence[int | str] | None = None
                ) -> Tensor | tuple[Tensor, Tensor] | DiTOutput:
-        """Velocity (b,in_channels,h,w) = noise - data (or what `config.predict` says), in the type of z; with a class token (velocity, class-token
-        velocity); with `layers`, a `DiTOutput`. Labels are dropped in train mode only. UserError, one line, for what
-        does not fit (values are looked at on a CPU alone)."""
+        """Velocity (b,in_channels,h,w) = noise - data, or what `config.predict` says, in the type of z; with a class
+        token (velocity, class-token velocity); with `layers`, a `DiTOutput`. Labels are dropped in train mode only.
+        UserError, one line, for what does not fit (values are looked at on a CPU alone)."""
         return _forward(self, z, t, y, cls, drop, layers)
 
 # %% ../nbs/34_dit.ipynb #3a3ec179

@@ -52,6 +52,7 @@ def _laws(given: Laws) -> Laws:
         found += (how['law'] if how.keys() == {'law'} else how, at),
     return found
 
+# %% ../nbs/38_flow_task.ipynb #flo00001
 @dataclass(frozen=True)
 class FlowConfig:
     "How a velocity net is trained; defaults: SiT (Ma et al. 2024). UserError on a value that cannot be."
@@ -66,7 +67,7 @@ class FlowConfig:
     clip: float | None = None           # largest gradient norm
     ema: float = .9999                  # decay of the average, per step
     optimizer: str = 'adamw'            # or 'muon': see `train.MuonAdamW`
-    spatial: float | None = None        # REPA's targets through `spatial_norm` with this alpha (iREPA: .6 to 1); None: not
+    spatial: float | None = None        # alpha of `spatial_norm` on REPA's targets (iREPA: .6 to 1); None: as they are
     weighting: str | None = None        # over noise levels, of `flow.WEIGHTINGS`; RAEv2: predict='data', 'velocity'
     def __post_init__(self) -> None:
         need(isinstance(self.weights, Mapping),
@@ -132,7 +133,7 @@ class _FlowNets:
             need((term in config.weights) == bool(getattr(c, of)),
                  f"the weight '{term}' and DiTConfig.{of} go together; give both or none")
         need(config.predict == c.predict,
-             f'FlowConfig.predict={config.predict!r} and DiTConfig.predict={c.predict!r} go together; give one for both')
+             f'FlowConfig.predict={config.predict!r}, DiTConfig.predict={c.predict!r}; give both the same')
         needed = max(len(c.z_dims), int(bool(c.cls_dim)))
         need(len(vfms) == needed, f'this net aligns with {needed} VFMs, {len(vfms)} were given')
         for vfm, width in zip([*vfms, *vfms[:1]], [*c.z_dims, c.cls_dim], strict=False):

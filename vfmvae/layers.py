@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'NOISE_KINDS', 'NOISE_LAWS', 'ACTIVATIONS', 'GeGLU', 'PoolAttention', 'ProjBlock', 'AttnProj', 'ConvProj',
-           'fuse_layers', 'PriorTarget', 'noise_levels', 'add_noise', 'EqualLinear', 'Style', 'unit_moment',
-           'is_cpu_float32', 'use_cpu_inference_kernel', 'modulated', 'channels_last', 'depthwise', 'Depthwise',
-           'dense', 'Pointwise', 'residual_mlp', 'norm_groups', 'ConvNeXt', 'binomial', 'Upsample', 'ToRGB',
-           'ChannelNorm', 'GridAttention', 'dwsep', 'pointwise', 'sincos_table']
+           'fuse_layers', 'PriorTarget', 'noise_levels', 'add_noise', 'check_noise', 'EqualLinear', 'Style',
+           'unit_moment', 'is_cpu_float32', 'use_cpu_inference_kernel', 'modulated', 'channels_last', 'depthwise',
+           'Depthwise', 'dense', 'Pointwise', 'residual_mlp', 'norm_groups', 'ConvNeXt', 'binomial', 'Upsample',
+           'ToRGB', 'ChannelNorm', 'GridAttention', 'dwsep', 'pointwise', 'sincos_table']
 
 # %% ../nbs/12_layers.ipynb #7d024ef6
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import comb, sqrt
 
 # %% ../nbs/12_layers.ipynb #44ff8638
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../nbs/12_layers.ipynb #89e97841
-from .core import DrawsLike, need, normal_like, one_of, pick, to_grid, to_tokens, uniforms_for
+from .core import (DrawsLike, need, normal_like, one_of, pick, real, to_grid, to_tokens, uniforms_for,
+                         UserError)
 from .runtime import average
 
 # %% ../nbs/12_layers.ipynb #6b6d3791
@@ -172,6 +173,15 @@ def add_noise(z: Tensor,                 # what is decoded, (b,c,h,w)
     if one_of(kind, NOISE_KINDS, 'kind of noise') == 'add': return z + noise_levels(z, law, scale, draws)*noise
     s = noise_levels(z, 'uniform', 1., draws)
     return (1-s)*z + s*(mean + scale*noise)
+
+def check_noise(noise: object, who: str # of what it is, for the message
+               ) -> None:
+    "UserError unless this is kind, law and scale of `add_noise`; 'mix' has one law."
+    if not isinstance(noise, Mapping) or {*noise} != {'kind', 'law', 'scale'}:
+        raise UserError(f"{who}: noise is {noise!r}; give dict(kind='add', law='uniform', scale=.8)")
+    one_of(noise['kind'], NOISE_KINDS, 'kind of noise', f'; {who}')
+    one_of(noise['law'], NOISE_LAWS[:1] if noise['kind'] == 'mix' else NOISE_LAWS, 'law of noise', f'; {who}')
+    real(noise['scale'], f'{who}: scale of its noise', above=0, high=1e3)
 
 # %% ../nbs/12_layers.ipynb #f31c913d
 class EqualLinear(nn.Module):

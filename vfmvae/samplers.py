@@ -39,7 +39,7 @@ def unpack_state(state: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def _read(net: object, out: Tensor, z: Tensor, t: float, predict: str | None = None, path: str = 'linear') -> Tensor:
     "What a net says of z at t, as a velocity; a prediction of data as it was weighed in training."
-    how = predict or getattr(getattr(net, 'config', None), 'predict', 'velocity')
+    how: Any = predict or getattr(getattr(net, 'config', None), 'predict', 'velocity')
     return convert(out, z, max(t, DATA_FLOOR) if how == 'data' else t, how, 'velocity', path)
 
 def velocity_field(net: Callable,                      # net(z, t, y), t (b,)

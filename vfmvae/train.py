@@ -118,7 +118,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if rest: self.parts.append(torch.optim.AdamW(rest, betas=betas, **how))
         super().__init__([g for part in self.parts for g in part.param_groups], {})
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Callable | None = None) -> None: # type: ignore[override]
         "One step of both. Their groups and state are those of this optimizer, which may have been loaded or sharded."
         for part in self.parts:
             part.param_groups = [g for g in self.param_groups if ('momentum' in g) == ('momentum' in part.defaults)]

@@ -47,7 +47,7 @@ def _rules(c: 'VFMVAEConfig') -> Iterator[tuple[str, object, str]]:
     yield 'layers', n > 0 and len(c.in_dims) == len(c.out_dims) == n, f'{n} layers need {n} in_dims and {n} out_dims'
     yield 'mode', c.mode in ('kl', 'rms', 'discrete'), f"{c.mode!r} is not 'kl', 'rms' or 'discrete'"
     yield 'projection', c.projection in ('attnproj', 'conv'), f"{c.projection!r} is not 'attnproj' or 'conv'"
-    for k, known in dict(act=ACTIVATIONS, fuse=FUSIONS).items():
+    for k, known in (('act', [*ACTIVATIONS]), ('fuse', [*FUSIONS])):
         yield k, (v := getattr(c, k)) in known, f"{v!r} is not one of {', '.join(known)}"
     yield ('fuse', c.fuse == 'concat' or len({*c.in_dims}) == 1,
            f"layers of widths {c.in_dims} have no {c.fuse}; use fuse='concat'")
@@ -63,6 +63,7 @@ def _rules(c: 'VFMVAEConfig') -> Iterator[tuple[str, object, str]]:
     yield 'attention', len(c.attention) <= c.blocks, f'has more entries than the {c.blocks} blocks'
     yield from _width_rules(c)
 
+# %% ../nbs/15_vae.ipynb #wid00001
 def _width_rules(c: 'VFMVAEConfig') -> Iterator[tuple[str, object, str]]:
     "Those of `_rules` on widths: of the branches, the blocks, the codebooks and the projection."
     for i, m in enumerate(c.fusion):
