@@ -155,7 +155,8 @@ WHOLE = {*SOURCES, *EXTRACTORS, *JUDGES, 'DiT', 'VFMVAE', 'ConvVAE', 'RAE', 'Dif
 # parts of the nets above, which run when these run
 PARTS = {*'''BatchNormLocal SpectralConv TokenHead ResBlock AttnBlock PatchEmbed TimeEmbed LabelEmbed RMSNorm Attention MLP SwiGLU Block FinalLayer WorldNet
              GeGLU PoolAttention ProjBlock AttnProj ConvProj EqualLinear Style Depthwise Pointwise ConvNeXt Upsample ToRGB ChannelNorm GridAttention LatentStats
-             Codebook Quantizer Adapter MappingNetwork TokenizerModel Synthesis ConvStem FrozenVFMMixin'''.split()}
+             Codebook Quantizer Adapter MappingNetwork TokenizerModel Synthesis ConvStem FrozenVFMMixin
+             PriorTarget'''.split()}
 
 
 def test_every_net_and_source_of_the_library_is_looked_at():
@@ -420,6 +421,10 @@ CALLS = {
     'losses.marginal_cosine': near(losses.marginal_cosine),
     'losses.distance_matrix': near(losses.distance_matrix),
     'losses.align_loss': near(losses.align_loss),
+    'losses.ssr_loss': near(losses.ssr_loss),
+    'losses.scr_loss': near(losses.scr_loss),
+    'losses.mcr_loss': lambda d: losses.mcr_loss(lambda z: z[:, :3].repeat_interleave(2, 3), normal(2, 4, 3, 3).to(d), losses.pixel, Draws(0, range(2))),
+    'losses.moved_latents': lambda d: losses.moved_latents(normal(2, 4, 3, 3).to(d), draws=Draws(0, range(2))),
     'losses.adaptive_weight': lambda d: losses.adaptive_weight((w := normal(3).to(d).requires_grad_()).square().sum(), w.sum(), w, 2.),
     'discriminators.gan_loss_d': listed(lambda d: discriminators.gan_loss_d(normal(3, 4).to(d), normal(3, 4, seed=1).to(d))),
     'discriminators.gan_loss_g': lambda d: discriminators.gan_loss_g(normal(3, 4).to(d)),

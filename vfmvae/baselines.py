@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../nbs/16_baselines.ipynb #d1cbed89
-from .core import (at_least_float32, check_fields, Draws, Gaussian, need, real, to_grid, to_tokens, uniforms_for,
+from .core import (at_least_float32, check_fields, Draws, Gaussian, need, one_of, real, to_grid, to_tokens,
                          whole)
 from .vfm import VFM
-from .layers import norm_groups, sincos_table
+from .layers import fuse_layers, FUSIONS, noise_levels, norm_groups, PriorTarget, sincos_table, unit_moment
 from .protocols import EncoderOutput
 from .tokenizer import families, in_name, TokenizerModel
 
@@ -94,6 +94,8 @@ def _check_conv(c: 'ConvVAEConfig') -> None:
     def check(ok: object, text: str) -> None: need(ok, f'ConvVAEConfig.{text}')
     check_fields(c)
     _in_reach(c, ('channels', 'width', 'img_size', 'patch', 'dim'), ('blocks', 'decoder_blocks'))
+    one_of(c.mode, ('kl', 'rms'), 'mode of ConvVAEConfig.mode')
+    check(c.vfm or not c.target, 'target: a plain VAE looks at no VFM; give vfm=... or set target=False')
     if c.groups is not None: whole(c.groups, 'ConvVAEConfig.groups', 1)
     check(0 < len(c.mults) <= 16, f'mults: {c.mults} needs one factor for each of 1 to 16 levels')
     for m in c.mults: whole(m, 'ConvVAEConfig.mults', 1, 1024)
@@ -109,7 +111,6 @@ def _check_conv(c: 'ConvVAEConfig') -> None:
 class ConvVAEConfig:
     "Shape of a `ConvVAE`; defaults: SD-VAE, f8d4 at 256 px. Checked at construction (UserError). JSON by `asdict`."
     family: ClassVar[str] = 'conv'
-    mode: ClassVar[str] = 'kl'
     progressive: ClassVar[bool] = False
     latent_multiple: ClassVar[int] = 1
     channels: int = 4                       # of the latent
@@ -124,6 +125,8 @@ class ConvVAEConfig:
     vfm: str | None = None                  # name of the VFM to align with; None: a plain VAE
     patch: int = 16                         # its patch, pixels
     dim: int = 1024                         # its width
+    target: bool = False                    # carries the target of the losses ssr and scr: `layers.PriorTarget`
+    mode: str = 'kl'                        # or 'rms': each position of RMS 1 over the channels, no spread (GAE)
 
     def __post_init__(self) -> None: _check_conv(self)
     @property
@@ -162,7 +165,7 @@ class _Encoder(nn.Module):
         self.down = nn.ModuleList(_Level([w[i]]+[w[i+1]]*c.blocks, i in c.attention, c.groups,
                                          downsample=_Down(w[i+1]) if i < n-1 else None) for i in range(n))
         self.mid, self.norm_out = _Mid(w[-1], c.groups), _norm(w[-1], c.groups)
-        self.conv_out = nn.Conv2d(w[-1], 2*c.channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(w[-1], c.channels*(1 + (c.mode == 'kl')), 3, padding=1)
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down: x = level(x)
@@ -202,8 +205,9 @@ class ConvVAE(TokenizerModel):
         c = config
         self.encoder, self.decoder = _Encoder(c), _Decoder(c)
         self.quant_conv, self.post_quant_conv = (nn.Conv2d(n, n, 1) if c.quant else nn.Identity()
-                                                 for n in (2*c.channels, c.channels))
+                                                 for n in (self.encoder.conv_out.out_channels, c.channels))
         _start(self)
+        if c.target: self.prior_target = PriorTarget(c.dim, c.channels)
         if c.align:
             self.linear_proj = nn.Conv2d(c.channels, c.dim, 1, bias=False)
             nn.init.xavier_normal_(self.linear_proj.weight, gain=0.5)
@@ -227,7 +231,8 @@ class ConvVAE(TokenizerModel):
         """Everything one encoding yields; x (b,3,H,W) in [-1,1]. `features`: of `vfm_features`, passed on for the
         alignment."""
         moments = self.quant_conv(self.encoder(self.checked_images(x)))
-        raw = Gaussian.split(at_least_float32(moments))
+        wide = at_least_float32(moments)
+        raw = Gaussian.split(wide) if self.config.mode == 'kl' else Gaussian(unit_moment(wide, 1e-6))
         return EncoderOutput(self.stats.scale(raw), raw, moments, dict(features or {}))
     def decode_scales(self, z: Tensor) -> list[Tensor]:
         "Latents (b,c,h,w) on unit scale to a list of one image (b,3,H,W), unclamped."
@@ -244,9 +249,16 @@ def _check_rae(c: 'RAEConfig') -> None:
     real(c.tau, 'RAEConfig.tau', 0)
     real(c.eps, 'RAEConfig.eps', above=0)
     whole(c.mlp, 'RAEConfig.mlp', 0, 1 << 20)
+    one_of(c.fuse, FUSIONS, 'fusion of RAEConfig.fuse')
+    check(not c.global_mean or c.fuse != 'concat', "global_mean: a fusion by 'concat' is wider; choose fuse='mean'")
     side = c.img_size//c.stride
     check(c.places in (0, side) and c.places <= 256,
           f'places: {c.places} is neither 0 nor the side of the latent, {side}, of at most 256')
+
+def _latent_widths(c: 'RAEConfig', vfm: VFM) -> list[int]:
+    "Channels of the latent that a VFM gives: one number, unless its layers differ and cannot be fused."
+    each = [*map(vfm.width, c.read)]
+    return [sum(each)] if c.fuse == 'concat' else sorted({*each})
 
 # %% ../nbs/16_baselines.ipynb #1d501bb4
 @dataclass(frozen=True)
@@ -273,6 +285,9 @@ class RAEConfig:
     published: bool = False    # as its authors build it: a learned token among the others, norms' eps 1e-12, positions
                                # up to 16, a bicubic resize unfiltered
     places: int = 0            # side of a grid of means and stds, one for each position (published files); 0: none
+    layers: tuple[int, ...] = () # several layers, fused into one latent (RAEv2); (): `layer` alone
+    fuse: str = 'mean'         # how, see `layers.FUSIONS`; 'concat': channels of all of them together
+    global_mean: bool = False  # adds the mean over tokens of the last of them to each token (RAEv2)
 
     def __post_init__(self) -> None: _check_rae(self)
     @property
@@ -287,9 +302,13 @@ class RAEConfig:
     def name(self) -> str:
         "rae-vfm-f<stride>d<channels>, such as rae-dinov2b-f16d768."
         return f"rae-{in_name(self.vfm)}-f{self.stride}d{self.channels}"
+    @property
+    def read(self) -> tuple[int, ...]:
+        "The VFM layers that it reads."
+        return self.layers or (self.layer,)
     def for_vfm(self, vfm: VFM) -> 'RAEConfig':
         "The same decoder on another VFM."
-        return replace(self, vfm=vfm.name, patch=vfm.patch, channels=vfm.dim)
+        return replace(self, vfm=vfm.name, patch=vfm.patch, channels=_latent_widths(self, vfm)[-1])
 
 # %% ../nbs/16_baselines.ipynb #d0a3123f
 @lru_cache(16)
@@ -305,7 +324,7 @@ class _RAEParts(TokenizerModel):
     place_std: Tensor
     def __init__(self, config: RAEConfig,     # its shape
                  vfm: VFM | None = None):     # the frozen VFM; None: decode only
-        super().__init__(config, (config.layer,))
+        super().__init__(config, config.read)
         from timm.models.vision_transformer import Block
         c = config
         self.inp = nn.Linear(c.channels, c.width)
@@ -323,10 +342,10 @@ class _RAEParts(TokenizerModel):
 
     def check_vfm(self, vfm: VFM) -> None:
         "UserError if its patch or width is not that of the configuration."
-        c = self.config
-        need((vfm.patch, vfm.dim) == (c.patch, c.channels),
-             f'{vfm.name} has patch {vfm.patch} and {vfm.dim} channels, {self.name} was made for {c.patch} and '
-             f'{c.channels}; use config.for_vfm(vfm)')
+        c, wide = self.config, _latent_widths(self.config, vfm)
+        need((vfm.patch, wide) == (c.patch, [c.channels]),
+             f"{vfm.name} has patch {vfm.patch} and {' or '.join(map(str, wide))} channels, {self.name} was made for "
+             f'{c.patch} and {c.channels}; use config.for_vfm(vfm)')
     def _resized(self, x: Tensor) -> Tensor:
         if not self.config.published: return super()._resized(x)
         size = [round(s*self.config.scale) for s in x.shape[2:]]
@@ -347,10 +366,10 @@ class RAE(_RAEParts):
         """Everything one encoding yields. In training mode the posterior has a std of sigma ~ U(0, tau), drawn per
         image: its sample is the noisy latent."""
         c, found = self.config, dict(self.vfm_features(x) if features is None else features)
-        h = found[c.layer]
-        z, logvar = to_grid(F.layer_norm(h, h.shape[-1:], eps=c.eps), x.shape[2]//self.stride), None
+        h = fuse_layers([found[k] for k in c.read], c.fuse, c.global_mean, c.eps)
+        z, logvar = to_grid(h, x.shape[2]//self.stride), None
         if self.training and c.tau:
-            sigma = c.tau*uniforms_for(z, draws, 'sigma')[:, None, None, None].to(z.dtype)
+            sigma = noise_levels(z, 'uniform', c.tau, draws)
             logvar = (2*sigma.clamp(min=1e-6).log()).expand_as(z)
         raw = Gaussian(z, logvar)
         if c.places: raw = raw.scale(*self._place_scale(*z.shape[2:]))

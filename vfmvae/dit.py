@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../nbs/34_dit.ipynb #07be95a8
-from .core import build_config, Draws, need, normal_like, UserError, whole
+from .core import build_config, Draws, need, normal_like, to_grid, to_tokens, UserError, whole
 from .files import check_state_dict, check_weights, load_weights, save_weights, sidecar
 from .runtime import device_of, weights_at
 from .layers import sincos_table
 from .protocols import LatentStats, Tokenizer
 from .tokenizer import check_config, families, image_seeds, Pretrained
-from .flow import DiTOutput
+from .flow import DiTOutput, PREDICTIONS
 from .dit_layers import (Block, FinalLayer, LabelEmbed, MLPS, modulations, NORMS, PatchEmbed, projector, QK_NORMS,
                                rope_table, TimeEmbed, unpatchify)
 
@@ -58,6 +58,8 @@ class DiTConfig:
     head_depth: int = 0            # ... blocks, 0: no head,
     head_num_heads: int = 0        # ... and heads
     data_time: bool = False        # the weights were trained with t = 1 for data; set by the loaders
+    projector: str = 'mlp'         # of REPA: token by token, or 'conv': one 3x3 convolution on their grid (iREPA)
+    predict: str = 'velocity'      # what `forward` returns, of `flow.PREDICTIONS`; samplers read it off here
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -79,7 +81,7 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
     for k, f in DiTConfig.__dataclass_fields__.items():
         least = 0 if k.startswith(('head_', 'cls_', 'base_')) else 1
         if f.type in ('int', int): yield k, (v := getattr(c, k)) >= least, f'{v!r} must be at least {least}'
-    for k, known in dict(norm=NORMS, mlp=MLPS, qk_norm=QK_NORMS).items():
+    for k, known in dict(norm=NORMS, mlp=MLPS, qk_norm=QK_NORMS, predict=PREDICTIONS).items():
         yield k, (v := getattr(c, k)) in known, f"{v!r} is none of {', '.join(known)}"
     yield ('mlp_ratio', c.mlp_ratio > 0 and int(c.hidden_size*c.mlp_ratio) > 1,
            f'{c.mlp_ratio} leaves the MLP no width; 4 is usual')
@@ -97,6 +99,10 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
         yield k, not used or at <= c.depth, f'{at} is more than the {c.depth} blocks there are'
     yield ('cls_dim', not (c.cls_dim and c.head_depth),
            'a class token and a DDT head do not go together; set one of them to 0')
+    yield 'projector', c.projector in (known := ('mlp', 'conv')), f"{c.projector!r} is none of {', '.join(known)}"
+    yield ('projector', c.projector == 'mlp' or not c.cls_dim,
+           "a class token has no place on a grid; use 'mlp', or cls_dim=0")
+    yield 'predict', c.predict == 'velocity' or not c.data_time, 'with data_time a net predicts the velocity'
 
 # %% ../nbs/34_dit.ipynb #541c75ef
 SIZES = {'S': dict(hidden_size=384, depth=12, num_heads=6), 'B': dict(hidden_size=768, depth=12, num_heads=12),
@@ -198,7 +204,8 @@ class _Layers(nn.Module):
         self.t_embedder, self.y_embedder = TimeEmbed(d, c.fourier), LabelEmbed(c.num_classes, d)
         self.blocks = nn.ModuleList(Block(dim, heads, int(dim*c.mlp_ratio), c.norm, c.mlp, c.qk_norm, c.shift)
                                     for dim, heads in c.sizes)
-        self.projectors = nn.ModuleList(projector(d, c.projector_dim, z) for z in c.z_dims)
+        self.projectors = nn.ModuleList(nn.Conv2d(d, z, 3, padding=1) if c.projector == 'conv' else
+                                        projector(d, c.projector_dim, z) for z in c.z_dims)
         if c.cls_dim: self.cls_projectors2, self.wg_norm = nn.Linear(c.cls_dim, d), nn.LayerNorm(d, eps=1e-6)
         if c.head_depth:
             self.s_embedder = PatchEmbed(c.in_channels, d, c.patch_size)
@@ -249,7 +256,10 @@ def _forward(net: _Layers, z: Tensor, t: Tensor, y: Tensor, cls: Tensor | None, 
     if c.base_depth:
         base = _velocity(c, net.base_layer(out[c.base_depth-1], *modulations([net.base_layer], cond)), z)[0]
     tokens = {k: out[k][0] if k == 'final' and c.cls_dim else out[k] for k in layers or ()}
-    return DiTOutput(v, v_cls, base, tuple(p(out[c.encoder_depth-1]) for p in net.projectors), tokens)
+    def project(p: nn.Module) -> Tensor:
+        h = out[c.encoder_depth-1]
+        return to_tokens(p(to_grid(h, z.shape[2]//c.patch_size))) if c.projector == 'conv' else p(h)
+    return DiTOutput(v, v_cls, base, tuple(map(project, net.projectors)), tokens)
 
 def _layer_outputs(net: _Layers, z: Tensor, time: Tensor, cond: Tensor, cls: Tensor | None, keep: set
                   ) -> dict[int | str, Any]:
@@ -273,6 +283,7 @@ def _layer_outputs(net: _Layers, z: Tensor, time: Tensor, cond: Tensor, cls: Ten
         through(net.x_embedder(z), named[c.depth:], conditioning, tables.head_rope)
     return kept
 
+# %% ../nbs/34_dit.ipynb #vel00001
 def _velocity(c: DiTConfig, out: Any, z: Tensor) -> tuple[Tensor, Tensor | None]:
     "A final layer's output in the library's time direction, as velocities."
     sign, (tokens, v_cls) = -1 if c.data_time else 1, out if c.cls_dim else (out, None)
@@ -322,9 +333,9 @@ class DiT(Pretrained, _Layers):
                 # of `self.layers`, () for none: a `DiTOutput` with their tokens
                 layers: Sequence[int | str] | None = None
                ) -> Tensor | tuple[Tensor, Tensor] | DiTOutput:
-        """Velocity (b,in_channels,h,w) = noise - data, in the type of z; with a class token (velocity, class-token
-        velocity); with `layers`, a `DiTOutput`. Labels are dropped in train mode only. UserError, one line, for what
-        does not fit (values are looked at on a CPU alone)."""
+        """Velocity (b,in_channels,h,w) = noise - data, or what `config.predict` says, in the type of z; with a class
+        token (velocity, class-token velocity); with `layers`, a `DiTOutput`. Labels are dropped in train mode only.
+        UserError, one line, for what does not fit (values are looked at on a CPU alone)."""
         return _forward(self, z, t, y, cls, drop, layers)
 
 # %% ../nbs/34_dit.ipynb #3a3ec179

@@ -25,10 +25,10 @@ from .images import Batch, Dataset, Images
 from .vfm import VFM
 from .protocols import Tokenizer
 from .run import defaults_of, EMA, Run
-from .train import betas_of, safe_step
+from .train import betas_of, MuonAdamW, safe_step
 from .robustness import layer_scores
-from .flow import (DiTOutput, flow_loss, FLOW_WEIGHTS, FlowTargets, PATHS, PREDICTIONS, sample_t, TERMS,
-                         TIME_DISTRIBUTIONS, TimeLaw)
+from .flow import (DiTOutput, flow_loss, FLOW_WEIGHTS, FlowTargets, PATHS, PREDICTIONS, sample_t, spatial_norm,
+                         TERMS, TIME_DISTRIBUTIONS, TimeLaw, WEIGHTINGS)
 from .dit import DiT, DiTConfig, NetFeatures
 from .samplers import COARSE, ImageNoise, in_eval_mode, sample_latents, Sampler
 from .latents import cache_latents, LatentCache
@@ -52,6 +52,7 @@ def _laws(given: Laws) -> Laws:
         found += (how['law'] if how.keys() == {'law'} else how, at),
     return found
 
+# %% ../nbs/38_flow_task.ipynb #flo00001
 @dataclass(frozen=True)
 class FlowConfig:
     "How a velocity net is trained; defaults: SiT (Ma et al. 2024). UserError on a value that cannot be."
@@ -59,18 +60,27 @@ class FlowConfig:
     weights: Mapping[str, float] = field(default_factory=lambda: dict(FLOW_WEIGHTS['sit']))
     laws: Laws = (('uniform', 0),)      # ((law of t, or arguments of `sample_t`; images from which it holds), ...)
     path: str = 'linear'
-    predict: str = 'velocity'
+    predict: str = 'velocity'           # as DiTConfig.predict
     lr: float = 1e-4
     betas: tuple[float, float] = (.9, .999)
     weight_decay: float = 0.
     clip: float | None = None           # largest gradient norm
     ema: float = .9999                  # decay of the average, per step
+    optimizer: str = 'adamw'            # or 'muon': see `train.MuonAdamW`
+    spatial: float | None = None        # alpha of `spatial_norm` on REPA's targets (iREPA: .6 to 1); None: as they are
+    weighting: str | None = None        # over noise levels, of `flow.WEIGHTINGS`; RAEv2: predict='data', 'velocity'
     def __post_init__(self) -> None:
         need(isinstance(self.weights, Mapping),
              f'FlowConfig.weights: {self.weights!r} is no mapping of loss terms to numbers')
         for k in self.weights: one_of(k, TERMS, 'loss term of FlowConfig.weights')
         for k, known in dict(path=PATHS, predict=PREDICTIONS).items():
             one_of(getattr(self, k), known, f'value of FlowConfig.{k}')
+        one_of(self.optimizer, ('adamw', 'muon'), 'optimizer of FlowConfig.optimizer')
+        if self.spatial is not None:
+            real(self.spatial, 'FlowConfig.spatial', low=0, high=1)
+            need('repa' in self.weights, "FlowConfig.spatial is of REPA's targets; weigh 'repa' too, or leave it None")
+        if self.weighting is not None:
+            one_of(self.weighting, WEIGHTINGS[self.predict], f'weighting of a predicted {self.predict}', '; None')
         object.__setattr__(self, 'laws', _laws(self.laws))
         object.__setattr__(self, 'betas', betas_of(self.betas, 'FlowConfig.betas'))
         object.__setattr__(self, 'weights', dict(self.weights))
@@ -96,11 +106,12 @@ def vfm_targets(vfm: VFM,             # frozen
     return vfm.with_class(x if x.shape[2:] == size else resized(x, size, vfm.interpolation))
 
 def _flow_targets(vfms: Sequence[VFM], c: DiTConfig, batch: Mapping[str, Any], grid: tuple[int, int],
-                  cls_noise: Tensor | None) -> FlowTargets:
+                  cls_noise: Tensor | None, spatial: float | None = None) -> FlowTargets:
     "Targets of REPA and REG from the images of a batch; REG: the first VFM's class token, also in front of its tokens."
     need(not vfms or 'image' in batch,
          'REPA and REG look at the images; give the cache its images: cache.with_images(data)')
     found = [vfm_targets(v.to(batch['image'].device), batch['image'], grid) for v in vfms]
+    if spatial is not None: found = [(k, spatial_norm(h, spatial)) for k, h in found]
     if not c.cls_dim: return FlowTargets(tokens=[h for _, h in found])
     return FlowTargets(found[0][0], cls_noise, [torch.cat([k[:, None], h], 1) for k, h in found][:len(c.z_dims)])
 
@@ -121,6 +132,8 @@ class _FlowNets:
         for term, of in dict(repa='z_dims', cls='cls_dim', base='base_depth').items():
             need((term in config.weights) == bool(getattr(c, of)),
                  f"the weight '{term}' and DiTConfig.{of} go together; give both or none")
+        need(config.predict == c.predict,
+             f'FlowConfig.predict={config.predict!r}, DiTConfig.predict={c.predict!r}; give both the same')
         needed = max(len(c.z_dims), int(bool(c.cls_dim)))
         need(len(vfms) == needed, f'this net aligns with {needed} VFMs, {len(vfms)} were given')
         for vfm, width in zip([*vfms, *vfms[:1]], [*c.z_dims, c.cls_dim], strict=False):
@@ -131,7 +144,8 @@ class _FlowNets:
         self.nets: dict[str, nn.Module] = dict(net=net)
         params = [p for p in net.parameters() if p.requires_grad]
         how: dict[str, Any] = dict(lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-        self.optimizers = dict(net=torch.optim.AdamW(params, fused=True, **how))
+        muon = config.optimizer == 'muon'
+        self.optimizers = dict(net=MuonAdamW(params, **how) if muon else torch.optim.AdamW(params, fused=True, **how))
         self.ema = EMA(net, constant=config.ema)
         self._forward: Callable | None = None
         self._labelled = False              # whether labels on a device were looked at, which waits for it
@@ -181,12 +195,14 @@ class _FlowTerms(_FlowNets):
         self._check(c, z, y)
         drop = uniforms_for(y, draws, 'label') < c.label_dropout if net.training and c.label_dropout else None
         grid = z.shape[2]//c.patch_size, z.shape[3]//c.patch_size
-        targets, run = _flow_targets(self.vfms, c, batch, grid, cls_noise), self._run(net, grid, z)
+        targets = _flow_targets(self.vfms, c, batch, grid, cls_noise, f.spatial)
+        run = self._run(net, grid, z)
         def velocity(z_t: Tensor, t: Tensor, y: Tensor, cls: Tensor | None = None
                     ) -> Tensor | tuple[Tensor, Tensor] | DiTOutput:
             with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
                 return run(z_t, t, y, cls, drop, layers=() if c.z_dims or c.base_depth else None)
-        return flow_loss(velocity, z, y, f.weights, t, noise, draws, f.law(seen), f.path, f.predict, targets=targets)
+        return flow_loss(velocity, z, y, f.weights, t, noise, draws, f.law(seen), f.path, f.predict, f.weighting,
+                         targets)
 
 # %% ../nbs/38_flow_task.ipynb #6060144b
 class FlowTask(_FlowTerms):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['resize', 'target_transform', 'latent_transform', 'EquivarianceTransform', 'sample_equivariance', 'pixel',
            'multiscale', 'structural_similarity', 'ssim_loss', 'perceptual', 'vfm_taps', 'lpips', 'marginal_cosine',
-           'distance_matrix', 'align_loss', 'adaptive_weight']
+           'distance_matrix', 'align_loss', 'ssr_loss', 'scr_loss', 'moved_latents', 'mcr_loss', 'adaptive_weight']
 
 # %% ../nbs/17_losses.ipynb #991a30fd
-import random
+import math, random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../nbs/17_losses.ipynb #bed87fa8
-from .core import at_least_float32, Draws, need, resized, to_tokens
+from .core import at_least_float32, Draws, DrawsLike, need, normal_like, resized, to_tokens
 from .files import check_state_dict, check_weights
 from .runtime import average
 from .checkpoints import read_weights
@@ -214,17 +214,20 @@ def marginal_cosine(u: Tensor,         # projected latent (b,c,h,w)
     return F.relu(1 - margin - F.cosine_similarity(a, u, dim=1)).mean()
 
 # %% ../nbs/17_losses.ipynb #2a50c44e
+def _gram_difference(u: Tensor, a: Tensor) -> Tensor:
+    "Cosines of all pairs of positions in u less those in a, (b,h*w,h*w)."
+    gram = lambda h: (n := F.normalize(h.flatten(2), dim=1)).transpose(1, 2) @ n
+    u, a = _matched(u, a)
+    # a difference of two cosines needs more than bfloat16's three digits
+    with torch.autocast(u.device.type, enabled=False): return gram(u)-gram(a)
+
 def distance_matrix(u: Tensor,         # projected latent (b,c,h,w)
                     a: Tensor,         # VFM features (b,c,H,W), pooled to h x w; no gradient
                     margin: float = 0. # differences smaller than this cost nothing
                    ) -> Tensor:
     """Mean over images and pairs of positions of relu(|cos(u_i,u_j) - cos(a_i,a_j)| - margin), a scalar in [0, 2] (same
     source)."""
-    gram = lambda h: (n := F.normalize(h.flatten(2), dim=1)).transpose(1, 2) @ n
-    u, a = _matched(u, a)
-    # a difference of two cosines needs more than bfloat16's three digits
-    with torch.autocast(u.device.type, enabled=False):
-        return F.relu((gram(u)-gram(a)).abs() - margin).mean()
+    return F.relu(_gram_difference(u, a).abs() - margin).mean()
 
 # %% ../nbs/17_losses.ipynb #2b2d4698
 def align_loss(u: Tensor,                # projected latent `VFMVAE.align_features(z)`, (b,c,h,w)
@@ -239,6 +242,45 @@ def align_loss(u: Tensor,                # projected latent `VFMVAE.align_featur
     zero = u.new_zeros(())
     dist = dist_weight*distance_matrix(u, a, dist_margin) if dist_weight else zero
     return dist + (cos_weight*marginal_cosine(u, a, cos_margin) if cos_weight else zero)
+
+# %% ../nbs/17_losses.ipynb #pae00002
+def ssr_loss(z: Tensor,      # latents (b,c,h,w)
+             target: Tensor  # (b,c,H,W), pooled to h x w; no gradient
+            ) -> Tensor:
+    """Structure: mean over pairs of positions of (cos(z_i,z_j) - cos(t_i,t_j))^2, a scalar in [0, 4] (PAE's SSR, a sum
+    there)."""
+    return _gram_difference(z, target).square().mean()
+
+def scr_loss(z: Tensor, target: Tensor # as for `ssr_loss`
+            ) -> Tensor:
+    "Meaning: 1 - cos of the pooled, plus 1 - mean cos of the positions, a scalar in [0, 4] (PAE's SCR)."
+    pooled = marginal_cosine(F.adaptive_avg_pool2d(z, 1), F.adaptive_avg_pool2d(target, 1))
+    return pooled + marginal_cosine(z, target)
+
+def moved_latents(z: Tensor,           # (b,c,h,w)
+                  angles: Sequence[float] = (42.5, 85.), # degrees
+                  draws: DrawsLike = None
+                 ) -> list[Tensor]:
+    """z turned by each angle in one random direction, at every position, its length kept: (b,c,h,w) each (PAE's middle
+    and large move)."""
+    unit, n = F.normalize(z, dim=1), normal_like(z, draws, 'tangent').to(z.dtype)
+    tangent = F.normalize(n - (n*unit).sum(1, keepdim=True)*unit, dim=1)
+    across = z.norm(dim=1, keepdim=True)*tangent
+    return [math.cos(math.radians(a))*z + math.sin(math.radians(a))*across for a in angles]
+
+def mcr_loss(decode: Callable[[Tensor], Tensor], # latents to images
+             z: Tensor,                          # (b,c,h,w)
+             perceptual: Callable | None = None, # (x', x) -> scalar, beside L1
+             draws: DrawsLike = None
+            ) -> Tensor:
+    """Continuity: the distance of each of `moved_latents`, decoded, to the one before, which gets no gradient; summed,
+    a scalar (PAE's MCR)."""
+    terms = list[Tensor]()
+    with torch.no_grad(): before = decode(z)
+    for after in map(decode, moved_latents(z, draws=draws)):
+        terms += [pixel(after, before), *([perceptual(after, before)] if perceptual else [])]
+        before = after.detach()
+    return torch.stack(terms).sum()
 
 # %% ../nbs/17_losses.ipynb #8823ab70
 def adaptive_weight(rec_loss: Tensor,    # the reconstruction terms, summed, a scalar with graph

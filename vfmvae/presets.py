@@ -129,6 +129,7 @@ class Preset:
     patch_width: int = 64         # channels of the PatchGAN's first layer
     discriminator_size: int | None = None # side of the images it sees; None: the one that its VFM was made for
     start: str | None = None      # bundled tokenizer to go on from, unless another is given; None: from random weights
+    optimizer: str = 'adam'       # of the tokenizer, or 'muon': see `train.MuonAdamW`
     @property
     def num_images(self) -> int:
         "Images of all stages together."

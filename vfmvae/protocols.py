@@ -146,7 +146,7 @@ class TokenizerConfig(Protocol):
     @property
     def family(self) -> str: "Key of `families`."
     @property
-    def mode(self) -> str: "'kl' (continuous), 'discrete', or 'features' (fixed: nothing to regularise)."
+    def mode(self) -> str: "'kl', 'rms' (on a sphere), 'discrete', or 'features' (fixed: nothing to regularise)."
     @property
     def name(self) -> str: "family-vfm-f<stride>d<channels>."
     @property

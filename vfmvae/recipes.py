@@ -407,7 +407,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS, or one'
     for stage in todo:
         seed = o.seed + 1000*[*folders].index(stage.name)        # a branch draws what the straight run draws
         task = TokenizerTask(model, stage, perceptual_loss, p.half_life, p.betas, p.clip, discriminators,
-                             o.precision or 'fp32', seen)
+                             o.precision or 'fp32', seen, p.optimizer)
         load_nets(task, state)
         if o.compile: compile_decoder(model, o.compile if isinstance(o.compile, str) else 'inductor')
         feed = loader(ds, micro, seed, acc.process_index, acc.num_processes, o.workers, acc.device)
@@ -419,7 +419,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS, or one'
         model, discriminators = task.nets['model'], {k: task.nets.get(k, d) for k, d in discriminators.items()}
         state, seen = {'ema': task.ema.net.own_state()}, seen + stage.num_images
         if on_stage: on_stage(stage, task.ema.net.eval())
-    recipe = {k: getattr(p, k) for k in ('half_life', 'betas', 'clip', 'cosine')} | dict(
+    recipe = {k: getattr(p, k) for k in ('half_life', 'betas', 'clip', 'cosine', 'optimizer')} | dict(
         stages=[s.config() for s in todo], images=seen, batch=o.batch_size, seed=o.seed, fingerprint=fingerprint(ds),
         data=str(data) if isinstance(data, str | Path) else described(ds), start=str(start) if start else None,
         precision=o.precision or 'fp32')
@@ -446,7 +446,7 @@ def estimate(preset: str | Preset,
     rows = []
     for stage in todo:
         task = TokenizerTask(model, stage, perceptual_loss, p.half_life, p.betas, p.clip, discriminators,
-                             precision or 'fp32')
+                             precision or 'fp32', optimizer=p.optimizer)
         for net in (*task.nets.values(), task.ema.net): net.to(acc.device)
         x = dict(image=torch.rand(n, 3, side, side, device=acc.device)*2-1)
         def step(task: TokenizerTask = task, x: dict = x) -> None:

@@ -21,7 +21,8 @@ from torch import nn, Tensor
 # %% ../nbs/35_samplers.ipynb #db621d6b
 from .core import check_fields, Draws, extra, need, one_of, pick, real, whole
 from .runtime import device_of
-from .flow import check_shapes, coefficients, convert, half_diffusion, noise_level, shift_t, t_interval
+from .flow import (check_shapes, coefficients, convert, DATA_FLOOR, half_diffusion, noise_level, shift_t,
+                         t_interval)
 from .dit import DiT
 
 # %% ../nbs/35_samplers.ipynb #68cc2efe
@@ -36,11 +37,17 @@ def unpack_state(state: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     z, cls = state.split([math.prod(shape), state.shape[1]-math.prod(shape)], 1)
     return z.unflatten(1, tuple(shape)), cls
 
+def _read(net: object, out: Tensor, z: Tensor, t: float, predict: str | None = None, path: str = 'linear') -> Tensor:
+    "What a net says of z at t, as a velocity; a prediction of data as it was weighed in training."
+    how: Any = predict or getattr(getattr(net, 'config', None), 'predict', 'velocity')
+    return convert(out, z, max(t, DATA_FLOOR) if how == 'data' else t, how, 'velocity', path)
+
 def velocity_field(net: Callable,                      # net(z, t, y), t (b,)
                    y: Tensor,                          # labels (b,)
                    # (c,h,w) if states are joint, see `pack_state`: net(z, t, y, cls)
                    shape: Sequence[int] | None = None,
-                   predict: str = 'velocity', path: str = 'linear'
+                   predict: str | None = None, # what the net says; None: what its configuration says, else 'velocity'
+                   path: str = 'linear'
                   ) -> Field:
     "The velocity field of a net for these labels."
     def f(z: Tensor, t: float, decide: float | None = None) -> Tensor:
@@ -51,7 +58,7 @@ def velocity_field(net: Callable,                      # net(z, t, y), t (b,)
         if cls: out = pack_state(*out)
         need(not isinstance(out, tuple), 'the net returns a velocity of its class token too; give shape=(c,h,w) and '
                                          'joint states, see pack_state')
-        return convert(out, z, t, predict, 'velocity', path)
+        return _read(net, out, z, t, predict, path)
     return f
 
 # %% ../nbs/35_samplers.ipynb #ca0e3436
@@ -299,7 +306,7 @@ def classifier_free(net: Callable, y: Tensor,   # net(z, t, y) and labels (b,)
                                                 # is (0, .875) here
                     shape: Sequence[int] | None = None, # (c,h,w) if states are joint with a class token
                     cls_scale: float = 0.,      # of the class token, REG; 0 or 1: none
-                    predict: str = 'velocity', path: str = 'linear'
+                    predict: str | None = None, path: str = 'linear' # see `velocity_field`
                    ) -> Field:
     """Classifier-free guidance (Ho & Salimans 2022). Unguided channels stay conditional. scale 1+x on 3 of 4 channels
     is about 1+.75x on all."""
@@ -341,7 +348,7 @@ def _guided(net: DiT, y: Tensor, shape: Sequence[int] | None, s: Sampler, weak: 
     "The velocity field of a net for these labels, guided as the sampler says."
     def both(z: Tensor, t: float) -> tuple[Tensor, Tensor]:
         out = net(z, torch.full((len(z),), t, dtype=torch.float32, device=z.device), y, layers=())
-        return out.v, out.base
+        return _read(net, out.v, z, t), _read(net, out.base, z, t)
     if weak is None and s.weak == 'base': return internal_guidance(both, s.guidance, s.interval)
     if weak is None:
         return classifier_free(net, y, net.config.num_classes, s.guidance, s.channels, s.interval, shape,

@@ -22,8 +22,8 @@ from torch import nn, Tensor
 from .core import at_least_float32, Draws, Gaussian, need, to_grid, to_tokens, UserError
 from .runtime import average
 from .vfm import VFM
-from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, dwsep, EqualLinear, GridAttention, norm_groups,
-                           pointwise, ToRGB, unit_moment, Upsample)
+from .layers import (ACTIVATIONS, AttnProj, ConvNeXt, ConvProj, dwsep, EqualLinear, fuse_layers, FUSIONS,
+                           GridAttention, norm_groups, pointwise, PriorTarget, ToRGB, unit_moment, Upsample)
 from .protocols import Codes, EncoderOutput
 from .tokenizer import check_config, check_sides, families, in_name, TokenizerModel
 
@@ -45,9 +45,13 @@ def _rules(c: 'VFMVAEConfig') -> Iterator[tuple[str, object, str]]:
         yield k, min(getattr(c, k), default=1) >= least, f'{getattr(c, k)} has a number below {least}'
     yield 'res_blocks', c.res_blocks >= 0, f'{c.res_blocks} is negative; 0 means one ConvNeXt layer per block'
     yield 'layers', n > 0 and len(c.in_dims) == len(c.out_dims) == n, f'{n} layers need {n} in_dims and {n} out_dims'
-    yield 'mode', c.mode in ('kl', 'discrete'), f"{c.mode!r} is not 'kl' or 'discrete'"
+    yield 'mode', c.mode in ('kl', 'rms', 'discrete'), f"{c.mode!r} is not 'kl', 'rms' or 'discrete'"
     yield 'projection', c.projection in ('attnproj', 'conv'), f"{c.projection!r} is not 'attnproj' or 'conv'"
-    yield 'act', c.act in ACTIVATIONS, f"{c.act!r} is not one of {', '.join(ACTIVATIONS)}"
+    for k, known in (('act', [*ACTIVATIONS]), ('fuse', [*FUSIONS])):
+        yield k, (v := getattr(c, k)) in known, f"{v!r} is not one of {', '.join(known)}"
+    yield ('fuse', c.fuse == 'concat' or len({*c.in_dims}) == 1,
+           f"layers of widths {c.in_dims} have no {c.fuse}; use fuse='concat'")
+    yield 'layers', -1 in c.layers or not c.target, 'a target needs layer -1; add it or set target=False'
     yield 'layers', -1 in c.layers or not c.align, 'the alignment loss needs layer -1; add it or set align=False'
     ratio = c.scale*c.stride/c.patch
     yield ('scale', ratio >= 1 and _fits(ratio), f'VFM grid of {ratio:g} tokens per latent pixel and axis does not '
@@ -59,6 +63,7 @@ def _rules(c: 'VFMVAEConfig') -> Iterator[tuple[str, object, str]]:
     yield 'attention', len(c.attention) <= c.blocks, f'has more entries than the {c.blocks} blocks'
     yield from _width_rules(c)
 
+# %% ../nbs/15_vae.ipynb #wid00001
 def _width_rules(c: 'VFMVAEConfig') -> Iterator[tuple[str, object, str]]:
     "Those of `_rules` on widths: of the branches, the blocks, the codebooks and the projection."
     for i, m in enumerate(c.fusion):
@@ -76,7 +81,7 @@ def _width_rules(c: 'VFMVAEConfig') -> Iterator[tuple[str, object, str]]:
     books, total = c.codebooks, (sum(c.out_dims)*c.space_to_depth**2, c.channels*(2 if c.mode == 'kl' else 1))
     yield ('codebooks', c.mode != 'discrete' or c.channels % books == 0 == c.vocab % books,
            f'{books} codebooks do not divide {c.channels} channels and {c.vocab} codes')
-    down = [*zip(map(padded, c.in_dims, c.out_dims), c.out_dims, strict=True), total]
+    down = [*((padded(d, e), e) for d, e in c.projected), total]
     if c.projection != 'attnproj': down = []
     misfit = [f'{d} to {e}' for d, e in down if d < e or d % e]
     yield 'out_dims', not misfit, f"cannot project {', '.join(misfit)}: the narrower width must divide the wider"
@@ -95,7 +100,7 @@ class _Fields:
     img_size: int = 256                       # nominal image side; others work if their grid fits
     stride: int = 16                          # image pixels per latent pixel
     channels: int = 32                        # of the latent
-    mode: str = 'kl'                          # 'kl' (continuous) or 'discrete'
+    mode: str = 'kl'                          # continuous, 'rms': each position of RMS 1, no spread (GAE); 'discrete'
     vocab: int = 32768                        # discrete: codes in all codebooks together
     codebooks: int = 8                        # discrete: codebooks, one per chunk of channels
     projection: str = 'attnproj'              # or 'conv'
@@ -116,6 +121,9 @@ class _Fields:
                                               # last one
     legacy: bool = False                      # fixed noise maps of the published weights
     align: bool = True                        # carries the linear map of the alignment (VF) loss
+    target: bool = False                      # carries the target of the losses ssr and scr: `layers.PriorTarget`
+    fuse: str = 'concat'                      # of FUSIONS: each layer is projected alone; or the fused map, to the
+                                              # sum of out_dims (an arm to compare with, after RAEv2)
 
 # %% ../nbs/15_vae.ipynb #72b0b221
 @dataclass(frozen=True)
@@ -145,6 +153,11 @@ class VFMVAEConfig(_Fields):
     def size_multiple(self) -> int:
         "`img_size` must be a multiple of this, pixels."
         return lcm(self.stride*self.latent_multiple, 1 << self.blocks)
+    @property
+    def projected(self) -> tuple[tuple[int, int], ...]:
+        "(channels in, out) of each projection before space-to-depth: of every layer, or of the fused map alone."
+        each = tuple(zip(self.in_dims, self.out_dims, strict=True))
+        return each if self.fuse == 'concat' else ((self.in_dims[-1], sum(self.out_dims)),)
     def for_vfm(self, vfm: VFM) -> 'VFMVAEConfig':
         """The same decoder and latent on another VFM: its patch, widths, name and layers (first, middle, last; of a
         pyramid the first is the first stage of stride 4 or more), at the scale that keeps the token grid."""
@@ -216,11 +229,11 @@ class Adapter(nn.Module):
     def __init__(self, c: VFMVAEConfig):
         super().__init__()
         self.space_to_depth, out = c.space_to_depth, c.channels*(2 if c.mode == 'kl' else 1)
-        # an attention projection wants a multiple of its width; only layers of pyramids have others
-        self.in_dims = [padded(d, e) if c.projection == 'attnproj' else d for d, e in zip(c.in_dims, c.out_dims,
-                                                                                         strict=True)]
+        # an attention projection wants a multiple of its width, which layers of pyramids and fused ones may not be
+        self.fuse = c.fuse
+        self.in_dims = [padded(d, e) if c.projection == 'attnproj' else d for d, e in c.projected]
         self.patch_quants = nn.ModuleList(nn.Sequential(self._proj(c, d, e, c.quant_layers))
-                                          for d, e in zip(self.in_dims, c.out_dims, strict=True))
+                                          for d, (_, e) in zip(self.in_dims, c.projected, strict=True))
         self.final_quant = self._proj(c, sum(c.out_dims)*c.space_to_depth**2, out, c.quant_layers)
         self.post_quant = self._proj(c, c.channels, c.channels*c.widen, c.post_layers, up=True)
         if c.mode == 'discrete': self.quantizer = Quantizer(c.vocab, c.channels, c.codebooks)
@@ -234,6 +247,7 @@ class Adapter(nn.Module):
 
     def down(self, features: Sequence[Tensor], rows: int) -> Tensor:
         "Tokens (b,n,c) of each layer, on a grid of `rows` rows, to the pre-split grid (b,2c or c,h,w)."
+        if self.fuse != 'concat': features = [fuse_layers(features, self.fuse)]
         wide = [h if h.shape[-1] == d else F.pad(h, (0, d-h.shape[-1])) for h, d in zip(features, self.in_dims,
                                                                                         strict=True)]
         narrow = [to_grid(q(h), rows) for q, h in zip(self.patch_quants, wide, strict=True)]
@@ -323,6 +337,7 @@ class _Encoder(TokenizerModel):
                  vfm: VFM | None = None):    # frozen here, always in eval mode
         super().__init__(config, config.layers)
         self.ldm_adapter, self.synthesis = Adapter(config), Synthesis(config)
+        if config.target: self.prior_target = PriorTarget(config.in_dims[config.layers.index(-1)], config.channels)
         self.mapping = MappingNetwork(config.channels*config.widen, config.w_dim, config.pooled)
         self.attach(vfm)
 
@@ -350,6 +365,7 @@ class _Encoder(TokenizerModel):
         codes, dtype = None, self.stats.mean.dtype
         moments = self.ldm_adapter.down([features[k].to(dtype) for k in self.config.layers], rows)
         if self.config.mode == 'kl': raw = Gaussian.split(at_least_float32(moments))
+        elif self.config.mode == 'rms': raw = Gaussian(unit_moment(at_least_float32(moments), 1e-6))
         else:
             codes = self.ldm_adapter.quantizer(to_tokens(moments))
             raw = Gaussian(to_grid(codes.z, moments.shape[2]))
