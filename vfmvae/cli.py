@@ -359,7 +359,8 @@ def _lab(data: str = 'clothes-val',
     vfmvae.core.need(not missing, f"the lab needs {', '.join(missing)}: pip install jupyterlab ipywidgets ipyevents")
     where = data if data in bundled('data') else str(vfmvae.files.as_path(data, 'data').resolve())
     fields = dict(images=where, vfm=vfm, tokenizers=tokenizers, n=n, size=None if size == 64 else size, device=device)
-    path = vfmvae.explorer.lab_notebook(vfmvae.files.home()/'labs', **{k: v for k, v in fields.items() if v is not None})
+    given = {k: v for k, v in fields.items() if v is not None}
+    path = vfmvae.explorer.lab_notebook(vfmvae.files.home()/'labs', **given)
     print(f'notebook: {path}', flush=True)
     return 0 if dry_run else subprocess.run([sys.executable, '-m', 'jupyter', 'lab', str(path), *jupyter]).returncode
 

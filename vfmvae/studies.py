@@ -183,5 +183,5 @@ def price(study: Study,
             hours, gb = sum(r['hours'] for r in stages), sum(r['disk_gb'] for r in stages)
         rows.append(dict(run=trial.folder.name, hours=hours, gb=gb))
     hours, gb = (sum(r[k] for r in rows) for k in ('hours', 'gb'))
-    say(f'{len(rows)} runs: {hours:.1f} hours of training on this machine, {gb:.1f} GB; measuring comes on top')
+    say(f'{len(rows)} runs: {hours:.3g} hours of training on this machine, {gb:.2g} GB; measuring comes on top')
     return rows
