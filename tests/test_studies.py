@@ -74,6 +74,11 @@ def test_a_tokenizer_may_have_overrides_of_its_own(tmp_path):
     runs = {t.tokenizer: t.preset for t in plan(open_study(dict(SPEC, tokenizers=own)), tmp_path) if t.kind == 'tokenizer'}
     assert (runs['other'].batch_size, [s.lr for s in runs['other'].stages]) == (2, [5e-4]) and runs['plain'] == PRESETS['conv-f8d16']
     with pytest.raises(UserError, match='preset'): study(dict(SPEC, tokenizers=dict(a={'tokenizer.batch_size': 2})), tmp_path, say=quiet)
+    # a data set's count after the study's and before these
+    domain = dict(WORLD, common={'tokenizer.batch_size': 16, 'tokenizer.clip': 2.})
+    spec = dict(SPEC, tokenizers=own, common={'tokenizer.batch_size': 8}, data=dict(world=domain))
+    assert {t.tokenizer: (t.preset.batch_size, t.preset.clip) for t in plan(open_study(spec), tmp_path) if t.kind == 'tokenizer'} == {
+        'plain': (16, 2.), 'ours': (16, 2.), 'other': (2, 2.)}
 
 
 def test_a_new_measure_alone_is_asked_of_runs_that_are_there(whole_study, monkeypatch):

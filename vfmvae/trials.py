@@ -76,6 +76,8 @@ class Domain:
     vfm: str | None = None               # takes the place of the presets' VFM, where they have one
     judges: tuple[str, ...] = ('world',) # of EXTRACTORS, or names of `Study.eyes`; the first judges at every moment
     references: tuple[str, ...] = ()     # names of `Study.eyes`: to agree with, beside the tokenizer's own VFM
+    # overrides of all runs on it, such as the learning rate that a search found; before those of a tokenizer
+    common: Mapping[str, Any] = field(default_factory=dict)
 
 # %% ../nbs/56_trials.ipynb #fabf0efa
 @dataclass(frozen=True)
@@ -175,12 +177,13 @@ class Trial:
     @property
     def preset(self) -> Preset | FlowPreset:
         "Its recipe."
-        s, change = self.study, (self.study.common, self.study.switches[self.switch])
+        s = self.study
+        change = s.common, s.data[self.dataset].common, s.switches[self.switch]
         if self.net: return _switched(get_preset(s.nets[self.net], FlowPreset), 'net', *change)
         own: Any = s.tokenizers[self.tokenizer]
         if isinstance(own, str): own = dict(preset=own)
         found = {k: v for k, v in own.items() if k != 'preset'}
-        return _switched(get_preset(own.get('preset', ''), Preset), 'tokenizer', found, *change)
+        return _switched(get_preset(own.get('preset', ''), Preset), 'tokenizer', *change[:2], found, change[2])
     @cached_property
     def folder(self) -> Path:
         "Where it lies."
