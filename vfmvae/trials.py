@@ -389,5 +389,5 @@ def path(trial: Trial, panel: Panel) -> Iterator[Row]:
     "Straightness and efficiency of the finished net's paths (`diffusability.path_shape`)."
     net, s = _on(DiT.load(str(trial.out))), trial.study
     labels = [i % net.config.num_classes for i in range(64)]
-    states = sample_latents(net, labels, net.meta['latent'], trial.seed, sampler=Sampler(s.steps), states=True)
+    states = sample_latents(net, labels, net.meta['latent'], trial.seed, sampler=Sampler(max(s.steps, 2)), states=True)
     for k, v in path_shape(states).items(): yield _row(k, v, len(labels), images=s.net_images)
