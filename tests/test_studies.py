@@ -6,11 +6,13 @@ import pytest
 from filelock import FileLock
 from vfmvae import studies
 from vfmvae.core import Notice, UserError
+from vfmvae.dit import DiT
 from vfmvae.presets import PRESETS
-from vfmvae.recipes import evaluate_tokenizer, open_data
+from vfmvae.recipes import build_training, evaluate_tokenizer, open_data, schedule_stages
 from vfmvae.studies import COLUMNS, study
 from vfmvae.trials import MEASURES, open_study, override, plan
 from vfmvae.tokenizer import load_tokenizer
+from vfmvae.tokenizer_task import check_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = dict(train=dict(path='world', n=200, seed=100), test=dict(path='world', n=48, seed=8), exam=dict(path='world', n=64, seed=9), vfm='tiny',
@@ -164,6 +166,23 @@ def test_what_it_would_cost_trains_nothing(tmp_path):
     rows = study(SPEC, tmp_path/'runs', dry_run=True, say=said.append)
     assert len(rows) == 4 and all(r['hours'] > 0 and r['gb'] > 0 for r in rows) and not (tmp_path/'runs').exists()
     assert said[-1].startswith('4 runs: ') and 'GB' in said[-1]
+
+
+@pytest.mark.parametrize('file', sorted((ROOT/'data'/'studies').glob('*.json')), ids=lambda f: f.stem)
+def test_every_run_of_our_studies_can_be_built(file, tmp_path, monkeypatch):
+    monkeypatch.setenv('VFMVAE_DINO_FOCUS', 'nowhere')
+    s, seen = open_study(file), set()
+    for t in plan(s, tmp_path):
+        if t.seed or t.folder in seen: continue
+        seen.add(t.folder)
+        if t.kind == 'net': DiT(t.preset.net)
+        else:
+            stages = schedule_stages(t.preset, s.tokenizer_images, None, None, t.preset.batch_size)
+            model, _, _ = build_training(t.preset, stages, s.data[t.dataset].vfm if t.preset.config.vfm else None)
+            for stage in stages: check_stage(model, stage)
+            # whole batches in each stage; what a study quotes is exact
+            assert 0 <= s.tokenizer_images - sum(x.num_images for x in stages) < (24 if file.stem == "search" else 1) and model.config.img_size == 64
+    assert len(seen) > 3
 
 
 # recipes as data -----------------------------------------------------------------------------------------------------------------------------------
