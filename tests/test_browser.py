@@ -141,6 +141,11 @@ class Box:
         return self.box.locator('.vfmvae-status').inner_text().strip()
     def at_rest(self) -> bool:
         return bool(self.box.locator('.vp').count()) and not self.status() and not any(w in self.seen()[1] for w in ('comput', 'sampling'))
+    def settled(self) -> bool:
+        "At rest, and still the same after a moment: a place to click is where it was read."
+        now = self.seen()
+        self.page.wait_for_timeout(300)
+        return self.at_rest() and self.seen() == now
     def control(self, name: str):
         "What has the focus when this control is used; 'k +' is the button beside the slider k."
         if name[-2:] in (' +', ' -') or name in ('back', 'forward'): return self.box.locator(f'button[title="{name}"]')
@@ -191,10 +196,12 @@ def test_every_control_moves_picture_and_words(lab):
 
 
 def test_a_click_goes_where_it_points_and_back_comes_back(lab):
+    lab.wait(lab.settled, 'the lab does not come to rest', 30)
     there = lab.seen()[1]
     near = lab.part('of its own neighbours').locator('.go').nth(1)
     number = near.get_attribute('aria-label').split()[1]      # 'image 412 ...'
     lab.changes(near.click, 'a neighbour', f'image {number} of')
+    lab.wait(lab.settled, 'the lab does not come to rest', 30)
     point = lab.box.locator('.vp .spot.go').nth(1)
     lab.changes(lambda: point.click(force=True), 'a point of the curve', 'jpeg ')
     lab.page.mouse.move(2, 2)
