@@ -448,7 +448,7 @@ REASONS = {
         trials.diffusable trials.path generation.train_flow recipes.train_tokenizer studies.study studies.train_trial studies.work studies.price
         recipes.estimate recipes.accelerator_on recipes.build_training
         recipes.compile_decoder''',
-    'names and numbers only': """trials.open_study trials.override trials.plan trials.measure trials.decoder_parameters
+    'names and numbers only': """trials.open_study trials.override trials.plan trials.rows_at evaluate.labels_of trials.measure trials.decoder_parameters
         studies.table_of align.check_enough align.with_layer latents.as_scale latents.all_finite
         views.view_name views.views views.image_set views.images_seen features.layer_index features.as_images features.batches generation.sample_labels
         recipes.open_data recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described

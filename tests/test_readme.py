@@ -36,7 +36,7 @@ SMOKE = {
     'vfmvae lab -- --no-browser --port 8890': 'vfmvae lab --dry-run --n 32 -- --no-browser --port 8890',
     'vfmvae doctor': None,
     'vfmvae study data/studies/small.json --dry-run': f'vfmvae study {ROOT}/data/studies/small.json --dry-run',
-    'vfmvae study data/studies/small.json --out study.csv': LATER,           # half an hour; tests/test_studies.py runs smaller ones
+    'vfmvae study data/studies/small.json --out study.csv': LATER,           # it trains; tests/test_studies.py runs smaller ones
     'vfmvae train-tokenizer --data folder/of/pictures --vfm dinov2-s --discriminator tiny --size 256 --dry-run':
         'vfmvae train-tokenizer --data folder/of/pictures --vfm dinov2-s --discriminator tiny --size 64 --dry-run',
     'vfmvae train-tokenizer --data folder/of/pictures --stages ssim,gan --start mine/weak_align --run branch': None,

@@ -90,7 +90,29 @@ def test_a_new_measure_alone_is_asked_of_runs_that_are_there(whole_study, monkey
     monkeypatch.setitem(MEASURES, 'channels', ('tokenizer', channels))
     found = study(spec, folder/'runs', say=quiet)
     assert len(found) == len(table)+4 and {r['value'] for r in found.where(metric='channels')} == {16}
-    for f in (folder/'runs').glob('*/channels.json'): f.unlink()
+    for f in (folder/'runs').glob('*/channels-*.json'): f.unlink()
+
+
+def test_a_number_is_not_taken_for_that_of_other_images_eyes_or_counts(whole_study, monkeypatch):
+    folder, spec, _ = whole_study
+    def todo(**change): return {(t.kind, k) for t in plan(open_study(dict(spec, **change)), folder/'runs') for k in t.todo()}
+    of = {kind: {(kind, k) for k, (own, _) in MEASURES.items() if own == kind} for kind in ('tokenizer', 'net')}
+    assert todo() == set() and todo(samples=32) == todo(steps=3) == of['net']
+    for change in (dict(test=dict(path='world', n=40, seed=8)), dict(exam=dict(path='world', n=64, seed=10)), dict(judges=['photo']), dict(references=[])):
+        assert todo(data=dict(world=dict(WORLD, **change))) == of['tokenizer'] | of['net'], change
+    assert todo(eyes=dict(eye=dict(vfm='tiny'))) == of['tokenizer'] | of['net'] and todo(eyes=dict(SPEC['eyes'], other=dict(vfm='tiny'))) == set()
+
+
+def test_a_row_counts_the_images_that_there_were(whole_study):
+    _, _, table = whole_study
+    assert {r['n'] for r in table.where(net='') if r['metric'].startswith(('psnr', 'rfd', 'viv'))} == {48}
+    assert {r['n'] for r in table if r['metric'].startswith('knn_')} == {32} and {r['n'] for r in table if 'cknna' in r['metric']} == {64}
+
+
+def test_processor_hours_of_every_start_count(tmp_path):
+    first = studies._cost(tmp_path, 0.)
+    assert studies._cost(tmp_path, .5) > first and len([*tmp_path.glob('cost-*.json')]) == 2      # a second start in one process
+    assert studies._cost(tmp_path, .5) < 3*first and len([*tmp_path.glob('cost-*.json')]) == 2    # its later logs
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
@@ -118,8 +140,9 @@ WORKER = '''
 import json, sys, torch
 torch.set_num_threads(1)
 from vfmvae.studies import study
-t = study(json.loads(sys.argv[1]), sys.argv[2], say=lambda line: print(line, flush=True))
-print('done', t.done, 'of', t.runs)
+def say(line): sys.stdout.write(line+'\\n')        # in one piece, as processes share a pipe
+t = study(json.loads(sys.argv[1]), sys.argv[2], say=say)
+say(f'done {t.done} of {t.runs}')
 from vfmvae.runtime import finish_distributed
 finish_distributed()
 '''
@@ -210,7 +233,9 @@ def test_an_override_of_nothing_is_refused(path, said):
     (dict(data=dict(world=dict(WORLD, train=dict(pth='world')))), "'pth'.*path"), (dict(samples=0), 'samples'),
     (dict(tokenizers=dict(a='conv-f8d17')), 'conv-f8d16'), (dict(switches={'': {}, 'x': {'tokeniser.config.channels': 8}}), "part of a switch.*tokenizer"),
     (dict(eyes=dict(eye=dict(vfm='photo'), world=dict(vfm='tiny'))), "'world' hides the bundled judge"),
-    (dict(data={}), 'no data'), (dict(tokenizers={}), 'no tokenizers')])
+    (dict(switches={'x': 3}), "'x' in switches is 3"), (dict(tokenizers=dict(a=3)), "'a' in tokenizers is 3"),
+    (dict(switches={'': {}, 'x': {'tokenizer.stages.*.noise.scale': 1.}}), "has no 'scale'"), (dict(common={'tokenizer.config.channels.x': 1}), "has no 'x'"),
+    (dict(common={'tokenizer.stages.*.weights.vf.x': 1}), "has no 'x'"), (dict(data={}), 'no data'), (dict(tokenizers={}), 'no tokenizers')])
 def test_what_a_study_says_wrongly_is_refused_before_anything_is_trained(change, said, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, 'train_tokenizer', None)
     with pytest.raises(UserError, match=said): study(dict(SPEC, **change), tmp_path, say=quiet)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 # %% ../nbs/57_studies.ipynb #22368516
 from .core import first_line, need, notice, PathLike, UserError
 from .files import check_out, home, read_json, Table, write_json
-from .runtime import make_accelerator, num_processes, provenance, rank
+from .runtime import make_accelerator, provenance, rank
 from .tokenizer import load_tokenizer
 from .flow import flow_loss
 from .dit import DiT
@@ -28,13 +28,12 @@ from .latents import cache_latents
 from .presets import FlowPreset
 from .recipes import estimate, train_tokenizer
 from .generation import train_flow
-from .trials import MEASURES, open_study, Panel, plan, Row, Study, Trial
+from .trials import MEASURES, open_study, Panel, plan, Row, rows_at, Study, Trial
 
 # %% ../nbs/57_studies.ipynb #dcba11df
 def _cost(folder: Path, began: float, rows: list[dict] | None = None) -> float:
     "Processor hours of a run, over all its starts; kept beside it."
-    file = folder/f'cost-{os.getpid()}.json'
-    write_json(file, dict(hours=(time.process_time()-began)/3600))
+    write_json(folder/f'cost-{os.getpid()}-{began:.3f}.json', dict(hours=(time.process_time()-began)/3600))
     return sum(read_json(f)['hours'] for f in folder.glob('cost-*.json'))
 
 def train_trial(trial: Trial) -> None:
@@ -78,7 +77,7 @@ def work(trial: Trial,              # the folder is made
             size = load_tokenizer(trial.before.out).config.img_size
             panels[trial.dataset] = Panel(trial.study, trial.study.data[trial.dataset], size)
         with torch.no_grad(): rows = [*MEASURES[k][1](trial, panels[trial.dataset])]
-        write_json(trial.folder/f'{k}.json', dict(rows=rows, made=provenance(seed=trial.seed)))
+        write_json(rows_at(trial, k), dict(rows=rows, made=provenance(seed=trial.seed)))
 
 def _next(runs: Sequence[Trial], failed: Mapping[str, str]) -> tuple[str | None, FileLock | None]:
     "(folder of a run that is free and ready, '' while others are at work, None at the end; its lock)."
@@ -90,15 +89,12 @@ def _next(runs: Sequence[Trial], failed: Mapping[str, str]) -> tuple[str | None,
         except Timeout: continue
         if not t.finished: return t.folder.name, lock
         lock.release()
-    left = [t for t in todo if not t.net or t.before.folder.name not in failed]
-    return '' if left else None, None
+    return '' if any(not t.net or t.before.folder.name not in failed for t in todo) else None, None
 
 def _agreed(name: str | None) -> str | None:
     "What the first process says, in every process of a group."
-    if num_processes() == 1: return name
-    said = [name]
-    torch.distributed.broadcast_object_list(said)
-    return said[0]
+    from accelerate.utils import broadcast_object_list
+    return broadcast_object_list([name])[0]
 
 # %% ../nbs/57_studies.ipynb #a6034046
 COLUMNS = ('dataset', 'tokenizer', 'switch', 'net', 'seed', 'images', 'metric', 'value', 'n', 'judge', 'cpu_hours',
@@ -110,8 +106,8 @@ def _rows_of(trial: Trial) -> Iterator[Row]:
     facts, t = read_json(trial.folder/'trained.json'), trial
     own = {k: getattr(t, k) for k in COLUMNS[:5]} | dict(images=facts['images'])
     made = dict(cpu_hours=facts['hours'], commit=facts['made']['commit'], hardware=facts['made']['hardware'])
-    for name in [k for k, (kind, _) in MEASURES.items() if kind == t.kind and (t.folder/f'{k}.json').exists()]:
-        for r in read_json(t.folder/f'{name}.json')['rows']: yield {k: (own | r | made)[k] for k in COLUMNS}
+    for file in [f for k, (kind, _) in MEASURES.items() if kind == t.kind and (f := rows_at(t, k)).exists()]:
+        for r in read_json(file)['rows']: yield {k: (own | r | made)[k] for k in COLUMNS}
 
 def table_of(study: Study, root: PathLike # folder of all runs
             ) -> Table:
@@ -129,9 +125,9 @@ def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it 
           say: Callable[[str], object] = print
          ) -> Table:
     """Trains and measures every run that is missing, and returns the table of all (`table_of`). Call it again to go on;
-    call it in several processes or on several machines with one folder, and they share the runs; under `accelerate
-    launch` all processes train each run together. A run that fails is named at the end, after the others. UserError: a
-    study that says nothing of use, or every run failed."""
+    call it in several processes with one folder, and they share the runs (on several machines: if their common disk has
+    file locks); under `accelerate launch` all processes train each run together. A run that fails is named at the end,
+    after the others. UserError: a study that says nothing of use, or every run failed."""
     if out: check_out(out, '.csv')
     need(folder or isinstance(spec, str | Path), 'no folder for the runs of this study; give folder')
     s = spec if isinstance(spec, Study) else open_study(spec)
@@ -182,6 +178,6 @@ def price(study: Study,
             stages = estimate(p, vfm if p.config.vfm else None, s.tokenizer_images, precision=s.precision, say=str)
             hours, gb = sum(r['hours'] for r in stages), sum(r['disk_gb'] for r in stages)
         rows.append(dict(run=trial.folder.name, hours=hours, gb=gb))
-    hours, gb = (sum(r[k] for r in rows) for k in ('hours', 'gb'))
-    say(f'{len(rows)} runs: {hours:.3g} hours of training on this machine, {gb:.2g} GB; measuring comes on top')
+    say(f"{len(rows)} runs: {sum(r['hours'] for r in rows):.3g} hours of training on this machine, "
+        f"{sum(r['gb'] for r in rows):.2g} GB; measuring comes on top")
     return rows
