@@ -289,7 +289,7 @@ def test_a_line_around_points_chooses_their_images(page):
         page.mouse.up()
         page.mouse.move(b['x']+.5*b['width'], b['y']+.5*b['height'], steps=6)
     other.changes(leave, 'a line whose end was outside', 'The 48 chosen images', 30)
-    assert 'polygon' not in page.locator('.vfmvae-lab style').evaluate_all('all => all.map(e => e.textContent).join()')
+    assert 'polygon' not in ''.join(every(page, '.vfmvae-lab style', 'e => e.textContent'))
     other.moves('let go', 'Space')
 
 
@@ -360,7 +360,7 @@ def test_slider_and_curve_are_in_one_view_with_four_tokenizers(lab):
     finally: lab.page.set_viewport_size(dict(width=1440, height=1500))
 
 
-# text of an element against the first opaque background behind it; all of a page are asked at once, as a lab may draw itself anew between two questions
+# text of an element against the first opaque background behind it
 CONTRAST = """e => { const n = s => s.match(/[\\d.]+/g).map(Number), f = v => (v /= 255) <= .03928 ? v/12.92 : ((v+.055)/1.055)**2.4,
       l = s => { const [r, g, b] = n(s); return .2126*f(r)+.7152*f(g)+.0722*f(b) };
       let p = e; while (p.parentElement && (n(getComputedStyle(p).backgroundColor)[3] === 0)) p = p.parentElement;
@@ -369,15 +369,22 @@ CONTRAST = """e => { const n = s => s.match(/[\\d.]+/g).map(Number), f = v => (v
 TEXTS = '.vp h4, .vp figcaption, .vp svg text, .vp .sign, .vp .card, [role=status], .widget-label, .widget-html b'
 
 
+def every(where, which: str, ask: str) -> list:
+    "What `ask` says of each element, found and asked in one step of the page: between two steps a lab may draw itself anew."
+    return (where.locator('body') if hasattr(where, 'goto') else where).evaluate(
+        f'(box, which) => [...box.querySelectorAll(which)].map({ask})', which)
+
+
 def contrasts(where):
-    return {(tag, text): c for tag, text, c in where.locator(TEXTS).evaluate_all(f'all => all.map(e => [e.tagName, e.textContent, ({CONTRAST})(e)[2]])')}
+    return {(tag, text): c for tag, text, c in every(where, TEXTS, f'e => [e.tagName, e.textContent, ({CONTRAST})(e)[2]]')}
 
 
 def test_it_is_legible_in_the_dark(lab):
     lab.page.evaluate("() => { window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}) }")
     # the old theme's styles go before the new ones come: the page says when they are there
     until(lab.page, lambda: lab.page.evaluate("document.body.dataset.jpThemeName") == 'JupyterLab Dark', 'no dark theme')
-    assert lab.box.locator('[role=status]').evaluate(CONTRAST)[1] < .1
+    lab.wait(lab.settled, 'the lab does not come to rest', 30)
+    assert every(lab.box, '[role=status]', CONTRAST)[0][1] < .1
     found = contrasts(lab.box)
     assert len(found) > 30 and {k: v for k, v in found.items() if v < 4.5} == {}
     shot(lab.page, 'dark')
@@ -424,8 +431,8 @@ def sheet(request, exported, browser):
 
 def test_an_exported_lab_needs_no_network_and_is_read_on_a_telephone(sheet):
     assert all(u.startswith(('file:', 'data:')) for u in sheet.asked)
-    sizes = sheet.locator('.vp h4, .vp figcaption, .vp svg text, [role=status]').evaluate_all(
-        'es => es.map(e => e instanceof SVGElement ? e.getBoundingClientRect().height : parseFloat(getComputedStyle(e).fontSize))')
+    sizes = every(sheet, '.vp h4, .vp figcaption, .vp svg text, [role=status]',
+                  'e => e instanceof SVGElement ? e.getBoundingClientRect().height : parseFloat(getComputedStyle(e).fontSize)')
     assert len(sizes) > 20 and min(sizes) >= 8.9, min(sizes)
     assert sheet.evaluate('() => document.documentElement.scrollWidth') <= 390
     assert {k: v for k, v in contrasts(sheet).items() if v < 4.5} == {}

@@ -7,7 +7,7 @@ from vfmvae.files import data_dir
 from vfmvae.explorer import Explorer
 from vfmvae.labs import EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab
 from vfmvae.sampler_lab import SamplerLab
-from test_browser import browser, contrasts, CHROMIUM, LACKS, shot      # noqa: F401
+from test_browser import browser, contrasts, every, CHROMIUM, LACKS, shot      # noqa: F401
 
 NAMES = ('vfm-photo', 'vfmvae-photo-f8d16')
 pytestmark = [pytest.mark.skipif(not all((data_dir()/'weights'/f'{n}.safetensors').is_file() for n in NAMES), reason='the bundled weights are not there'),
@@ -95,7 +95,7 @@ def test_a_page_without_jupyter_shows_rail_picture_and_words(labs, sheet, name):
     for n, c in lab.controls.items():
         if getattr(c, 'box', c) in lab.rail.children and lab.panel(lab.state)[n].kind not in ('button', 'play', 'file'): assert n in shown, n
     assert box.locator('.vp .pic').count() == sum(len(s.tiles) for s in lab._page.sections)+box.locator('.vp .card .pic').count()
-    assert box.locator('.vp img').evaluate_all('all => all.every(e => e.naturalWidth > 0)')
+    assert all(every(box, '.vp img', 'e => e.naturalWidth > 0'))
     # a number on a cell of a heat map has the colour of its cell behind it
     assert {k: v for k, v in contrasts(box).items() if v < 4.5 and not (k[0] == 'text' and re.fullmatch(r'\d\.\d\d', k[1]))} == {}
     shot(sheet, f'embed-{name}', box)
