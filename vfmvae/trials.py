@@ -14,16 +14,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast, TypeVar
 
 # %% ../nbs/56_trials.ipynb #67ddfa6f
+import torch
 from torch import nn, Tensor
 
 # %% ../nbs/56_trials.ipynb #6572a2e2
 from .core import build_config, need, one_of, PathLike, whole
 from .files import read_json, to_json
 from .runtime import device_of, make_accelerator
-from .images import Dataset
+from .images import Dataset, from_uint8, to_uint8
 from .data import select_classes, Subset, take
 from .features import extract, FeatureSource, Layer
 from .vfm import VFM
@@ -34,15 +35,16 @@ from .neighbours import prepare
 from .views import extract_views, ResizePadVFM, views
 from .align import cknna, score_banks, summarize
 from .probes import probe
-from .extractors import bundled_extractor, Extractor, EXTRACTORS, VFMExtractor
+from .metrics import frechet_interval, psnr, ssim
+from .extractors import bundled_extractor, check_judge, Extractor, EXTRACTORS, VFMExtractor
 from .statistics import compute_statistics, Statistics
-from .evaluate import labels_of, rfid
+from .evaluate import compare_statistics, labels_of
 from .dit import DiT, NetFeatures
 from .samplers import sample_latents, Sampler
 from .diffusability import diffusability, path_shape
 from .presets import FlowPreset, Preset
-from .recipes import evaluate_equivariance, evaluate_tokenizer, get_preset, open_data
-from .generation import evaluate_samples, generate
+from .recipes import build_training, evaluate_equivariance, get_preset, open_data
+from .generation import generate
 
 # %% ../nbs/56_trials.ipynb #8d4c682d
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Study:
     precision: str = 'fp32'              # of the tokenizers' training
     compile: bool = False                # the nets
     def __post_init__(self) -> None:
-        for k in ('tokenizer_images', 'moments', 'samples', 'final_samples', 'steps'): whole(getattr(self, k), k, 1)
+        for k in ('tokenizer_images', 'moments', 'steps'): whole(getattr(self, k), k, 1)
+        for k in ('samples', 'final_samples'): whole(getattr(self, k), k, 20)      # fewer give no interval
         for k in ('data', 'tokenizers', 'switches', 'seeds'): need(getattr(self, k), f'no {k} in this study; name one')
         for k in ('tokenizers', 'switches'):
             for name, v in getattr(self, k).items():
@@ -292,30 +295,54 @@ def measure(kind: str # 'tokenizer' or 'net'
 def _row(metric: str, value: float, n: int, judge: str = '', **more: Any) -> Row:
     return dict(more, metric=metric, value=value, n=n, judge=judge)
 
+def _with_ends(metric: str, low: float, value: float, high: float, n: int, judge: str = '', **more: Any
+              ) -> Iterator[Row]:
+    for end, v in (('', value), ('_low', low), ('_high', high)): yield _row(metric+end, v, n, judge, **more)
+
+def _mean(metric: str, of: Tensor, judge: str = '', **more: Any) -> Iterator[Row]:
+    "The mean over images with its 95 % interval."
+    mean, half = of.double().mean().item(), 1.96*of.double().std().item()/len(of)**.5
+    yield from _with_ends(metric, mean-half, mean, mean+half, len(of), judge, **more)
+
+def _distance(metric: str, found: Statistics, real: Statistics, judge: str, **more: Any) -> Iterator[Row]:
+    low, high = frechet_interval(*(s.features for s in (found, real) if s.features is not None))
+    fd = compare_statistics(found, real, pr_n=0)['fd']
+    yield from _with_ends(metric, low, fd, high, found.n or 0, judge, **more)
+
+# %% ../nbs/56_trials.ipynb #c332e130
 @measure('tokenizer')
 def reconstruction(trial: Trial, panel: Panel) -> Iterator[Row]:
-    "PSNR, SSIM, L1; PSNR of latents that are turned or shrunk; Frechet distance of reconstructions by each judge."
-    tok = _tokenizer(trial)
-    found = evaluate_tokenizer(tok, panel.test, None, say=False)
-    for k in ('psnr', 'ssim', 'l1'): yield _row(k, found[k], int(found['n']))
-    few = min(256, len(panel.test))
+    """PSNR, SSIM, L1 and the Frechet distance of reconstructions by each judge, with 95 % intervals over images; PSNR
+    of latents that are turned or shrunk."""
+    tok, n = _tokenizer(trial), len(panel.test)
+    parts = [panel.test.batch(range(i, min(i+64, n)))['image'] for i in range(0, n, 64)]
+    x, y = torch.cat(parts), torch.cat([reconstruct(tok, p.to(device_of(tok))).clamp(-1, 1).cpu() for p in parts])
+    for k, of in dict(psnr=psnr(y, x), ssim=ssim(y, x), l1=(x-y).abs().mean((1, 2, 3))).items(): yield from _mean(k, of)
+    few = min(256, n)
     for k, v in evaluate_equivariance(tok, panel.test, few).items(): yield _row(f'psnr_{k}', v, few)
-    for name, (judge, _) in panel.judges.items():
-        yield _row('rfd', rfid(tok, panel.test, judge, pr_n=0).value, len(panel.test), name)
+    for name, (judge, real) in panel.judges.items():
+        check_judge(judge, tok)
+        yield from _distance('rfd', compute_statistics(from_uint8(to_uint8(y)), judge), real, name)
     yield _row('decoder_parameters', decoder_parameters(tok), 1)
 
 # %% ../nbs/56_trials.ipynb #eda85c4f
 @measure('tokenizer')
 def alignment(trial: Trial, panel: Panel) -> Iterator[Row]:
-    "CKNNA and SE-CKNNA of the latent with its own VFM and each reference, with intervals over images."
+    """CKNNA and SE-CKNNA of the latent with its own VFM and each reference; and under each view how much the latent,
+    that of the untrained tokenizer and the VFM keep of their own clean neighbours; all with intervals over images."""
     tok = _tokenizer(trial)
     own: dict[str, Any] = {'latent': (LatentFeatures(tok), ['latent'])}
     if tok.vfm is not None: own['own VFM'] = (tok.vfm, [-1])
+    others, p = [*panel.references, *(k for k in own if k != 'latent')], cast(Preset, trial.preset)
+    new, *_ = build_training(p, (), panel.domain.vfm if p.config.vfm else None, tok.config.img_size, seed=trial.seed)
+    own['untrained'] = LatentFeatures(_on(new.eval())), ['latent']
     banks = panel.banks | panel.seen(own)
-    others = [*panel.references, *(k for k in own if k != 'latent')]
     for r in summarize(score_banks(banks, [(('latent', 'latent'), (k, -1)) for k in others])):
         for k, short in (('clean', 'cknna'), ('mean', 'se_cknna'), ('change', 'se_change')):
-            for end in ('', '_low', '_high'): yield _row(short+end, r[k+end], r['n'], r['reference'])
+            yield from _with_ends(short, r[f'{k}_low'], r[k], r[f'{k}_high'], r['n'], r['reference'])
+    for r in score_banks(banks, [((k, at[0]),)*2 for k, (_, at) in own.items()], reference_state='clean'):
+        metric = f"invariance_{r['source'].replace(' ', '_')}_{r['transform'].replace(' ', '')}"
+        if r['axis'] != 'clean': yield from _with_ends(metric, r['low'], r['value'], r['high'], r['n'])
 
 # %% ../nbs/56_trials.ipynb #f3e618e0
 class _Rebuilt:
@@ -342,7 +369,7 @@ def recognition(trial: Trial, panel: Panel) -> Iterator[Row]:
     for what, source, layer, judge in asked:
         r = probe(source, half[0], half[1], [layer], k=10)[0]
         for k in ('linear', 'knn'):
-            for end in ('', '_low', '_high'): yield _row(f'{k}_{what}{end}', r[k+end], len(half[1]), judge)
+            yield from _with_ends(f'{k}_{what}', r[f'{k}_low'], r[k], r[f'{k}_high'], len(half[1]), judge)
 
 # %% ../nbs/56_trials.ipynb #4f4a538b
 def _moments(trial: Trial) -> Iterator[tuple[int, DiT]]:
@@ -357,11 +384,14 @@ def _moments(trial: Trial) -> Iterator[tuple[int, DiT]]:
 def _judged(trial: Trial, panel: Panel, tok: Tokenizer, net: DiT, n: int, names: Sequence[str], seen: int
            ) -> Iterator[Row]:
     samples = generate(_on(net), n, trial.seed, tok, steps=trial.study.steps, guidance=1.)
+    images = from_uint8(to_uint8(samples.images))
     for name in names:
-        judge, real_images = panel.judges[name]
-        found = evaluate_samples(samples, real_images, judge, pr_n=0).metrics
-        for k, short in (('fd', 'gfd'), ('accuracy', 'accuracy')):
-            if k in found: yield _row(short, found[k], n, name, images=seen)
+        judge, real = panel.judges[name]
+        check_judge(judge, tok, *filter(None, (samples.facts['vfm'] or '').split(', ')))
+        found = compute_statistics(images, judge)
+        yield from _distance('gfd', found, real, name, images=seen)
+        if found.probs is not None and found.probs.shape[1] == len(samples.classes):
+            yield from _mean('accuracy', found.probs.argmax(1) == samples.labels, name, images=seen)
 
 @measure('net')
 def curve(trial: Trial, panel: Panel) -> Iterator[Row]:
