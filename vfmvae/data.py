@@ -33,34 +33,35 @@ from .folders import ImageSet, number_classes
 # %% ../nbs/09_data.ipynb #e5a62408
 class _FileStamps:
     """Stamps of files or of pieces of them: of their bytes while the files have 64 MB at most together, else of size,
-    time and place."""
-    def __init__(self, pieces: Sequence[tuple[PathLike, int, int | None]]): # path, offset, length (None: to the end)
+    time (if wanted) and place."""
+    # path, offset, length (None: to the end)
+    def __init__(self, pieces: Sequence[tuple[PathLike, int, int | None]], times: bool = True):
         # the pieces of a file follow each other
         files = (path for path, _ in itertools.groupby(path for path, _, _ in pieces))
         sizes = itertools.accumulate(os.stat(path).st_size for path in files)
-        self.pieces, self._small = pieces, all(total <= 2**26 for total in sizes)
+        self._times, self._small = times, all(total <= 2**26 for total in sizes)
     def of(self, pieces: Iterable[tuple[PathLike, int, int | None]]) -> Iterator[str]:
         last: Any = None
         for path, offset, length in pieces:
             if path != last: last, s = path, os.stat(path)       # the next piece is often of the same file
             if not self._small:
-                yield f'{s.st_size}-{s.st_mtime_ns}' + (f'-{offset}-{length}' if length is not None else '')
+                yield f'{s.st_size}-{s.st_mtime_ns*self._times}' + (f'-{offset}-{length}' if length is not None else '')
             else:
                 with open(path, 'rb') as f:
                     f.seek(offset)
                     yield hashlib.blake2b(f.read(s.st_size if length is None else length), digest_size=8).hexdigest()
 
 # %% ../nbs/09_data.ipynb #4bfee0d0
-def _marks(ds: Any, at: Sequence[int] | None = None) -> Iterator[str] | None:
+def _marks(ds: Any, at: Sequence[int] | None = None, times: bool = True) -> Iterator[str] | None:
     "`stamps`, of the images `at` if not of all, one after the other."
     if isinstance(ds, Tensor): return (digest({'': i}) for i in (ds if at is None else ds[list(at)]))
-    if isinstance(ds, Subset): return _marks(ds.ds, ds.at if at is None else [ds.at[i] for i in at])
+    if isinstance(ds, Subset): return _marks(ds.ds, ds.at if at is None else [ds.at[i] for i in at], times)
     pieces = getattr(ds, 'pieces', None)
     if pieces is None and not hasattr(ds, 'stamp'): return None
     def each() -> Iterator[str]:
         try:
             if pieces is None: yield from map(ds.stamp, range(len(ds)) if at is None else at)
-            else: yield from _FileStamps(pieces).of(pieces if at is None else (pieces[i] for i in at))
+            else: yield from _FileStamps(pieces, times).of(pieces if at is None else (pieces[i] for i in at))
         except OSError as e:
             raise UserError(f'{e.filename} cannot be read any more ({e.strerror}); open the data set again') from None
     return each()
@@ -71,20 +72,21 @@ def stamps(ds: Images # a data set, or images (n,3,H,W)
     file has gone."""
     return None if (marks := _marks(ds)) is None else list(marks)
 
-def fingerprint(ds: Dataset | Tensor # a data set, or images (n,3,H,W)
+def fingerprint(ds: Dataset | Tensor, # a data set, or images (n,3,H,W)
+                times: bool = True    # False: copies of the files, whose times are others, are the same set
                ) -> str:
     """16 hex digits of a data set as it is now: names, classes, crop and size, and of each image its `stamps`; where a
-    set has none, the content of 64 of its images. A set may answer for itself by a method `fingerprint`. UserError: a
-    file has gone."""
+    set has none, or without their times, the content of 64 of its images. A set may answer for itself by a method
+    `fingerprint`. UserError: a file has gone."""
     if isinstance(ds, Tensor): return digest({'images': ds})
     if callable(own := getattr(ds, 'fingerprint', None)): return own()
     h = hashlib.blake2b(digest_size=8)
     h.update(repr((len(ds), *(getattr(ds, k, None) for k in ('classes', 'size', 'augment', 'crop')))).encode())
-    marks = _marks(ds)
+    marks = _marks(ds, times=times)
     keys, labels = (getattr(ds, k, None) or itertools.repeat(none) for k, none in (('keys', ''), ('labels', 0)))
     rows = zip(keys, labels, marks or (), strict=False)
     while some := ''.join(map(repr, itertools.islice(rows, 4096))): h.update(some.encode())
-    for i in spread(64, len(ds)) if marks is None else ():
+    for i in spread(64, len(ds)) if marks is None or not times else ():
         h.update(digest({k: v for k, v in ds.batch([i]).items() if isinstance(v, Tensor)}).encode())
     return h.hexdigest()
 

@@ -216,8 +216,8 @@ def run_identity(task: Task, loader: Loader, **settings: object) -> dict[str, ob
     looks through."""
     ds = getattr(loader, 'ds', None)
     frozen = {k: digest(m.state_dict()) for k, m in getattr(task, 'frozen', dict)().items()}
-    return dict(settings, data=None if ds is None else fingerprint(ds), frozen=frozen,
-                start_weights=getattr(task, 'start_weights', None))
+    named = {k: None if ds is None else fingerprint(ds, k == 'data') for k in ('data', 'sample')}
+    return dict(settings, **named, frozen=frozen, start_weights=getattr(task, 'start_weights', None))
 
 def _differences(meta: dict, task: Task, loop: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """How a checkpoint's configuration and loop differ from those of now: what forbids to go on, and what is only a
@@ -228,9 +228,10 @@ def _differences(meta: dict, task: Task, loop: Mapping[str, Any]) -> tuple[list[
     bad, said = [f'{k}: {a.get(k)} there, {b.get(k)} here' for k in sorted({*a, *b}) if a.get(k) != b.get(k)], []
     then, now = dotted(meta.get('loop') or {}), dotted(json.loads(to_json(loop)))
     for k in [k for k in now if then.get(k) != now[k]]:
-        if k not in then: said += [] if k in ('accumulate', 'sharded') else [f'{k} was not kept']
+        if k not in then: said += [] if k in ('accumulate', 'sharded', 'sample') else [f'{k} was not kept']
         else:
-            soft = k == 'accumulate' or k == 'data' and None in (then[k], now[k])
+            copied = now.get('sample') == then.get('sample') is not None    # files that were copied have other times
+            soft = k == 'accumulate' or k == 'data' and (copied or None in (then[k], now[k]))
             (said if soft else bad).append(f'{k}: {then[k]} there, {now[k]} here')
     return bad, said
 
