@@ -1,5 +1,5 @@
 """Laws of training: resuming, accumulation and several processes change nothing; what is not named does not move."""
-import json, os, subprocess, sys, textwrap
+import json, os, shutil, subprocess, sys, textwrap
 from pathlib import Path
 import pytest, torch
 from torch import nn
@@ -569,6 +569,25 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path, what, images):
     with pytest.raises(UserError, match='data: .* there, .* here.*choose another run name or delete') as e:
         small_fit(OTHER[what](tmp_path), tmp_path/'run', images)
     assert '\n' not in str(e.value)
+
+
+def heavy(folder, seconds):
+    "So large together that stamps are no longer of the bytes; all of one time."
+    for p in folder.iterdir():
+        os.truncate(p, 9_000_000)
+        os.utime(p, (seconds, seconds))
+    return folder
+
+
+def test_a_run_goes_on_with_a_copy_of_its_large_set_with_a_word(tmp_path):
+    red = heavy(paint(tmp_path/'red', range(8)), 1e9)
+    straight = small_fit(red, tmp_path/'straight', 16)[0]
+    small_fit(red, tmp_path/'run')
+    copy = heavy(Path(shutil.copytree(red, tmp_path/'copy')), 2e9)
+    with pytest.warns(UserWarning, match='data: .* there'): t, _ = small_fit(copy, tmp_path/'run', 16)
+    assert same(straight, t)
+    heavy(edited(copy), 2e9)
+    with pytest.raises(UserError, match='data: .* there, .* here; sample: .* there'): small_fit(copy, tmp_path/'run', 24)
 
 
 def test_the_same_data_in_another_spelling_is_the_same(tmp_path, monkeypatch):
