@@ -105,7 +105,7 @@ def test_names_in_texts_and_types_in_signatures_are_links(site):
     def links(page, code): return re.findall(rf'<a [^>]*href="([^"]*)"[^>]*><code>{re.escape(code)}</code></a>', pages[page])
     assert {*links('reference/align.html', 'knn_graph(a, k)')} == {'neighbours.html#vfmvae.neighbours.knn_graph'}
     found = {(name, to) for name in pages if not name.startswith('reference/') for to in re.findall(r'href="([^"]*reference/\w+\.html#[^"]*)"', pages[name])}
-    assert len(found) > 50 and 'reference/align.html' in pages['24_align.html'] and '../24_align.html' in pages['reference/align.html']
+    assert len(found) > 50 and 'reference/align.html' in pages['25_align.html'] and '../25_align.html' in pages['reference/align.html']
     entry = pages['reference/align.html'].split('id="vfmvae.align.cknna"')[1].split('<h3')[0]
     signature = entry.split('<pre>')[1].split('</pre>')[0]
     assert 'href="neighbours.html#vfmvae.neighbours.Features"' in signature
@@ -113,7 +113,7 @@ def test_names_in_texts_and_types_in_signatures_are_links(site):
 
 
 WIDE, PHONE = dict(width=1440, height=900), dict(width=390, height=844)
-STARTS = ('learn/06_brittle_and_robust_alignment.html', 'paper/figure2_robustness.html', '31_evaluate.html')
+STARTS = ('learn/06_brittle_and_robust_alignment.html', 'paper/figure2_robustness.html', '32_evaluate.html')
 FOUND = """() => {
   const r = document.getElementById('vfmvae.align.cknna')?.getBoundingClientRect();
   return !!r && r.top >= document.querySelector('.md-header').getBoundingClientRect().bottom-1 && r.bottom <= innerHeight;
