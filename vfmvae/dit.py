@@ -231,7 +231,7 @@ class _Layers(nn.Module):
         d, last = c.hidden_size, c.head_hidden_size if c.head_depth else c.hidden_size
         self.x_embedder = PatchEmbed(c.in_channels, last, c.patch_size)
         wide, cond = d if c.text_projection else c.text_dim, c.cond_dim or d
-        self.t_embedder = TimeEmbed(cond, c.fourier)
+        self.t_embedder = TimeEmbed(cond, c.fourier, c.time_scale if c.text_dim else None)
         words = Words(c.text_dim, c.vocabulary, c.max_tokens) if c.vocabulary else None
         self.y_embedder: Any = (CaptionEmbed(c.text_dim, cond, d*c.text_projection, words) if c.text_dim else
                                 LabelEmbed(c.num_classes, d))
@@ -283,7 +283,7 @@ def _forward(net: _Layers, z: Tensor, t: Tensor, y: Condition, cls: Tensor | Non
     if bad := [k for k in layers or () if k not in net.layers]:
         raise UserError(f"no layer {bad[0]!r} in this net; it has {', '.join(map(str, net.layers))}")
     if net.training and drop is None and c.label_dropout: drop = torch.rand(len(y), device=y.device) < c.label_dropout
-    time, text = net.t_embedder((1-t if c.data_time else t)*c.time_scale), None
+    time, text = net.t_embedder(1-t if c.data_time else t), None
     if isinstance(y, Text): cond, text = net.y_embedder(y if drop is None else y.dropped(drop))
     else: cond = net.y_embedder(y, drop)
     cond = time + cond

@@ -59,8 +59,10 @@ class TimeEmbed(nn.Module):
     """Noise level (b,) to (b,dim): [cos|sin](t 10000^(-k/128)), k < 128, then an MLP; or [sin|cos](2 pi W t) with W
     fixed, random (256,)."""
     W: Tensor
-    def __init__(self, dim: int, fourier: bool = False):
+    def __init__(self, dim: int, fourier: bool = False,
+                 scale: float | None = None):     # of t in nets of captions, whose waves are rounded as diffusers rounds
         super().__init__()
+        self.scale = scale
         self.mlp = nn.Sequential(nn.Linear(512 if fourier else 256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.fourier = fourier
         if fourier: self.register_buffer('W', torch.randn(256))
@@ -69,7 +71,9 @@ class TimeEmbed(nn.Module):
         if self.fourier:
             angle = 2*torch.pi*t[:, None]*self.W.to(t.dtype)
             return torch.cat([angle.sin(), angle.cos()], 1)
-        angle = t[:, None]*10000**(-torch.arange(128, device=t.device, dtype=t.dtype)/128)
+        k = torch.arange(128, device=t.device, dtype=t.dtype)
+        if self.scale is None: angle = t[:, None]*10000**(-k/128)
+        else: angle = self.scale*t[:, None]*(-math.log(10000)*k/128).exp()
         return torch.cat([angle.cos(), angle.sin()], 1)
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(self.waves(at_least_float32(t)).to(next(self.mlp.parameters()).dtype))
