@@ -186,7 +186,7 @@ def test_cosines_survive_half_precision():
     (dict(weights=dict(cls=1.), targets=FlowTargets(torch.zeros(4, 2))), "no output for the weight 'cls'"),
     (dict(weights=dict(repa=1.), targets=FlowTargets(tokens=[torch.zeros(4, 2, 3)])), "no output for the weight 'repa'"),
 
-    (dict(y=torch.zeros(3)), '3 labels for 4'), (dict(law='logit'), 'nearest: logit_normal'), (dict(noise=torch.zeros(4, 3)), 'must be equal'),
+    (dict(y=torch.zeros(3)), '3 conditions for 4'), (dict(law='logit'), 'nearest: logit_normal'), (dict(noise=torch.zeros(4, 3)), 'must be equal'),
     (dict(t=torch.full((4,), 500.)), 'between 0'), (dict(t=torch.rand(3)), 'batch of 4'), (dict(predict='epsilon'), 'no prediction'),
     (dict(weighting='velocity'), 'velocity has no weighting'), (dict(predict='noise', weighting='likelyhood'), 'nearest: likelihood'),
     (dict(net=lambda z, t, y: z[:, :2]), 'prediction and latents have shapes')])
@@ -431,7 +431,7 @@ def test_gradients_are_the_callers_choice():
 @pytest.mark.parametrize('call, message', [
     (lambda n, z: guide(n, n, 2., (.8, .2)), 'low, high'), (lambda n, z: guide(n, n, 2., (0, 1000)), 'low, high'),
     (lambda n, z: internal_guidance(n, 2., (-1, 1)), 'low, high'), (lambda n, z: classifier_free(n, torch.zeros(2), 10, 2., channels=0), 'at least 1'),
-    (lambda n, z: velocity_field(n, torch.zeros(3))(z, .5), '3 labels for 2'),
+    (lambda n, z: velocity_field(n, torch.zeros(3))(z, .5), '3 conditions for 2'),
     (lambda n, z: velocity_field(lambda z, t, y: (z, z), torch.zeros(2))(z, .5), 'class token'),
     (lambda n, z: velocity_field(lambda z, t, y: z[:, :1], torch.zeros(2))(z, .5), 'must be equal')])
 def test_bad_input_of_guidance(call, message):

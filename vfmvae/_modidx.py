@@ -1506,6 +1506,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vfmvae.samplers._interval': ('samplers.html#_interval', 'vfmvae/samplers.py'),
                                  'vfmvae.samplers._levels': ('samplers.html#_levels', 'vfmvae/samplers.py'),
                                  'vfmvae.samplers._midpoint': ('samplers.html#_midpoint', 'vfmvae/samplers.py'),
+                                 'vfmvae.samplers._null': ('samplers.html#_null', 'vfmvae/samplers.py'),
                                  'vfmvae.samplers._read': ('samplers.html#_read', 'vfmvae/samplers.py'),
                                  'vfmvae.samplers._rk4': ('samplers.html#_rk4', 'vfmvae/samplers.py'),
                                  'vfmvae.samplers._scale': ('samplers.html#_scale', 'vfmvae/samplers.py'),

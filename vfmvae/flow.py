@@ -22,6 +22,7 @@ from torch import Tensor
 # %% ../nbs/34_flow.ipynb #8480a0e1
 from .core import (at_least_float32, Device, DrawsLike, need, normal_like, one_of, pick, real, uniforms_for,
                          UserError, whole)
+from .text import Text
 
 # %% ../nbs/34_flow.ipynb #c497606d
 class Coefficients(NamedTuple):
@@ -270,7 +271,7 @@ def _draw_t(z: Tensor, law: str | TimeLaw, generator: DrawsLike, path: str, pred
 def flow_loss(net: Callable,              # net(z_t, t, y), or net(z_t, t, y, cls_t) where there are class tokens ->
                                           # velocity (b,c,h,w), a pair with that of the class token, or a `DiTOutput`
               z: Tensor,                  # latents (b,c,h,w), unit scale
-              y: Tensor,                  # labels (b,); dropping some is left to the net
+              y: Tensor | Text,           # labels (b,), or captions; dropping some is left to the net
               weights: Mapping[str, float] = FLOW_WEIGHTS['sit'], # of the terms, see FLOW_WEIGHTS
               t: Tensor | None = None, noise: Tensor | None = None, # (b,) and like z; None: drawn, in this order
               generator: DrawsLike = None, # `Draws` of these images, or a generator of torch; None: torch's own
@@ -285,7 +286,7 @@ def flow_loss(net: Callable,              # net(z_t, t, y), or net(z_t, t, y, cl
     cls, cls_noise = targets.cls, targets.cls_noise
     need(('cls' in weights) == (cls is not None), "the weight 'cls' and FlowTargets.cls go together; give both or none")
     need('repa' not in weights or targets.tokens, "the weight 'repa' needs FlowTargets.tokens; give both or drop it")
-    need(len(y) == len(z), f'{len(y)} labels for {len(z)} latents; give one each')
+    need(len(y) == len(z), f'{len(y)} conditions for {len(z)} latents; give one each')
     if t is None: t = _draw_t(z, law, generator, path, predict)
     if noise is None: noise = normal_like(z, generator)
     (z_t, target), found = interpolate(z, noise, t, path), dict[str, Tensor]()

@@ -29,7 +29,7 @@ from .train import betas_of, MuonAdamW, safe_step
 from .robustness import layer_scores
 from .flow import (DiTOutput, flow_loss, FLOW_WEIGHTS, FlowTargets, PATHS, PREDICTIONS, sample_t, spatial_norm,
                          TERMS, TIME_DISTRIBUTIONS, TimeLaw, WEIGHTINGS)
-from .dit import DiT, DiTConfig, NetFeatures
+from .dit import Condition, DiT, DiTConfig, NetFeatures
 from .samplers import COARSE, ImageNoise, in_eval_mode, sample_latents, Sampler
 from .latents import cache_latents, LatentCache
 _all_ = ['LatentCache', 'cache_latents']   # public here, too
@@ -172,12 +172,12 @@ class _FlowTerms(_FlowNets):
         if self._forward is None: self._forward = torch.compile(net, backend=backend)
         net.position_tables(*grid, z.device, z.dtype)
         return self._forward
-    def _check(self, c: DiTConfig, z: Tensor, y: Tensor) -> None:
+    def _check(self, c: DiTConfig, z: Tensor, y: Condition) -> None:
         "UserError unless latents and labels fit the net; labels on a device are looked at once."
         need(z.ndim == 4 and z.shape[1] == c.in_channels,
              f'latents {tuple(z.shape)} for a net of {c.in_channels} channels; '
                                                           'the cache is of another tokenizer')
-        if not len(y) or y.device.type != 'cpu' and self._labelled: return
+        if not isinstance(y, Tensor) or not len(y) or y.device.type != 'cpu' and self._labelled: return
         low, high = torch.stack(torch.aminmax(y)).tolist()
         need(0 <= low <= high < c.num_classes,
              f'labels from {low} to {high} for a net of {c.num_classes} classes; build '
@@ -190,14 +190,16 @@ class _FlowTerms(_FlowNets):
               cls_noise: Tensor | None = None # see `FlowTargets`
              ) -> dict[str, Tensor]:
         "The loss terms of a batch, as `flow_loss` gives them. UserError on latents or labels that do not fit the net."
-        net, f, draws, y = net or self.net, self.flow, batch.get('draws'), batch['label']
+        net, f, draws = net or self.net, self.flow, batch.get('draws')
+        y: Condition = batch['text'] if net.config.text_dim else batch['label']
         c, z = net.config, Gaussian(batch['mean'], batch.get('logvar')).sample(draws)
         self._check(c, z, y)
-        drop = uniforms_for(y, draws, 'label') < c.label_dropout if net.training and c.label_dropout else None
+        drops = net.training and c.label_dropout
+        drop = uniforms_for(batch['label'], draws, 'label') < c.label_dropout if drops else None
         grid = z.shape[2]//c.patch_size, z.shape[3]//c.patch_size
         targets = _flow_targets(self.vfms, c, batch, grid, cls_noise, f.spatial)
         run = self._run(net, grid, z)
-        def velocity(z_t: Tensor, t: Tensor, y: Tensor, cls: Tensor | None = None
+        def velocity(z_t: Tensor, t: Tensor, y: Condition, cls: Tensor | None = None
                     ) -> Tensor | tuple[Tensor, Tensor] | DiTOutput:
             with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
                 return run(z_t, t, y, cls, drop, layers=() if c.z_dims or c.base_depth else None)

@@ -34,7 +34,7 @@ from .tokenizer import openers
 from .vae import VFMVAE, VFMVAEConfig
 from .baselines import ConvVAE, RAE
 from .dit_layers import rope_table
-from .dit import DiT, DiTConfig, FAMILIES, SIZES
+from .dit import DiT, DiTConfig, FAMILIES, SIZES, TEXT_FAMILIES
 from .published_text import load_text_net
 from .published_baselines import diffusers_folder, load_convvae, load_rae, OTHER_NETS, vfm_from_hf_siglip
 
@@ -392,7 +392,7 @@ def load_net(source: Mapping | str | Path, # a state dict, a checkpoint's conten
     """A published net, float32, eval mode, in the library's time direction: t is the noise level, the velocity noise -
     data. `.meta` keeps the settings. UserError, one line, on missing, extra and misshaped tensors, position tables that
     are not ours (1e-5), unsupported settings, and unsafe files."""
-    if one_of(family, FAMILIES, 'family of nets') == 'lumina': return load_text_net(source, **config)
+    if one_of(family, [*FAMILIES, *TEXT_FAMILIES], 'family of nets') == 'lumina': return load_text_net(source, **config)
     given = sane_settings(config, NET_COUNTS, f'settings of a {family} net')
     config = {k: v for k, v in given.items() if v is not None}
     if config.get('encoder_depth') is not None: whole(config['encoder_depth'], 'encoder_depth', 0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/43_published_text.ipynb #b9c3bc1d
-from .core import build_config, need, one_of
+from .core import build_config, need, one_of, whole
 from .files import check_state_dict
 from .checkpoints import checkpoint_tensors, fill_net, on_meta
 from .dit import DiT, DiTConfig, TEXT_NET
@@ -67,8 +67,7 @@ def _turn(key: str, t: Tensor, c: DiTConfig, back: bool = False) -> Tensor:
     return t.unflatten(0, (-1, len(order)))[:, order.argsort() if back else order].flatten(0, 1)
 
 # %% ../nbs/43_published_text.ipynb #3d1c6f68
-_GIVEN = dict(patch_size='patch_size', linear_factor='rope_stretch', ntk_factor='rope_ntk',
-              base_sequence_length='base_tokens')
+_GIVEN = dict(linear_factor='rope_stretch', ntk_factor='rope_ntk', base_sequence_length='base_tokens')
 
 def _read_sizes(sd: Mapping[str, Tensor], layout: str, given: Mapping[str, Any]) -> DiTConfig:
     "The configuration that shapes and caller tell together."
@@ -77,7 +76,7 @@ def _read_sizes(sd: Mapping[str, Tensor], layout: str, given: Mapping[str, Any])
         need(names, f'this net has no {_names(ours, layout)[0]}; choose another file')
         return sum(sd[k].shape[axis] for k in names)
     projected = 'caption_projection.linear_1.weight' in sd
-    patch = given.get('patch_size', 1 if projected else 2)    # shapes cannot tell
+    patch = whole(given.get('patch_size', 1 if projected else 2), 'patch_size', 1, 64)    # shapes cannot tell
     wide, heads, hidden = size('x_embedder.proj.weight', 0), size('blocks.0.attn.gate', 0), size('blocks.0.mlp.w3.weight', 1)
     many, out = size('x_embedder.proj.weight', 1)//patch**2, size('final_layer.linear.weight', 0)//patch**2
     need(heads and not wide % heads and many and out in (many, 2*many),
@@ -89,7 +88,7 @@ def _read_sizes(sd: Mapping[str, Tensor], layout: str, given: Mapping[str, Any])
         kv_heads=size('blocks.0.attn.k.weight', 0)*heads//wide, text_dim=text, text_projection=projected,
         cond_dim=size('t_embedder.mlp.0.weight', 0), mlp_ratio=(1.5*hidden+.5)/wide, learn_sigma=out == 2*many,
         data_time=not projected, time_scale=1000. if projected else 1.,
-        **{_GIVEN[k]: v for k, v in given.items()}))
+        **{k: given[g] for g, k in _GIVEN.items() if g in given}))
 
 # %% ../nbs/43_published_text.ipynb #a4beb851
 def load_text_net(source: Mapping | str | Path, # a state dict or a file
@@ -99,7 +98,7 @@ def load_text_net(source: Mapping | str | Path, # a state dict or a file
     names; float32, eval mode, in the library's time direction. UserError, one line, on missing, extra and misshaped
     tensors and on unknown settings."""
     given = {k: v for k, v in config.items() if v is not None}
-    for k in given: one_of(k, _GIVEN, 'setting of a lumina net')
+    for k in given: one_of(k, ['patch_size', *_GIVEN], 'setting of a lumina net')
     sd, before = checkpoint_tensors(source, 'model', 'state_dict'), 'model.dit.model.'
     if any(k.startswith(before) for k in sd):         # BLIP3-o: the language model lies beside it
         sd = {k.removeprefix(before): v for k, v in sd.items() if k.startswith(before)}

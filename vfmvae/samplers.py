@@ -23,7 +23,8 @@ from .core import check_fields, Draws, extra, need, one_of, pick, real, whole
 from .runtime import device_of
 from .flow import (check_shapes, coefficients, convert, DATA_FLOOR, half_diffusion, noise_level, shift_t,
                          t_interval)
-from .dit import DiT
+from .text import Text
+from .dit import Condition, DiT
 
 # %% ../nbs/37_samplers.ipynb #68cc2efe
 Field = Callable[..., Tensor]   # f(z (b,...), t: float) -> velocity (b,...)
@@ -43,15 +44,15 @@ def _read(net: object, out: Tensor, z: Tensor, t: float, predict: str | None = N
     return convert(out, z, max(t, DATA_FLOOR) if how == 'data' else t, how, 'velocity', path)
 
 def velocity_field(net: Callable,                      # net(z, t, y), t (b,)
-                   y: Tensor,                          # labels (b,)
+                   y: Condition,                       # labels (b,), or b captions
                    # (c,h,w) if states are joint, see `pack_state`: net(z, t, y, cls)
                    shape: Sequence[int] | None = None,
                    predict: str | None = None, # what the net says; None: what its configuration says, else 'velocity'
                    path: str = 'linear'
                   ) -> Field:
-    "The velocity field of a net for these labels."
+    "The velocity field of a net for these conditions."
     def f(z: Tensor, t: float, decide: float | None = None) -> Tensor:
-        need(len(y) == len(z), f'{len(y)} labels for {len(z)} latents; give one each')
+        need(len(y) == len(z), f'{len(y)} conditions for {len(z)} latents; give one each')
         level = torch.full((len(z),), t, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
         image, *cls = (z,) if shape is None else unpack_state(z, shape)
         out = net(image, level, y, *cls)
@@ -298,7 +299,9 @@ def guide(strong: Field, weak: Field,
         return v + ((scale(v) if callable(scale) else constant)-1)*(v-weak(z, t, **held))
     return f
 
-def classifier_free(net: Callable, y: Tensor,   # net(z, t, y) and labels (b,)
+def _null(y: Condition, null: int) -> Condition: return torch.full_like(y, null) if isinstance(y, Tensor) else y.null()
+
+def classifier_free(net: Callable, y: Condition, # net(z, t, y) and labels (b,), or captions with their empty one
                     null: int,                  # the label of no class: num_classes
                     scale: float,               # 1: none
                     channels: int | None = None, # only the first few, published: 3 (SiT, LightningDiT); None: all
@@ -317,7 +320,7 @@ def classifier_free(net: Callable, y: Tensor,   # net(z, t, y) and labels (b,)
         image[:channels] = scale
         if shape is None: return image
         return torch.cat([image.flatten(), v.new_full((v.shape[1]-image.numel(),), cls_scale or 1.)])
-    with_label, without = (velocity_field(net, k, shape, predict, path) for k in (y, torch.full_like(y, null)))
+    with_label, without = (velocity_field(net, k, shape, predict, path) for k in (y, _null(y, null)))
     plain = scale == 1 and (cls_scale or 1.) == 1
     return guide(with_label, without, 1. if plain else scales, interval)
 
@@ -344,7 +347,7 @@ def in_eval_mode(*nets: nn.Module | None):
     finally:
         for net, training in was: net.train(training)
 
-def _guided(net: DiT, y: Tensor, shape: Sequence[int] | None, s: Sampler, weak: DiT | None) -> Field:
+def _guided(net: DiT, y: Condition, shape: Sequence[int] | None, s: Sampler, weak: DiT | None) -> Field:
     "The velocity field of a net for these labels, guided as the sampler says."
     def both(z: Tensor, t: float) -> tuple[Tensor, Tensor]:
         out = net(z, torch.full((len(z),), t, dtype=torch.float32, device=z.device), y, layers=())
@@ -353,13 +356,13 @@ def _guided(net: DiT, y: Tensor, shape: Sequence[int] | None, s: Sampler, weak: 
     if weak is None:
         return classifier_free(net, y, net.config.num_classes, s.guidance, s.channels, s.interval, shape,
                                s.cls_guidance)
-    asked = torch.full_like(y, weak.config.num_classes) if s.weak_null else y
+    asked = _null(y, weak.config.num_classes) if s.weak_null else y
     return guide(velocity_field(net, y), velocity_field(weak, asked), s.guidance, s.interval)
 
 # %% ../nbs/37_samplers.ipynb #6798af65
 @torch.no_grad()
 def sample_latents(net: DiT,
-                   labels: Sequence[int] | Tensor,  # one a sample; net.config.num_classes: no class
+                   labels: Sequence[int] | Condition, # one a sample; net.config.num_classes: no class
                    shape: Sequence[int],            # (c,h,w) of the latent
                    seed: int = 0,
                    index: Sequence[int] | None = None, # number of each sample within the seed; None: 0, 1, 2 ...
@@ -371,7 +374,8 @@ def sample_latents(net: DiT,
     """Latents (n,c,h,w) on unit scale, on the CPU; with `states` (steps+1,n,c,h,w), noise first. The net is called in
     eval mode, on its own device. UserError: labels, numbers or a weaker net that do not fit."""
     c, batch_size = net.config, whole(batch_size, 'batch_size', 1)
-    y = labels if isinstance(labels, Tensor) else torch.tensor([whole(k, 'label', 0, c.num_classes) for k in labels])
+    y: Condition = labels if isinstance(labels, Tensor | Text) else torch.tensor(
+        [whole(k, 'label', 0, c.num_classes) for k in labels])
     index = list(range(len(y)) if index is None else index)
     need(len(y), 'no labels, so nothing to sample; give one for each picture')
     need(len(index) == len(y), f'{len(index)} numbers for {len(y)} labels; give one each')
@@ -382,9 +386,10 @@ def sample_latents(net: DiT,
          f"(base_depth)")
     need(weak is None or weak.config.in_channels == c.in_channels,
          'the weaker net must be of the same latent; it has other channels')
-    low, high = (v.item() for v in y.cpu().aminmax())       # once, here: a net on a device does not look
-    need(0 <= low <= high <= c.num_classes,
-         f'labels from {low} to {high}: this net knows 0 to {c.num_classes-1}, and {c.num_classes} for no class')
+    if isinstance(y, Tensor):
+        low, high = (v.item() for v in y.cpu().aminmax())       # once, here: a net on a device does not look
+        need(0 <= low <= high <= c.num_classes,
+             f'labels from {low} to {high}: this net knows 0 to {c.num_classes-1}, and {c.num_classes} for no class')
     here, joint = device_of(net), tuple(shape) if c.cls_dim else None
     size, plain, done = (math.prod(shape)+c.cls_dim,) if joint else tuple(shape), replace(sampler, guidance=1.), []
     with in_eval_mode(net, weak):
