@@ -368,6 +368,14 @@ class DiT(Pretrained, _Layers):
     def _open(cls, path: Path, **kwargs: Any) -> 'DiT': return cls.load(path, **kwargs)
     def _save_pretrained(self, save_directory: Path) -> None: save_net(save_directory, self, **self.meta)
 
+    def null(self, n: int) -> Condition:
+        "No condition, n times: label `num_classes`, or the empty caption; of an encoder that is not its own, zeros."
+        c, words, place = self.config, getattr(self.y_embedder, 'words', None), device_of(self)
+        if not c.text_dim: return torch.full((n,), c.num_classes, device=place)
+        if words is not None: return words.numbers(['']*n).to(place)
+        tokens, mask = torch.zeros(n, 1, c.text_dim, device=place), torch.ones(n, 1, dtype=torch.bool, device=place)
+        return Text(tokens, mask, tokens[0], mask[0])
+
     def forward(self, z: Tensor,                # (b,in_channels,h,w), at noise level t
                 t: Tensor,                      # (b,) float in [0,1], 0: data, 1: noise
                 y: Condition,                   # (b,) int64, num_classes: the null label; or b captions
@@ -384,7 +392,7 @@ class DiT(Pretrained, _Layers):
 # %% ../nbs/36_dit.ipynb #3a3ec179
 class NetFeatures:
     """A net over a tokenizer's latents as a FeatureSource: layer 'embedder', a block's number or 'final' -> tokens
-    (b,n,c), class token dropped. The latent's mode, on unit scale, is noised to level t; the label is the null label.
+    (b,n,c), class token dropped. The latent's mode, on unit scale, is noised to level t; the condition is the null one.
     Blocks of a DDT head count on after the encoder's."""
     def __init__(self, net: DiT,
                  tokenizer: Tokenizer,      # with net.config.in_channels channels
@@ -422,6 +430,6 @@ class NetFeatures:
         """Layer as asked -> tokens (b,n,c). UserError on a layer that the net does not have. Gradients: the caller's
         choice."""
         (z, cls), c = self.noised(x), self.net.config
-        t, y = (torch.full((len(x),), v, device=z.device) for v in (self.t, c.num_classes))
+        t, y = torch.full((len(x),), self.t, device=z.device), self.net.null(len(x)).to(z.device)
         tokens = self.net(z, t, y, cls, layers=self.layers if layers is None else layers).tokens
         return {k: h[:, 1:] if c.cls_dim and k != 'final' else h for k, h in tokens.items()}

@@ -27,6 +27,7 @@ from .protocols import Tokenizer
 from .run import defaults_of, EMA, Run
 from .train import betas_of, MuonAdamW, safe_step
 from .robustness import layer_scores
+from .text import Text, TEXT
 from .flow import (DiTOutput, flow_loss, FLOW_WEIGHTS, FlowTargets, PATHS, PREDICTIONS, sample_t, spatial_norm,
                          TERMS, TIME_DISTRIBUTIONS, TimeLaw, WEIGHTINGS)
 from .dit import Condition, DiT, DiTConfig, NetFeatures
@@ -191,7 +192,7 @@ class _FlowTerms(_FlowNets):
              ) -> dict[str, Tensor]:
         "The loss terms of a batch, as `flow_loss` gives them. UserError on latents or labels that do not fit the net."
         net, f, draws = net or self.net, self.flow, batch.get('draws')
-        y: Condition = batch['text'] if net.config.text_dim else batch['label']
+        y: Condition = Text(*(batch[k] for k in TEXT)) if net.config.text_dim else batch['label']
         c, z = net.config, Gaussian(batch['mean'], batch.get('logvar')).sample(draws)
         self._check(c, z, y)
         drops = net.training and c.label_dropout

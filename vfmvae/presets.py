@@ -14,11 +14,12 @@ import torch
 
 # %% ../nbs/45_presets.ipynb #3806f098
 from .core import check_fields
+from .captions import VOCABULARY
 from .vae import VFMVAEConfig
 from .baselines import ConvVAEConfig, RAEConfig
 from .tokenizer_task import SCALES, Stage, STAGES, TINY
 from .flow import FLOW_WEIGHTS, TimeLaw
-from .dit import DiT, DiTConfig, FAMILIES, SIZES
+from .dit import DiT, DiTConfig, FAMILIES, SIZES, TEXT_NET
 from .samplers import Sampler
 from .flow_task import FlowConfig
 
@@ -47,7 +48,7 @@ def forward_gflop(net: DiTConfig, latent: tuple[int, int, int]) -> float:
     with torch.device('meta'), FlopCounterMode(display=False) as count:
         model = DiT(net).eval()
         cls = torch.zeros(1, net.cls_dim) if net.cls_dim else None
-        model(torch.zeros(1, *latent), torch.zeros(1), torch.zeros(1, dtype=torch.int64), cls, layers=())
+        model(torch.zeros(1, *latent), torch.zeros(1), model.null(1), cls, layers=())
     return count.get_total_flops()/1e9
 
 # %% ../nbs/45_presets.ipynb #86325c12
@@ -77,6 +78,15 @@ def _small(tokenizer: str, num_classes: int = 16, flips: bool = False) -> FlowPr
     return FlowPreset(tokenizer, replace(_SMALL, num_classes=num_classes), _FLOW_SMALL, 24_000*64, 64, (16, 8, 8),
                       flips=flips, cosine=2, sampling=Sampler(16, guidance=2.))
 
+_WORDS = DiTConfig(**TEXT_NET, in_channels=16, patch_size=2, hidden_size=128, depth=6, num_heads=4, text_dim=64,
+                   vocabulary=VOCABULARY, text_projection=True, mlp_multiple=32)
+# the width of BLIP3-o's net on the latents of the paper: our guess, what was published names neither width nor data
+_T2I = DiTConfig(**TEXT_NET, in_channels=32, patch_size=1, hidden_size=1792, depth=24, num_heads=28, text_dim=2048,
+                 text_projection=True, cond_dim=1024, mlp_multiple=256)
+
+def _words(tokenizer: str) -> FlowPreset:
+    return replace(_small(tokenizer), net=_WORDS, num_images=18_750*64)
+
 FLOW_PRESETS: dict[str, FlowPreset] = {
     'dit-vfmvae-tiny-f8d16': _small('vfmvae-tiny-f8d16'),     # data/results/diffusion.json
     'dit-conv-tiny-f8d16': _small('conv-tiny-f8d16'),         # data/results/diffusion.json
@@ -85,6 +95,10 @@ FLOW_PRESETS: dict[str, FlowPreset] = {
     'dit-vfmvae-photo-f8d16': _small('vfmvae-photo-f8d16', 64, flips=True),
     'dit-conv-photo-f8d16': _small('conv-photo-f8d16', 64, flips=True),
     'dit-conv-f8d16.photo': _small('conv-f8d16.photo', 64, flips=True),
+    'lumina-vfmvae-tiny-f8d16': _words('vfmvae-tiny-f8d16'),  # captions of the world: data/results/text.json
+    'lumina-conv-tiny-f8d16': _words('conv-tiny-f8d16'),      # data/results/text.json
+    'vfmvae-lumina': FlowPreset(_PAPER, _T2I, FlowConfig(clip=1.), 150_000*512, sampling=Sampler(30, guidance=3.),
+                                **_SET | dict(batch_size=512)), # DPG 59.1, MJHQ FID 17.0 with settings that are not published
     'lightningdit-64ep': _light(64, 6., .1),                  # published gFID 2.16; 3.80 without guidance; not run here
     'lightningdit-560ep': _light(560, 4., .125),              # published gFID 1.57; not run here
     'reg-64ep': _reg(64, 2., .85),                            # published gFID 2.03; 2.42 without guidance; not run here
