@@ -60,7 +60,7 @@ class TimeEmbed(nn.Module):
     fixed, random (256,)."""
     W: Tensor
     def __init__(self, dim: int, fourier: bool = False,
-                 scale: float | None = None):     # of t in nets of captions, whose waves are rounded as diffusers rounds
+                 scale: float | None = None): # of t in nets of captions, whose waves are rounded as in diffusers
         super().__init__()
         self.scale = scale
         self.mlp = nn.Sequential(nn.Linear(512 if fourier else 256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -176,7 +176,7 @@ class FinalLayer(nn.Module):
         if cls_dim: self.linear_cls = nn.Linear(dim, cls_dim)
         self.cls_dim, self.shift = cls_dim, not cond
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond or dim, dim if cond else 2*dim))
-    def forward(self, x: Tensor, m: Tensor, rope: Tensor | None = None, text: Caption | None = None # called as a Block is
+    def forward(self, x: Tensor, m: Tensor, rope: Tensor | None = None, text: Caption | None = None # as a Block
                ) -> Tensor | tuple[Tensor, Tensor]:
         x = modulate(self.norm_final(x), *(m.chunk(2, -1) if self.shift else (None, m)))
         return (self.linear(x[:, 1:]), self.linear_cls(x[:, 0])) if self.cls_dim else self.linear(x)

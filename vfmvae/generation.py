@@ -37,7 +37,7 @@ from .train import fit, warm_cosine
 from .extractors import Extractor
 from .statistics import Statistics
 from .evaluate import gfid, Record
-from .text import Text, TEXT, TextEncoder
+from .text import caption_table, Text, TEXT, TextEncoder
 from .dit import Condition, DiT, save_net
 from .samplers import sample_latents, Sampler
 from .latents import cache_latents, cache_name, latent_digest, LatentCache
@@ -54,6 +54,7 @@ def _cached(cache: str | Path | LatentCache | None, tok: Tokenizer, ds: Dataset,
     if found is None: raise UserError('other processes are still caching; wait for them and call again')
     return found.bind(tok)
 
+# %% ../nbs/47_generation.ipynb #b80f265c
 class Captioned:
     "Latents whose batches carry the captions of their images, as a net of captions takes them."
     def __init__(self, cache: LatentCache,
@@ -80,6 +81,7 @@ class Captioned:
         said = to_json([self.cache.fingerprint(), None if self.texts is None else [*self.texts]], None)
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
+# %% ../nbs/47_generation.ipynb #7a863ed3
 def encoder_of(net: DiT,
                encoder: TextEncoder | None = None # None: the net's own words
               ) -> Callable[[Sequence[str]], Text]:
@@ -87,11 +89,19 @@ def encoder_of(net: DiT,
     c, kept = net.config, net.meta.get('encoder')
     need(c.text_dim, 'this net draws classes, not captions; give class numbers')
     if c.vocabulary: return net.y_embedder.words.numbers
-    if encoder is None: raise UserError(f'the captions of this net are those of {kept or "a language model"}; give its encoder')
-    now = getattr(encoder, 'fingerprint', lambda: encoder.name)()
+    if encoder is None:
+        raise UserError(f'the captions of this net are those of {kept or "a language model"}; give its encoder')
+    now = encoder.fingerprint()
     need(encoder.dim == c.text_dim and kept in (None, now),
          f'this net learned captions of {kept or c.text_dim}, not of {now} ({encoder.dim} wide); give that encoder')
     return encoder
+
+def _captioned(cache: LatentCache, ds: Dataset, captions: Sequence[str] | None, encode: Callable[[Sequence[str]], Text],
+               encoder: TextEncoder | None, seed: int) -> Captioned:
+    "Latents and what is said of their images; what another encoder makes of a caption is made once."
+    if encoder is None: return Captioned(cache, ds if captions is None else captions, encode)
+    said = captions_of(ds, None, seed) if captions is None else captions
+    return Captioned(cache, said, caption_table(encoder, said).text)
 
 def _flow_task(p: FlowPreset, o: TrainOptions, classes: int, device: torch.device) -> FlowTask:
     "A net with fresh weights and all that its training needs."
@@ -133,9 +143,8 @@ def train_flow(preset: str | FlowPreset = 'dit-vfmvae-tiny-f8d16', # a key of PR
     need(channels == wanted, f'latents of {channels} channels for a net of {wanted}; choose the preset of {tok.name}')
     feed: Any = cache.with_images(ds) if p.vfms else cache
     task = _flow_task(p, o, len(cache.classes), acc.device)
-    need(p.net.text_dim or captions is None and encoder is None, 'this preset draws classes; leave the captions out')
-    if p.net.text_dim:
-        feed = Captioned(feed, take(ds, n) if captions is None else captions, encoder_of(task.net, encoder))
+    if p.net.text_dim or captions or encoder:
+        feed = _captioned(feed, take(ds, n), captions, encoder_of(task.net, encoder), encoder, o.seed)
     schedule = warm_cosine(task.flow.lr, steps, min(200, steps//10+1), cycles=p.cosine) if p.cosine else None
     micro = o.batch_size//o.accumulate
     batches = loader(feed, micro, o.seed, acc.process_index, acc.num_processes, o.workers, acc.device)
@@ -149,7 +158,7 @@ def train_flow(preset: str | FlowPreset = 'dit-vfmvae-tiny-f8d16', # a key of PR
                      scale=dict(mean=cache.mean.flatten().tolist(), std=cache.std.flatten().tolist()),
                      classes=[] if p.net.text_dim else list(cache.classes), sampling=asdict(p.sampling), recipe=recipe,
                      made=provenance(seed=o.seed))
-    if encoder: done.meta['encoder'] = getattr(encoder, 'fingerprint', lambda: encoder.name)()
+    if encoder: done.meta['encoder'] = encoder.fingerprint()
     if o.out and acc.is_main_process: save_net(o.out, done, **done.meta)
     return done, history
 
@@ -270,14 +279,12 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
              policy: str = 'balanced',          # of LABEL_POLICIES, where labels is a number
              out: str | Path | None = None,     # a folder: PNG files as they are made, and nothing is held in memory
              batch_size: int = 64,              # samples at once
-             rank: int | None = None, num_processes: int | None = None, # with a folder: every num_processes-th batch is
-                                                # made here; None: of the running group
+             rank: int | None = None, num_processes: int | None = None, # with a folder; None: of the running group
              device: Device = None,             # of nets that are opened by name; None: the best
              negative: str = '',                # the caption that guidance leads away from
              encoder: TextEncoder | None = None, # of captions; None: the net's own words
              sampler: Sampler | None = None,    # None: what the net's file says
-             **how: object                      # single fields of the `Sampler`: steps, guidance, interval, weak (its
-                                                # name, or a net) ...
+             **how: object                      # fields of the `Sampler`: steps, guidance, interval, weak (or a net) ...
             ) -> Any:
     """`Samples`, whose classes are the captions of a net of captions, or with `out` the paths of the PNG files.
     UserError: no such net, another tokenizer, unknown labels, a
@@ -311,8 +318,7 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
     for i, x in progress(parts(), total=-(-len(y)//batch_size), desc='generate'):
         files += [write_atomic(out/f'{i+j:06d}.png', partial(to_pil(im).save, format='PNG')) for j, im in enumerate(x)]
     if group > 1: torch.distributed.barrier()               # who reads the folder finds all of it
-    said = dict(prompts=list(classes)) if model.config.text_dim else {}
-    if rank == 0: write_json(out/'samples.json', dict(facts, classes=y.tolist(), **said))
+    if rank == 0: write_json(out/'samples.json', dict(facts, classes=y.tolist(), names=classes))
     return files
 
 # %% ../nbs/47_generation.ipynb #11283d99

@@ -98,7 +98,7 @@ FLOW_PRESETS: dict[str, FlowPreset] = {
     'lumina-vfmvae-tiny-f8d16': _words('vfmvae-tiny-f8d16'),  # captions of the world: data/results/text.json
     'lumina-conv-tiny-f8d16': _words('conv-tiny-f8d16'),      # data/results/text.json
     'vfmvae-lumina': FlowPreset(_PAPER, _T2I, FlowConfig(clip=1.), 150_000*512, sampling=Sampler(30, guidance=3.),
-                                **_SET | dict(batch_size=512)), # DPG 59.1, MJHQ FID 17.0 with settings that are not published
+                                **_SET | dict(batch_size=512)), # published: DPG 59.1, MJHQ FID 17.0, settings unknown
     'lightningdit-64ep': _light(64, 6., .1),                  # published gFID 2.16; 3.80 without guidance; not run here
     'lightningdit-560ep': _light(560, 4., .125),              # published gFID 1.57; not run here
     'reg-64ep': _reg(64, 2., .85),                            # published gFID 2.03; 2.42 without guidance; not run here

@@ -35,7 +35,8 @@ _STEM = {'x_embedder.proj': ('patch_embedder.proj', 'x_embedder'),
          'final_layer.linear': ('norm_out.linear_2', 'final_layer.linear')}
 _IN_BLOCK = {'norm1': ('norm1.norm', 'attention_norm1'), 'norm1_out': ('norm2', 'attention_norm2'),
              'norm2': ('ffn_norm1', 'ffn_norm1'), 'norm2_out': ('ffn_norm2', 'ffn_norm2'),
-             'norm_y': ('norm1_context', 'attention_y_norm'), 'adaLN_modulation.1': ('norm1.linear', 'adaLN_modulation.1'),
+             'norm_y': ('norm1_context', 'attention_y_norm'),
+             'adaLN_modulation.1': ('norm1.linear', 'adaLN_modulation.1'),
              'attn.q': ('attn1.to_q', 'attention.wq'), 'attn.cross_q': ('attn2.to_q', 'attention.wq'),
              'attn.k': ('attn1.to_k', 'attention.wk'), 'attn.k_y': ('attn2.to_k', 'attention.wk_y'),
              'attn.v': ('attn1.to_v', 'attention.wv'), 'attn.v_y': ('attn2.to_v', 'attention.wv_y'),
@@ -50,7 +51,8 @@ _TURNED = re.compile(r'blocks\.\d+\.attn\.(cross_q|q|k|k_y)(_norm)?\.|blocks\.\d
 def _names(ours: str, layout: str) -> tuple[str, ...]:
     "What a tensor of a `DiT` is called there; two names: it is both, one above the other."
     at = TEXT_LAYOUTS.index(layout)
-    block, stem, end = re.fullmatch(r'(?:blocks\.(\d+)\.)?(.*?)(\.weight|\.bias|)', ours).groups()  # type: ignore[union-attr]
+    parts: Any = re.fullmatch(r'(?:blocks\.(\d+)\.)?(.*?)(\.weight|\.bias|)', ours)
+    block, stem, end = parts.groups()
     found: Any = _HALVES[stem][at] if stem in _HALVES else ((_IN_BLOCK if block else _STEM)[stem][at],)
     return tuple(f'layers.{block}.{k}{end}' if block else k+end for k in found)
 
@@ -77,7 +79,8 @@ def _read_sizes(sd: Mapping[str, Tensor], layout: str, given: Mapping[str, Any])
         return sum(sd[k].shape[axis] for k in names)
     projected = 'caption_projection.linear_1.weight' in sd
     patch = whole(given.get('patch_size', 1 if projected else 2), 'patch_size', 1, 64)    # shapes cannot tell
-    wide, heads, hidden = size('x_embedder.proj.weight', 0), size('blocks.0.attn.gate', 0), size('blocks.0.mlp.w3.weight', 1)
+    wide, heads = size('x_embedder.proj.weight', 0), size('blocks.0.attn.gate', 0)
+    hidden = size('blocks.0.mlp.w3.weight', 1)
     many, out = size('x_embedder.proj.weight', 1)//patch**2, size('final_layer.linear.weight', 0)//patch**2
     need(heads and not wide % heads and many and out in (many, 2*many),
          f'a net of {heads} heads, {wide} wide, from {many} channels to {out} is not supported; give patch_size')
@@ -92,7 +95,8 @@ def _read_sizes(sd: Mapping[str, Tensor], layout: str, given: Mapping[str, Any])
 
 # %% ../nbs/43_published_text.ipynb #a4beb851
 def load_text_net(source: Mapping | str | Path, # a state dict or a file
-                  **config: Any                 # patch_size; linear_factor, ntk_factor, base_sequence_length of larger grids
+                  # patch_size; linear_factor, ntk_factor, base_sequence_length of larger grids
+                  **config: object
                  ) -> DiT:
     """A Next-DiT in the layout of Lumina-Next, of diffusers (LuminaNextDiT2DModel) or of BLIP3-o, told apart by its
     names; float32, eval mode, in the library's time direction. UserError, one line, on missing, extra and misshaped

@@ -299,6 +299,7 @@ def guide(strong: Field, weak: Field,
         return v + ((scale(v) if callable(scale) else constant)-1)*(v-weak(z, t, **held))
     return f
 
+# %% ../nbs/37_samplers.ipynb #cbfc9781
 def _null(y: Condition, null: int) -> Condition: return torch.full_like(y, null) if isinstance(y, Tensor) else y.null()
 
 def classifier_free(net: Callable, y: Condition, # net(z, t, y) and labels (b,), or captions with their empty one
