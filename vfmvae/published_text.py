@@ -107,7 +107,7 @@ def load_text_net(source: Mapping | str | Path, # a state dict or a file
     if any(k.startswith(before) for k in sd):         # BLIP3-o: the language model lies beside it
         sd = {k.removeprefix(before): v for k, v in sd.items() if k.startswith(before)}
     sd.pop('pad_token', None)                         # of images of mixed sizes in one batch
-    layout = TEXT_LAYOUTS['x_embedder.weight' in sd]
+    layout = TEXT_LAYOUTS[any('.attention.' in k for k in sd)]
     c = _read_sizes(sd, layout, given)
     net = on_meta(DiT, c)
     own, wanted = net.state_dict(), dict[str, Tensor]()
