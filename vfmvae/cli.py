@@ -87,7 +87,7 @@ _CHOICES: dict[str, tuple[str, ...]] = dict(
     precision=('fp32', 'bf16', 'fp16'))
 _PLACES = ('spec',)      # what is given by its place, without a name
 _BUNDLED = dict(tokenizer='tokenizer', net='net', preset='preset', data='data', held_out='data')
-_PYTHON_ONLY = ('labels', 'sampler', 'rank', 'num_processes', 'show', 'say', 'log_every', 'shard_size', 'tok',
+_PYTHON_ONLY = ('captions', 'labels', 'sampler', 'rank', 'num_processes', 'show', 'say', 'log_every', 'shard_size', 'tok',
                 'jupyter')
 
 def _settings(o: Option) -> dict[str, Any]:
@@ -233,6 +233,7 @@ def _decode(latents: str,                 # folder of vfmvae encode
 # %% ../nbs/61_cli.ipynb #ecc4f683
 def _generate(n: int = 16,               # how many
               label: int | None = None,  # one class for all; None: by the policy
+              prompt: str | None = None, # a caption, or a .txt file of one on each line, for nets of captions; n of each
               out: str = 'outputs/samples', # folder
               policy: str = 'balanced',  # of labels: every class in turn, or at random
               tokenizer: str | None = None,
@@ -240,11 +241,16 @@ def _generate(n: int = 16,               # how many
               seed: int = 0,
               device: str | None = None,
               **how: Any) -> None:
-    "pictures from noise, class by class"
+    "pictures from noise, class by class or by captions"
     from vfmvae.generation import generate
+    vfmvae.core.need(prompt is None or label is None, 'a net draws classes or captions; give --label or --prompt')
+    labels: Any = n if label is None else [label]*n
+    if prompt is not None:
+        file = prompt.lower().endswith('.txt')
+        labels = [k for k in (vfmvae.captions.read_prompts(prompt) if file else [prompt]) for _ in range(n)]
     folder, how = vfmvae.files.check_out(out), how | _sampling(**_take(how, _sampling))
     tok = _tokenizer(tokenizer, g_kwargs, device) if tokenizer else None
-    files = generate(labels=n if label is None else [label]*n, out=folder, policy=policy, tokenizer=tok, seed=seed,
+    files = generate(labels=labels, out=folder, policy=policy, tokenizer=tok, seed=seed,
                      device=device, **how)
     print(f'{len(files)} pictures in {folder.resolve()}')
 

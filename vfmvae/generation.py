@@ -37,7 +37,7 @@ from .train import fit, warm_cosine
 from .extractors import Extractor
 from .statistics import Statistics
 from .evaluate import gfid, Record
-from .text import caption_table, Text, TEXT, TextEncoder
+from .text import caption_table, Text, TEXT, text_encoder, TextEncoder
 from .dit import Condition, DiT, save_net
 from .samplers import sample_latents, Sampler
 from .latents import cache_latents, cache_name, latent_digest, LatentCache
@@ -83,7 +83,7 @@ class Captioned:
 
 # %% ../nbs/47_generation.ipynb #7a863ed3
 def encoder_of(net: DiT,
-               encoder: TextEncoder | None = None # None: the net's own words
+               encoder: str | TextEncoder | None = None # or its name; None: the net's own words
               ) -> Callable[[Sequence[str]], Text]:
     "Captions to what this net takes. UserError: it takes none, or was trained on another encoder's."
     c, kept = net.config, net.meta.get('encoder')
@@ -91,6 +91,7 @@ def encoder_of(net: DiT,
     if c.vocabulary: return net.y_embedder.words.numbers
     if encoder is None:
         raise UserError(f'the captions of this net are those of {kept or "a language model"}; give its encoder')
+    encoder = text_encoder(encoder)
     now = encoder.fingerprint()
     need(encoder.dim == c.text_dim and kept in (None, now),
          f'this net learned captions of {kept or c.text_dim}, not of {now} ({encoder.dim} wide); give that encoder')
@@ -119,14 +120,14 @@ def train_flow(preset: str | FlowPreset = 'dit-vfmvae-tiny-f8d16', # a key of PR
                                                  # preset's
                n: int | None = None,             # images to encode, spread over the set; None: all, 50,000 of the world
                captions: Sequence[str] | None = None, # one for each image, for nets of captions; None: the data's own
-               encoder: TextEncoder | None = None, # of captions; None: the net's own words
+               encoder: str | TextEncoder | None = None, # of captions, or its name; None: the net's own words
                monitor: Callable[[FlowTask], Callable] | None = None, # makes a `show` of the task: a `FlowMonitor`
                **options: object                 # of `TrainOptions`: num_images, batch_size, lr, run, out, seed ...
               ) -> tuple[DiT, list[dict]]:
     """Caches latents, trains, averages; returns (the averaged net in eval mode, log rows). The number of classes is the
     data's. Under `accelerate launch` it uses every process. UserError: an unknown preset or option, data that cannot be
     opened, a cache of another tokenizer, latents that do not fit the net."""
-    p, acc = get_preset(preset, FlowPreset), make_accelerator()
+    p, acc, encoder = get_preset(preset, FlowPreset), make_accelerator(), text_encoder(encoder) if encoder else None
     o = build_config(TrainOptions, options).checked(p.batch_size, acc.num_processes)
     num_images, n = o.num_images or p.num_images, None if n is None else whole(n, 'n', 1)
     steps, run = num_images//o.batch_size, Run(o.run, o.keep) if o.run else None
@@ -247,7 +248,7 @@ def _labels(labels: int | Sequence[int] | Tensor, classes: int, policy: str, see
     return torch.from_numpy(y.astype(np.int64))
 
 # %% ../nbs/47_generation.ipynb #ec531729
-def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str, encoder: TextEncoder | None
+def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str, encoder: str | TextEncoder | None
           ) -> tuple[Condition, Tensor, tuple[str, ...]]:
     "(what the net is asked, the number of each sample, what the numbers mean)."
     texts = [labels] if isinstance(labels, str) else labels
@@ -282,7 +283,7 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
              rank: int | None = None, num_processes: int | None = None, # with a folder; None: of the running group
              device: Device = None,             # of nets that are opened by name; None: the best
              negative: str = '',                # the caption that guidance leads away from
-             encoder: TextEncoder | None = None, # of captions; None: the net's own words
+             encoder: str | TextEncoder | None = None, # of captions, or its name; None: the net's own words
              sampler: Sampler | None = None,    # None: what the net's file says
              **how: object                      # fields of the `Sampler`: steps, guidance, interval, weak (or a net) ...
             ) -> Any:
