@@ -35,7 +35,7 @@ def bundled(kind: str # 'tokenizer', 'net', 'preset' or 'data'
     if kind == 'data': return ('world', *_keys('folders', 'PHOTOGRAPHS'))
     if kind == 'preset': return _keys('presets', 'PRESETS') + _keys('presets', 'FLOW_PRESETS')
     files = sorted({f.stem for at in (PACKAGE.parent, PACKAGE) for f in (at/'data'/'weights').glob('*.safetensors')})
-    others = ('extractor-', 'known-', 'vfm-', *(['dit-'] if kind == 'tokenizer' else []))
+    others = ('extractor-', 'known-', 'reader-', 'vfm-', *(['dit-'] if kind == 'tokenizer' else []))
     return tuple(f for f in files if not f.startswith(others) and (kind == 'tokenizer' or f.startswith('dit-')))
 
 def _named(text: str) -> str:
@@ -87,8 +87,7 @@ _CHOICES: dict[str, tuple[str, ...]] = dict(
     precision=('fp32', 'bf16', 'fp16'))
 _PLACES = ('spec',)      # what is given by its place, without a name
 _BUNDLED = dict(tokenizer='tokenizer', net='net', preset='preset', data='data', held_out='data')
-_PYTHON_ONLY = ('captions', 'labels', 'sampler', 'rank', 'num_processes', 'show', 'say', 'log_every', 'shard_size', 'tok',
-                'jupyter')
+_PYTHON_ONLY = 'captions labels sampler rank num_processes show say log_every shard_size tok jupyter'.split()
 
 def _settings(o: Option) -> dict[str, Any]:
     "Keywords for argparse's `add_argument`."
@@ -233,25 +232,20 @@ def _decode(latents: str,                 # folder of vfmvae encode
 # %% ../nbs/62_cli.ipynb #ecc4f683
 def _generate(n: int = 16,               # how many
               label: int | None = None,  # one class for all; None: by the policy
-              prompt: str | None = None, # a caption, or a .txt file of one on each line, for nets of captions; n of each
+              prompt: str | None = None, # a caption, or a .txt file of one on each line; n pictures of each
               out: str = 'outputs/samples', # folder
               policy: str = 'balanced',  # of labels: every class in turn, or at random
-              tokenizer: str | None = None,
-              g_kwargs: str | None = None,
-              seed: int = 0,
+              tokenizer: str | None = None, g_kwargs: str | None = None, seed: int = 0,
               device: str | None = None,
               **how: Any) -> None:
     "pictures from noise, class by class or by captions"
     from vfmvae.generation import generate
     vfmvae.core.need(prompt is None or label is None, 'a net draws classes or captions; give --label or --prompt')
-    labels: Any = n if label is None else [label]*n
-    if prompt is not None:
-        file = prompt.lower().endswith('.txt')
-        labels = [k for k in (vfmvae.captions.read_prompts(prompt) if file else [prompt]) for _ in range(n)]
+    said = vfmvae.captions.read_prompts(prompt) if prompt and prompt.lower().endswith('.txt') else [prompt]
+    labels: Any = [k for k in said for _ in range(n)] if prompt else n if label is None else [label]*n
     folder, how = vfmvae.files.check_out(out), how | _sampling(**_take(how, _sampling))
     tok = _tokenizer(tokenizer, g_kwargs, device) if tokenizer else None
-    files = generate(labels=labels, out=folder, policy=policy, tokenizer=tok, seed=seed,
-                     device=device, **how)
+    files = generate(labels=labels, out=folder, policy=policy, tokenizer=tok, seed=seed, device=device, **how)
     print(f'{len(files)} pictures in {folder.resolve()}')
 
 def _evaluate(data: str,

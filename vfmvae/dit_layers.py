@@ -219,12 +219,12 @@ class TextAttention(nn.Module):
                 scale: float | None = None # of the self-attention's products; None: 1/sqrt(width of a head)
                ) -> Tensor:
         def split(h: Tensor) -> Tensor: return h.unflatten(-1, (-1, self.width)).transpose(1, 2)    # (b,heads,n,d)
-        def attend(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        def _attend(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
             v = split(v)
             return F.scaled_dot_product_attention(rotate(split(q), rope).to(v.dtype), k.to(v.dtype), v,
                                                   enable_gqa=q.shape[-1] != self.width*v.shape[1], **how)
-        own = attend(self.q_norm(self.q(x)), rotate(split(self.k_norm(self.k(x))), rope), self.v(x), scale=scale)
-        cross = attend(self.cross_q_norm(self.cross_q(x)), split(self.ky_norm(self.k_y(y))), self.v_y(y),
+        own = _attend(self.q_norm(self.q(x)), rotate(split(self.k_norm(self.k(x))), rope), self.v(x), scale=scale)
+        cross = _attend(self.cross_q_norm(self.cross_q(x)), split(self.ky_norm(self.k_y(y))), self.v_y(y),
                        attn_mask=mask[:, None, None])
         return self.proj((own + self.gate.tanh()[:, None, None]*cross).transpose(1, 2).flatten(2))
 

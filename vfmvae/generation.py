@@ -285,7 +285,7 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
              negative: str = '',                # the caption that guidance leads away from
              encoder: str | TextEncoder | None = None, # of captions, or its name; None: the net's own words
              sampler: Sampler | None = None,    # None: what the net's file says
-             **how: object                      # fields of the `Sampler`: steps, guidance, interval, weak (or a net) ...
+             **how: object                      # fields of the `Sampler`: steps, guidance, interval, weak (a net) ...
             ) -> Any:
     """`Samples`, whose classes are the captions of a net of captions, or with `out` the paths of the PNG files.
     UserError: no such net, another tokenizer, unknown labels, a
