@@ -21,14 +21,13 @@ from filelock import FileLock, Timeout
 from .core import first_line, need, notice, PathLike, UserError
 from .files import check_out, home, read_json, Table, write_json
 from .runtime import make_accelerator, provenance, rank
-from .tokenizer import load_tokenizer
 from .flow import flow_loss
 from .dit import DiT
 from .latents import cache_latents
 from .presets import FlowPreset
 from .recipes import estimate, train_tokenizer
 from .generation import train_flow
-from .trials import MEASURES, open_study, Panel, plan, Row, rows_at, Study, Trial
+from .trials import MEASURES, open_study, Panel, plan, Row, rows_at, Study, trained_tokenizer, Trial, vfm_of
 
 # %% ../nbs/61_studies.ipynb #dcba11df
 def _cost(folder: Path, began: float, rows: list[dict] | None = None) -> float:
@@ -41,12 +40,12 @@ def train_trial(trial: Trial) -> None:
     s, d, folder, began = trial.study, trial.study.data[trial.dataset], trial.folder, time.process_time()
     acc = make_accelerator()
     p: Any = trial.preset
-    tok: Any = load_tokenizer(trial.before.out).to(acc.device) if trial.net else None
+    tok = trained_tokenizer(trial) if trial.net else None
     size = p.latent[1]*tok.stride if tok else p.config.img_size
     how: dict[str, Any] = dict(run=folder/'run', out=trial.out, seed=trial.seed, log_every=50,
                                show=partial(_cost, folder, began))
     if tok is None:
-        train_tokenizer(p, d.train.open(size, True), d.vfm if p.config.vfm else None, num_images=s.tokenizer_images,
+        train_tokenizer(p, d.train.open(size, True), vfm_of(trial), num_images=s.tokenizer_images,
                         precision=s.precision, keep=1, **how)
     else:
         p = replace(p, tokenizer=tok.name, net=replace(p.net, in_channels=tok.channels),
@@ -74,7 +73,7 @@ def work(trial: Trial,              # the folder is made
     make_accelerator().wait_for_everyone()              # before one of a group looks for what another one writes
     for k in trial.todo():
         if trial.dataset not in panels:
-            size = load_tokenizer(trial.before.out).config.img_size
+            size = trained_tokenizer(trial).config.img_size
             panels[trial.dataset] = Panel(trial.study, trial.study.data[trial.dataset], size)
         with torch.no_grad(): rows = [*MEASURES[k][1](trial, panels[trial.dataset])]
         write_json(rows_at(trial, k), dict(rows=rows, made=provenance(seed=trial.seed)))
@@ -170,12 +169,12 @@ def price(study: Study,
     "Hours and gigabytes of the training that is missing, from a few steps of each run here; measuring comes on top."
     rows, s = Table(), study
     for trial in (t for t in runs if not t.trained):
-        p, vfm = trial.preset, s.data[trial.dataset].vfm
+        p = trial.preset
         if isinstance(p, FlowPreset):
             hours = s.net_images*_net_seconds(p)/3600
             gb = 16e-9*s.moments*sum(v.numel() for v in DiT(p.net).parameters())
         else:
-            stages = estimate(p, vfm if p.config.vfm else None, s.tokenizer_images, precision=s.precision, say=str)
+            stages = estimate(p, vfm_of(trial), s.tokenizer_images, precision=s.precision, say=str)
             hours, gb = sum(r['hours'] for r in stages), sum(r['disk_gb'] for r in stages)
         rows.append(dict(run=trial.folder.name, hours=hours, gb=gb))
     say(f"{len(rows)} runs: {sum(r['hours'] for r in rows):.3g} hours of training on this machine, "
