@@ -154,7 +154,7 @@ class HFText:
         return Text(h[:-1], mask[:-1, self.skip:], h[-1], mask[-1, self.skip:])
 
     def fingerprint(self) -> str:
-        "16 hex digits of what decides on the states: weights, queries, tokenizer, layer, template."
+        "16 hex digits of what the states depend on: weights, queries, tokenizer, layer, template."
         form = getattr(self.tokenizer, 'backend_tokenizer', None)
         how = parse_json(form.to_str(), 'a tokenizer') if form else self.tokenizer.get_vocab()
         how = {k: v for k, v in how.items() if k not in ('padding', 'truncation')}     # which change from call to call
@@ -185,10 +185,11 @@ class CaptionTable:
     encoder: str          # its name
     fingerprint: str      # and what it is
     def __post_init__(self) -> None:
-        sizes = self.ends.diff()
-        need(len(self.texts) == len(sizes) and self.texts[0] == '' and self.tokens.ndim == 2 and (sizes > 0).all() and
-             self.ends[0] == 0 and self.ends[-1] == len(self.tokens), 'these are no states of captions; make them again')
-        need(self.tokens.isfinite().all(), f'the states of {self.encoder} leave the range of float16; take its last layer')
+        sizes, ends = self.ends.diff(), self.ends.tolist()
+        need(len(self.texts) == len(sizes) and self.texts[0] == '' and (sizes > 0).all() and ends[0] == 0 and
+             ends[-1] == len(self.tokens), 'these are no states of captions; make them again')
+        need(self.tokens.isfinite().all(),
+             f'the states of {self.encoder} leave the range of float16; take its last layer')
     def __len__(self) -> int: return len(self.texts)
     @cached_property
     def _row(self) -> dict[str, int]: return {t: i for i, t in enumerate(self.texts)}
@@ -209,7 +210,9 @@ class CaptionTable:
         mask = places < self.ends[at+1, None]
         h = self.tokens[places.clamp(max=len(self.tokens)-1)].float().masked_fill(~mask[..., None], 0)
         return Text(h[:-1], mask[:-1], h[-1], mask[-1])
-    def to(self, device: Device) -> 'CaptionTable': return replace(self, tokens=self.tokens.to(device), ends=self.ends.to(device))
+    def to(self, device: Device) -> 'CaptionTable':
+        "A table whose `text` is on that device."
+        return replace(self, tokens=self.tokens.to(device), ends=self.ends.to(device))
     def save(self, path: PathLike) -> None: # *.safetensors; the texts lie beside it as JSON
         "See `files.save_weights`."
         meta = dict(texts=list(self.texts), encoder=self.encoder, fingerprint=self.fingerprint)
@@ -231,7 +234,8 @@ def load_captions(path: PathLike, encoder: TextEncoder | None = None # None: whi
                  ) -> CaptionTable:
     "A table of `save`. UserError: it is of another encoder, or no table."
     tensors, meta = load_weights(path)
-    need({*tensors} == {'tokens', 'ends'} and {*meta} >= {'texts', 'encoder', 'fingerprint'}, f'{path} is no table of captions')
+    need({*tensors} == {'tokens', 'ends'} and {*meta} >= {'texts', 'encoder', 'fingerprint'},
+         f'{path} is no table of captions; make one with text.caption_table')
     need(encoder is None or encoder.fingerprint() == meta['fingerprint'],
          f'{path} holds states of another encoder ({meta["encoder"]}); make it again, or give that one')
-    return CaptionTable(**tensors, **{k: meta[k] for k in ('texts', 'encoder', 'fingerprint')})
+    return CaptionTable(tensors['tokens'], tensors['ends'], meta['texts'], meta['encoder'], meta['fingerprint'])
