@@ -390,7 +390,7 @@ def test_encoders_are_loaded_by_name(tmp_path, kind):
     tokenizer().save_pretrained(tmp_path/'m')
     got = load_text(tmp_path/'m', layer=-2)
     # transformers gives a Qwen the tokenizer of Qwens, whatever is saved
-    want = HFText(net, got.tokenizer if kind == 'qwen' else tokenizer(), layer=-2)
+    want = HFText(net, got.text_tokenizer if kind == 'qwen' else tokenizer(), layer=-2)
     assert torch.equal(got(SOME).tokens, want(SOME).tokens) and got.name == str(tmp_path/'m')
     assert 'decoder' not in ' '.join(dict(got.model.named_parameters()))
     (tmp_path/'m'/'config.json').write_text('{}')

@@ -146,9 +146,9 @@ def _utf8(raw: bytes, name: object) -> str:
     need('\0' not in text, f'{name} is not UTF-8 text; save it as UTF-8')
     return text
 
-def _read(path: Path) -> bytes | None:
-    "What is in a file; None without one. UserError: it cannot be read."
-    try: return path.read_bytes()
+def _text_at(path: Path) -> str | None:
+    "What is in a file; None without one. UserError: it cannot be read, or is not UTF-8."
+    try: return _utf8(path.read_bytes(), path)
     except FileNotFoundError: return None
     except OSError as e: raise UserError(f'{path} cannot be read ({e.strerror}); check what it is') from None
 
@@ -178,11 +178,9 @@ def captions_of(ds: Dataset,            # a world, a folder, shards, or some of 
     while isinstance(ds, Subset): at, ds = [ds.at[i] for i in at], ds.ds
     if isinstance(ds, World): return world_captions(ds, wording, seed, epoch, at)
     name, pieces, shard = getattr(ds, 'name', type(ds).__name__), getattr(ds, 'pieces', None), cache(_of_shard)
-    def told(path: PathLike, start: int, length: int | None) -> str | None:
-        if length is not None: return shard(str(path)).get(start)
-        raw = _read(beside := Path(path).with_suffix('.txt'))
-        return None if raw is None else _utf8(raw, beside)
-    found = [told(*pieces[i]) for i in at] if pieces else []
+    # a piece without a length is a whole file
+    found = [_text_at(Path(path).with_suffix('.txt')) if length is None else shard(str(path)).get(start)
+             for path, start, length in (pieces[i] for i in at)] if pieces else []
     texts = [' '.join((t or '').split()) for t in found]
     need(any(texts), f'{name} has no captions; put name.txt beside each name.png, or into the shard')
     missing, empty = found.count(None), texts.count('') - found.count(None)
@@ -195,8 +193,8 @@ def captions_of(ds: Dataset,            # a world, a folder, shards, or some of 
 def read_prompts(path: PathLike # a text in UTF-8, a prompt on each line; blank lines are passed over
                 ) -> list[str]:
     "The prompts of a file. UserError: no such file, not UTF-8, no prompt in it."
-    path = as_path(path, 'prompts')
-    need((raw := _read(path)) is not None, f'no file {path}; check the path')
-    prompts = [' '.join(line.split()) for line in _utf8(raw or b'', path).splitlines() if line.strip()]
+    text = _text_at(path := as_path(path, 'prompts'))
+    need(text is not None, f'no file {path}; check the path')
+    prompts = [' '.join(line.split()) for line in (text or '').splitlines() if line.strip()]
     need(prompts, f'{path} holds no prompt; write one on each line')
     return prompts

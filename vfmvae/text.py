@@ -8,8 +8,7 @@ __all__ = ['Text', 'TextEncoder', 'Words', 'HFText', 'load_text', 'CaptionTable'
 # %% ../nbs/33_text.ipynb #3eb8da9a
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 # %% ../nbs/33_text.ipynb #24d821dd
@@ -92,9 +91,8 @@ class Words(nn.Module):
             if lost := [w for w in row if w not in self._number]:
                 raise UserError(f'no word {lost[0]!r}{nearest(lost[0], self.vocabulary)} ({where})')
             need(len(row) <= self.max_tokens, f'{len(row)} words, at most {self.max_tokens}; shorten {where}')
-        tokens = torch.zeros(len(rows)+1, self.max_tokens, dtype=torch.int64)
-        for line, row in zip(tokens, [*rows, []], strict=True):
-            line[:max(1, len(row))] = torch.tensor([self._number[w] for w in row] or [1])
+        found = [[self._number[w] for w in row] or [1] for row in [*rows, []]]
+        tokens = torch.tensor([[*row, *[0]*(self.max_tokens-len(row))] for row in found])
         return Text(tokens[:-1], tokens[:-1] > 0, tokens[-1], tokens[-1] > 0)
 
     def forward(self, text: Text) -> Tensor: # of `numbers`
@@ -104,10 +102,32 @@ class Words(nn.Module):
         return self.norm(h)*text.mask[..., None]
 
 # %% ../nbs/33_text.ipynb #8b714581
+def _form(text_tokenizer: Any) -> dict:
+    "All that a tokenizer of `transformers` is, but for padding and cutting, which change from call to call."
+    form = getattr(text_tokenizer, 'backend_tokenizer', None)
+    known = parse_json(form.to_str(), 'a tokenizer') if form else text_tokenizer.get_vocab()
+    return {k: v for k, v in known.items() if k not in ('padding', 'truncation')}
+
+# %% ../nbs/33_text.ipynb #df678efd
+def _states(model: Any, ids: Tensor, sizes: Tensor, queries: Tensor | None, layer: int) -> tuple[Tensor, Tensor]:
+    "(b,n,dim) float32 and their mask, of (b,n) tokens of which `sizes` (b,1) count; of queries theirs alone."
+    q = 0 if queries is None else len(queries)
+    line, at = torch.arange(len(ids), device=ids.device)[:, None], sizes + torch.arange(q, device=ids.device)
+    given = dict(input_ids=ids)
+    if queries is not None:
+        x = F.pad(model.get_input_embeddings()(ids), (0, 0, 0, q))
+        x[line, at] = queries.to(x)
+        given = dict(inputs_embeds=x)
+    mask = torch.arange(ids.shape[1]+q, device=ids.device) < sizes+q
+    out = model(**given, attention_mask=mask.long(), output_hidden_states=layer != -1)
+    h = (out.last_hidden_state if layer == -1 else out.hidden_states[layer]).float()
+    return (h, mask) if queries is None else (h[line, at], torch.ones_like(at, dtype=torch.bool))
+
+# %% ../nbs/33_text.ipynb #890d954c
 class HFText:
     """A language model of `transformers` as a text encoder, frozen: hidden states, float32. Of a model with a decoder
     the encoder is taken, of one that sees the part that reads. UserError: no such layer."""
-    def __init__(self, model: Any, tokenizer: Any,        # of `transformers`
+    def __init__(self, model: Any, text_tokenizer: Any,   # of `transformers`
                  name: str = 'text',
                  layer: int = -1,                         # of hidden_states; -1: last_hidden_state
                  max_tokens: int = 256,                   # of the model; a longer caption loses its end
@@ -118,50 +138,38 @@ class HFText:
         model = getattr(model, 'language_model', model)
         self.model = (model.get_encoder() if model.config.is_encoder_decoder else model).eval()
         depth = self.model.config.num_hidden_layers
-        self.name, self.tokenizer, self.layer = name, tokenizer, whole(layer, 'layer', -depth-1, depth)
+        self.name, self.text_tokenizer, self.layer = name, text_tokenizer, whole(layer, 'layer', -depth-1, depth)
         self.dim, self.template, self.skip, self.queries = self.model.config.hidden_size, template, skip, queries
         self.max_tokens, self._most = max_tokens if queries is None else len(queries), max_tokens
 
     def _ids(self, captions: Sequence[str]) -> list[list[int]]:
         "Numbers of tokens, at least one each. A tokenizer's own padding and cutting, if its files say so, are off."
         texts = [self.template.replace('{}', c) for c in captions]
-        rows = self.tokenizer(texts, padding=False, truncation=False)['input_ids']
+        rows = self.text_tokenizer(texts, padding=False, truncation=False)['input_ids']
         if over := sum(len(r) > self._most for r in rows):
             notice(f'{self.name}: {over} captions have more than {self._most} tokens; their ends are cut off')
-            rows = self.tokenizer(texts, padding=False, truncation=True, max_length=self._most)['input_ids']
-        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 0)
-        return [r or [next(t for t in known if t is not None)] for r in rows]
+            rows = self.text_tokenizer(texts, padding=False, truncation=True, max_length=self._most)['input_ids']
+        known = (getattr(self.text_tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad'))
+        none = next((k for k in known if k is not None), 0)
+        return [r or [none] for r in rows]
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Text:
         "States (b,n,dim), right-padded with zeros to the longest."
         rows, device = self._ids([*captions, '']), device_of(self.model)
-        ids = pad_sequence([torch.tensor(r) for r in rows], True, self.tokenizer.pad_token_id or 0).to(device)
+        ids = pad_sequence([torch.tensor(r) for r in rows], True, self.text_tokenizer.pad_token_id or 0).to(device)
         sizes = torch.tensor([[len(r)] for r in rows], device=device)
-        q, line = 0 if self.queries is None else len(self.queries), torch.arange(len(rows), device=device)[:, None]
-        at, given = sizes + torch.arange(q, device=device), dict(input_ids=ids)
-        if self.queries is not None:
-            x = F.pad(self.model.get_input_embeddings()(ids), (0, 0, 0, q))
-            x[line, at] = self.queries.to(x)
-            given = dict(inputs_embeds=x)
-        mask = torch.arange(ids.shape[1]+q, device=device) < sizes+q
-        out = self.model(**given, attention_mask=mask.long(), output_hidden_states=self.layer != -1)
-        h = (out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]).float()
-        if self.queries is not None:
-            h, mask = h[line, at], torch.ones_like(at, dtype=torch.bool)
-            h[-1] = 0
-        h = h.masked_fill(~mask[..., None], 0)[:, self.skip:]
-        return Text(h[:-1], mask[:-1, self.skip:], h[-1], mask[-1, self.skip:])
-
+        h, mask = _states(self.model, ids, sizes, self.queries, self.layer)
+        h, mask = h.masked_fill(~mask[..., None], 0)[:, self.skip:], mask[:, self.skip:]
+        if self.queries is not None: h[-1] = 0
+        return Text(h[:-1], mask[:-1], h[-1], mask[-1])
     def fingerprint(self) -> str:
         "16 hex digits of what the states depend on: weights, queries, tokenizer, layer, template."
-        form = getattr(self.tokenizer, 'backend_tokenizer', None)
-        how = parse_json(form.to_str(), 'a tokenizer') if form else self.tokenizer.get_vocab()
-        how = {k: v for k, v in how.items() if k not in ('padding', 'truncation')}     # which change from call to call
-        asked = {} if self.queries is None else {'queries': self.queries}
-        said = repr((digest(self.model.state_dict() | asked), how, self.layer, self._most, self.template, self.skip))
+        weights = self.model.state_dict() | ({} if self.queries is None else {'queries': self.queries})
+        said = repr((digest(weights), _form(self.text_tokenizer), self.layer, self._most, self.template, self.skip))
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
+# %% ../nbs/33_text.ipynb #57ce8713
 def load_text(name: str, # on the hub, or a folder
               **how      # as `HFText` takes it
              ) -> HFText:
@@ -170,33 +178,27 @@ def load_text(name: str, # on the hub, or a folder
     try:
         kind = type(hf.AutoConfig.from_pretrained(name))
         auto = hf.AutoModelForTextEncoding if kind in hf.MODEL_FOR_TEXT_ENCODING_MAPPING else hf.AutoModel
-        return HFText(auto.from_pretrained(name), hf.AutoTokenizer.from_pretrained(name), str(name), **how)
+        parts = auto.from_pretrained(name), hf.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as e:
-        if isinstance(e, UserError): raise
         raise UserError(f'{name} is no text encoder that can be loaded ({first_line(e)}); check the name') from None
+    return HFText(*parts, str(name), **how)
 
 # %% ../nbs/33_text.ipynb #54ce5ffb
-@dataclass(frozen=True)
 class CaptionTable:
     "States of captions, each once. UserError: numbers that do not fit together or are not finite."
-    tokens: Tensor        # (sum n,dim) float16, one caption after the other
-    ends: Tensor          # (m+1,) int64, where each begins and the last ends
-    texts: Sequence[str]  # (m,); the first is ''
-    encoder: str          # its name
-    fingerprint: str      # and what it is
-    def __post_init__(self) -> None:
-        sizes, ends = self.ends.diff(), self.ends.tolist()
-        need(len(self.texts) == len(sizes) and self.texts[0] == '' and (sizes > 0).all() and ends[0] == 0 and
-             ends[-1] == len(self.tokens), 'these are no states of captions; make them again')
-        need(self.tokens.isfinite().all(),
-             f'the states of {self.encoder} leave the range of float16; take its last layer')
+    def __init__(self, tokens: Tensor,   # (sum n,dim) float16, one caption after the other
+                 ends: Tensor,           # (m+1,) int64, where each begins and the last ends
+                 texts: Sequence[str],   # (m,); the first is ''
+                 encoder: str,           # its name
+                 fingerprint: str        # and what it is
+                ):
+        sizes = ends.diff()
+        need(len(texts) == len(sizes) and texts[0] == '' and (sizes > 0).all() and ends[0] == 0 and
+             ends[-1] == len(tokens), 'these are no states of captions; make them again')
+        need(tokens.isfinite().all(), f'the states of {encoder} leave the range of float16; take its last layer')
+        self.tokens, self.ends, self.texts, self.encoder, self.fingerprint = tokens, ends, texts, encoder, fingerprint
+        self.n, self._row = int(sizes.max()), {t: i for i, t in enumerate(texts)}      # tokens of the longest
     def __len__(self) -> int: return len(self.texts)
-    @cached_property
-    def _row(self) -> dict[str, int]: return {t: i for i, t in enumerate(self.texts)}
-    @cached_property
-    def n(self) -> int: # of the longest
-        "Tokens of each caption of `text`, padding included."
-        return int(self.ends.diff().max())
     def rows(self, captions: Sequence[str]) -> Tensor:
         "(b,) int64. UserError: a caption that is not kept."
         if lost := [c for c in captions if c not in self._row]:
@@ -212,12 +214,14 @@ class CaptionTable:
         return Text(h[:-1], mask[:-1], h[-1], mask[-1])
     def to(self, device: Device) -> 'CaptionTable':
         "A table whose `text` is on that device."
-        return replace(self, tokens=self.tokens.to(device), ends=self.ends.to(device))
+        tokens, ends = self.tokens.to(device), self.ends.to(device)
+        return CaptionTable(tokens, ends, self.texts, self.encoder, self.fingerprint)
     def save(self, path: PathLike) -> None: # *.safetensors; the texts lie beside it as JSON
         "See `files.save_weights`."
         meta = dict(texts=list(self.texts), encoder=self.encoder, fingerprint=self.fingerprint)
         save_weights(path, dict(tokens=self.tokens, ends=self.ends), meta)
 
+# %% ../nbs/33_text.ipynb #65e727e1
 def caption_table(encoder: TextEncoder, captions: Sequence[str], # repeats are one
                   batch_size: int = 64, quiet: bool = False) -> CaptionTable:
     "The states of all that is said, by a frozen encoder."
