@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from fakecuda import CPU, CUDA, cuda
 from vfmvae.captions import (caption, captions_of, held_out, HUES, hue_of, hue_words, OPTIONAL, parse, read_prompts, split, TRAINED, VALUES, VOCABULARY,
                              WORDINGS, words_of, world_captions)
 from vfmvae.core import Notice, raises
@@ -363,6 +364,20 @@ def test_long_captions_are_cut_and_said():
     with raises('without a token'): HFText(made('t5'), tokenizer(), skip=2)(['a ring'])
     for bad in (3.5, 4, -5, True): # of three layers
         with raises('layer'): HFText(made('bert'), tokenizer(), layer=bad)
+
+
+@pytest.mark.parametrize('kind', ['bert', 't5', 'qwen'])
+def test_states_are_made_where_the_model_is(kind):
+    def call(device):
+        encoder = HFText(made(kind).to(device), tokenizer())
+        queries = HFText(encoder.model, tokenizer(), queries=torch.ones(3, 32, device=device))
+        table = caption_table(encoder, SOME, quiet=True)
+        assert table.tokens.device == CPU
+        return [encoder(SOME), queries(SOME), table.to(device).text(SOME), table.to(device).text(table.rows(SOME))], encoder.fingerprint()
+    want, mark = call(CPU)
+    with cuda(): got, there = call(CUDA)
+    assert there == mark and all(t.tokens.device == t.empty_mask.device == CUDA for t in got)
+    assert all((g.to('cpu').tokens-w.tokens).abs().max() < 2e-6 and torch.equal(g.to('cpu').mask, w.mask) for g, w in zip(got, want, strict=True))
 
 
 def test_half_precision_gives_float32():
