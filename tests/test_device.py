@@ -42,6 +42,7 @@ from vfmvae.published import DiffusersVAE
 from vfmvae.recipes import decode_latents, default_perceptual_loss, evaluate_equivariance, evaluate_tokenizer
 from vfmvae.tokenizer import opened
 from vfmvae.robustness import layer_scores, robustness
+from vfmvae.text import Words
 from vfmvae.tokenizer_task import Stage, TokenizerTask
 from vfmvae.tokenizer import (families, fit_stats, image_seeds, LatentFeatures, load_tokenizer, net_digest, reconstruct,
                               save_tokenizer, tokenizers, unfamiliar)
@@ -151,7 +152,7 @@ SOURCES = {'VFM': lambda d: VFM('tiny').to(d), 'ResizePadVFM': lambda d: ResizeP
            'DecibelSource': lambda d: DecibelSource(tok(d))}
 EXTRACTORS = {'WorldExtractor': lambda d: bundled_extractor().to(d), 'Inception': inception, 'VFMExtractor': lambda d: VFMExtractor(VFM('tiny').to(d), 32)}
 JUDGES = {'ProjectedDiscriminator': lambda d: ProjectedDiscriminator(VFM('tiny')).to(d), 'PatchGAN': lambda d: PatchGAN(8).to(d)}
-WHOLE = {*SOURCES, *EXTRACTORS, *JUDGES, 'DiT', 'VFMVAE', 'ConvVAE', 'RAE', 'DiffusersVAE'}
+WHOLE = {*SOURCES, *EXTRACTORS, *JUDGES, 'DiT', 'VFMVAE', 'ConvVAE', 'RAE', 'DiffusersVAE', 'Words'}
 # parts of the nets above, which run when these run
 PARTS = {*'''BatchNormLocal SpectralConv TokenHead ResBlock AttnBlock PatchEmbed TimeEmbed LabelEmbed RMSNorm Attention MLP SwiGLU Block FinalLayer WorldNet
              GeGLU PoolAttention ProjBlock AttnProj ConvProj EqualLinear Style Depthwise Pointwise ConvNeXt Upsample ToRGB ChannelNorm GridAttention LatentStats
@@ -164,6 +165,15 @@ def test_every_net_and_source_of_the_library_is_looked_at():
     found = {n for n, c in CLASSES.items() if issubclass(c, nn.Module) or hasattr(c, 'features')} - protocols
     assert found == WHOLE | PARTS
     assert {type(tok(CPU, n)).__name__ for n in tokenizers} == {c.__name__ for _, c in map(families.__getitem__, families)} <= WHOLE
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_words_compute_where_they_are(train):
+    def call(d):
+        words = fixed(Words).to(d).train(train)
+        text = words.numbers(['a ring on a red ground', '']).to(d)
+        with torch.no_grad(): return [words(text), words(text.null()), words(text[[1]])]
+    both(call, stays=True)
 
 
 # nets and adapters ----------------------------------------------------------------------------------------------------------------------------------

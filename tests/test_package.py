@@ -59,7 +59,7 @@ def test_the_metadata_come_from_settings_ini(built):
     assert meta['Summary'] == cfg['DEFAULT']['description'] and meta['Requires-Python'] == f">={cfg['DEFAULT']['min_python']}"
     core = {r for r in meta.get_all('Requires-Dist') if 'extra ==' not in r}
     assert len(core) == len(cfg['DEFAULT']['requirements'].split()) and any(r.startswith('torch>=') for r in core)
-    assert set(meta.get_all('Provides-Extra')) == {'widgets', 'notebooks', 'eval', 'diffusers', 'ode', 'dev'}
+    assert set(meta.get_all('Provides-Extra')) == {'widgets', 'notebooks', 'eval', 'diffusers', 'text', 'ode', 'dev'}
 
 
 def test_the_unpacked_wheel_finds_its_data(built, tmp_path):

@@ -12,18 +12,18 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-# %% ../nbs/10_captions.ipynb #1fe9b26f
+# %% ../nbs/10_captions.ipynb #d2490f4d
 import torch
 from torch import Tensor
 
-# %% ../nbs/10_captions.ipynb #b1e51c4a
+# %% ../nbs/10_captions.ipynb #f5eebb9b
 from .core import need, notice, one_of, PathLike, shorten, UserError, whole
 from .files import as_path
 from .images import Dataset
 from .world import BACKGROUNDS, SHAPES, TEXTURES, uniforms, World
 from .data import Subset
 
-# %% ../nbs/10_captions.ipynb #36cf9466
+# %% ../nbs/10_captions.ipynb #5b27c344
 SIZES, HUES = ('small', 'large'), ('red', 'yellow', 'green', 'cyan', 'blue', 'magenta')
 
 def hue_of(rgb: Tensor # (b,3) in [0, 1]
@@ -39,7 +39,7 @@ def hue_words(hue: Tensor # (b,), in turns
     "The one of HUES that each is nearest to."
     return [HUES[i] for i in ((hue*6).round().long() % 6).tolist()]
 
-# %% ../nbs/10_captions.ipynb #b35e3cad
+# %% ../nbs/10_captions.ipynb #33e4b991
 def words_of(f: Mapping[str, Tensor] # of `world.factors`
             ) -> list[dict[str, str]]:
     """What is seen in each image: its shape, texture, size, ground (a colour), kind (of the ground) and paint, which is
@@ -53,7 +53,7 @@ def words_of(f: Mapping[str, Tensor] # of `world.factors`
     return [dict(shape=SHAPES[s], texture=TEXTURES[t], size=SIZES[large], ground=ground, kind=BACKGROUNDS[kind],
                  paint=('pale '*pale + paint)*see) for s, t, large, ground, kind, paint, pale, see in rows]
 
-# %% ../nbs/10_captions.ipynb #f230c317
+# %% ../nbs/10_captions.ipynb #d7cab704
 OPTIONAL = ('size', 'paint', 'texture', 'kind')     # parts that a caption may leave out
 VALUES = dict(shape=SHAPES, texture=TEXTURES, size=SIZES, ground=HUES, kind=BACKGROUNDS,
               paint=(*HUES, *(f'pale {h}' for h in HUES)))
@@ -71,7 +71,7 @@ WORDINGS: tuple[tuple[str, dict[str, str]], ...] = (
     ('there is a|{size}|{paint}|{shape}|covered in {texture}|against a {ground} backdrop|showing {kind}', _SYNONYMS))
 TRAINED = 3
 
-# %% ../nbs/10_captions.ipynb #f47b3db6
+# %% ../nbs/10_captions.ipynb #323aff18
 def caption(words: Mapping[str, str],           # of one image, see `words_of`; a prompt may lack the optional ones
             wording: int = 0,                   # a row of WORDINGS
             parts: Sequence[str] = OPTIONAL     # which of these to say
@@ -84,7 +84,7 @@ def caption(words: Mapping[str, str],           # of one image, see `words_of`; 
     return ' '.join(p.format(**said) for p in pieces.split('|')
                     if {*re.findall(r'\{(\w+)\}', p)} <= {*said}).replace(' ,', ',')
 
-# %% ../nbs/10_captions.ipynb #8004f0b4
+# %% ../nbs/10_captions.ipynb #36478c6b
 def split(text: str) -> list[str]:
     "The words of a caption, in lower case; commas, stops, brackets and quotes around them are no words."
     return [w for w in (t.strip('.,;:!?"\'()') for t in text.lower().split()) if w]
@@ -113,7 +113,7 @@ def parse(text: str) -> dict[str, str]:
 VOCABULARY = tuple(sorted({w for pieces, names in WORDINGS for v in itertools.chain.from_iterable(VALUES.values())
                            for w in split(re.sub(r'\{\w+\}|\|', ' ', pieces) + ' ' + names.get(v, v))}))
 
-# %% ../nbs/10_captions.ipynb #32d4f136
+# %% ../nbs/10_captions.ipynb #b6f1deb2
 def world_captions(images: World | Mapping[str, Tensor], # or the factors of some
                    wording: int | None = 0,   # a row of WORDINGS, with all parts; None: draw one that is trained on
                    seed: int = 0, epoch: int = 0,  # of what is drawn: the wording, and each part with 3/4
@@ -128,7 +128,7 @@ def world_captions(images: World | Mapping[str, Tensor], # or the factors of som
     return [caption(w, int(u*TRAINED), [p for p, x in zip(OPTIONAL, more, strict=True) if x < .75])
             for w, (u, *more) in zip(words, drawn, strict=True)]
 
-# %% ../nbs/10_captions.ipynb #574fd2b1
+# %% ../nbs/10_captions.ipynb #f3e01ca1
 HELD_OUT = frozenset({*zip(SHAPES, TEXTURES, strict=True), *zip(SHAPES, HUES[:4], strict=True)})
 
 def held_out(images: Mapping[str, Tensor] | Sequence[Mapping[str, str]] # factors (b,), or words of `words_of`
@@ -138,7 +138,7 @@ def held_out(images: Mapping[str, Tensor] | Sequence[Mapping[str, str]] # factor
     pairs = ([(w['shape'], w[k]) for k in ('texture', 'ground')] for w in words)
     return torch.tensor([not HELD_OUT.isdisjoint(p) for p in pairs], dtype=torch.bool)
 
-# %% ../nbs/10_captions.ipynb #02679623
+# %% ../nbs/10_captions.ipynb #eece188c
 def _utf8(raw: bytes, name: object) -> str:
     "A text, without the mark that some editors put first. UserError: it is not UTF-8."
     try: text = raw.decode('utf-8-sig')
@@ -146,9 +146,9 @@ def _utf8(raw: bytes, name: object) -> str:
     need('\0' not in text, f'{name} is not UTF-8 text; save it as UTF-8')
     return text
 
-def _read(path: Path) -> bytes | None:
-    "What is in a file; None without one. UserError: it cannot be read."
-    try: return path.read_bytes()
+def _text_at(path: Path) -> str | None:
+    "What is in a file; None without one. UserError: it cannot be read, or is not UTF-8."
+    try: return _utf8(path.read_bytes(), path)
     except FileNotFoundError: return None
     except OSError as e: raise UserError(f'{path} cannot be read ({e.strerror}); check what it is') from None
 
@@ -168,7 +168,7 @@ def _of_shard(path: str) -> dict[int, str]:
         raise UserError(f'{path} cannot be read any more ({e}); open the data set again') from None
     return {at: texts[key] for at, key in places.items() if key in texts}
 
-# %% ../nbs/10_captions.ipynb #660d1382
+# %% ../nbs/10_captions.ipynb #ef89de90
 def captions_of(ds: Dataset,            # a world, a folder, shards, or some of their images
                 wording: int | None = 0, seed: int = 0, epoch: int = 0 # of a world, see `world_captions`
                ) -> list[str]:
@@ -178,11 +178,9 @@ def captions_of(ds: Dataset,            # a world, a folder, shards, or some of 
     while isinstance(ds, Subset): at, ds = [ds.at[i] for i in at], ds.ds
     if isinstance(ds, World): return world_captions(ds, wording, seed, epoch, at)
     name, pieces, shard = getattr(ds, 'name', type(ds).__name__), getattr(ds, 'pieces', None), cache(_of_shard)
-    def told(path: PathLike, start: int, length: int | None) -> str | None:
-        if length is not None: return shard(str(path)).get(start)
-        raw = _read(beside := Path(path).with_suffix('.txt'))
-        return None if raw is None else _utf8(raw, beside)
-    found = [told(*pieces[i]) for i in at] if pieces else []
+    # a piece without a length is a whole file
+    found = [_text_at(Path(path).with_suffix('.txt')) if length is None else shard(str(path)).get(start)
+             for path, start, length in (pieces[i] for i in at)] if pieces else []
     texts = [' '.join((t or '').split()) for t in found]
     need(any(texts), f'{name} has no captions; put name.txt beside each name.png, or into the shard')
     missing, empty = found.count(None), texts.count('') - found.count(None)
@@ -191,12 +189,12 @@ def captions_of(ds: Dataset,            # a world, a folder, shards, or some of 
                'nothing is said')
     return texts
 
-# %% ../nbs/10_captions.ipynb #26221bcd
+# %% ../nbs/10_captions.ipynb #4f6e05fc
 def read_prompts(path: PathLike # a text in UTF-8, a prompt on each line; blank lines are passed over
                 ) -> list[str]:
     "The prompts of a file. UserError: no such file, not UTF-8, no prompt in it."
-    path = as_path(path, 'prompts')
-    need((raw := _read(path)) is not None, f'no file {path}; check the path')
-    prompts = [' '.join(line.split()) for line in _utf8(raw or b'', path).splitlines() if line.strip()]
+    text = _text_at(path := as_path(path, 'prompts'))
+    need(text is not None, f'no file {path}; check the path')
+    prompts = [' '.join(line.split()) for line in (text or '').splitlines() if line.strip()]
     need(prompts, f'{path} holds no prompt; write one on each line')
     return prompts
