@@ -22,7 +22,7 @@ from vfmvae.runtime import best_device, device_of
 from vfmvae.images import to_pil, TRANSFORMS
 from vfmvae.world import World
 from vfmvae.data import loader
-from vfmvae.dit import DiT, DiTConfig, FAMILIES, NetFeatures
+from vfmvae.dit import DiT, DiTConfig, FAMILIES, NetFeatures, TEXT_FAMILIES
 from vfmvae.extractors import bundled_extractor, VFMExtractor
 from vfmvae.statistics import compute_statistics, read_samples, write_samples
 from vfmvae.evaluate import gfid, rfid, validate
@@ -34,11 +34,12 @@ from vfmvae.samplers import sample_latents
 from vfmvae.flow_task import FlowConfig, FlowMonitor, FlowTask, loss_by_level, vfm_targets
 from vfmvae.generation import evaluate_samples, generate, nets, tokenizer_of
 from vfmvae.latents import cache_latents, cache_name, latent_digest
-from vfmvae.metrics import (frechet, frechet_features, inception_score, kid, moments, precision_recall, psnr, ssim,
+from vfmvae.metrics import (frechet, frechet_features, frechet_interval, inception_score, kid, moments, precision_recall, psnr, ssim,
                             ssim_signed)
 from vfmvae.neighbours import mutual_knn, prepare
 from vfmvae.probes import knn_accuracy, linear_probe, probe, ridge_probe
 from vfmvae.published import DiffusersVAE
+from vfmvae.reader import Reader
 from vfmvae.recipes import decode_latents, default_perceptual_loss, evaluate_equivariance, evaluate_tokenizer
 from vfmvae.tokenizer import opened
 from vfmvae.robustness import layer_scores, robustness
@@ -128,7 +129,8 @@ def dit(family, device=CPU, **more):
     shape = dict(in_channels=16, num_classes=4, patch_size=2, hidden_size=32, depth=2, num_heads=2, projector_dim=8, encoder_depth=1)
     if family in ('repa', 'reg'): shape |= dict(z_dims=(128,)) | (dict(cls_dim=128) if family == 'reg' else {})
     if family == 'rae': shape |= dict(head_hidden_size=32, head_num_heads=2)
-    net = DiT(DiTConfig(**FAMILIES[family] | shape | more)).eval()
+    if family == 'lumina': shape |= dict(text_dim=16, vocabulary=('a', 'ring'), max_tokens=6, kv_heads=1, cond_dim=24, mlp_multiple=8)
+    net = DiT(DiTConfig(**(FAMILIES | TEXT_FAMILIES)[family] | shape | more)).eval()
     for p in net.parameters():
         if not p.any(): nn.init.normal_(p, std=.05)
     return net.to(device)
@@ -152,12 +154,12 @@ SOURCES = {'VFM': lambda d: VFM('tiny').to(d), 'ResizePadVFM': lambda d: ResizeP
            'DecibelSource': lambda d: DecibelSource(tok(d))}
 EXTRACTORS = {'WorldExtractor': lambda d: bundled_extractor().to(d), 'Inception': inception, 'VFMExtractor': lambda d: VFMExtractor(VFM('tiny').to(d), 32)}
 JUDGES = {'ProjectedDiscriminator': lambda d: ProjectedDiscriminator(VFM('tiny')).to(d), 'PatchGAN': lambda d: PatchGAN(8).to(d)}
-WHOLE = {*SOURCES, *EXTRACTORS, *JUDGES, 'DiT', 'VFMVAE', 'ConvVAE', 'RAE', 'DiffusersVAE', 'Words'}
+WHOLE = {*SOURCES, *EXTRACTORS, *JUDGES, 'DiT', 'VFMVAE', 'ConvVAE', 'RAE', 'DiffusersVAE', 'Words', 'Reader'}
 # parts of the nets above, which run when these run
 PARTS = {*'''BatchNormLocal SpectralConv TokenHead ResBlock AttnBlock PatchEmbed TimeEmbed LabelEmbed RMSNorm Attention MLP SwiGLU Block FinalLayer WorldNet
              GeGLU PoolAttention ProjBlock AttnProj ConvProj EqualLinear Style Depthwise Pointwise ConvNeXt Upsample ToRGB ChannelNorm GridAttention LatentStats
              Codebook Quantizer Adapter MappingNetwork TokenizerModel Synthesis ConvStem FrozenVFMMixin
-             PriorTarget'''.split()}
+             PriorTarget TextAttention TextBlock CaptionEmbed'''.split()}
 
 
 def test_every_net_and_source_of_the_library_is_looked_at():
@@ -234,6 +236,25 @@ def test_every_velocity_net_does(family):
         return out.v, out.v_cls, [*out.projections], out.tokens
     both(call, stays=True)
     both(lambda d: extract(NetFeatures(dit(family, d), tok(d)), images(), quiet=True))
+
+
+def test_a_net_of_captions_does():
+    both(lambda d: fixed(Reader).eval().to(d)(images().to(d)), stays=True)
+    both(lambda d: len(fixed(Reader).to(d).words(images(), 2)))
+    say = lambda d: dit('lumina', d).y_embedder.words.numbers(['a ring', '', 'ring'])
+    both(lambda d: dit('lumina', d)(normal(3, 16, 8, 8).to(d), torch.tensor([.1, .5, .9]).to(d), say(d).to(d)), stays=True)
+    both(lambda d: sample_latents(dit('lumina', d), say(d), (16, 4, 4), sampler=Sampler(3, guidance=2.)))
+    both(lambda d: extract(NetFeatures(dit('lumina', d), tok(d)), images(), quiet=True))
+    with cuda():
+        from vfmvae.text import TEXT
+        class Said(Latents):
+            def batch(self, *args, **how):
+                b = super().batch(*args, **how)
+                text = say(CUDA)[[i % 3 for i in range(len(b['label']))]]
+                return b | {k: getattr(text, k) for k in TEXT}
+        task = FlowTask(dit('lumina', CPU), FlowConfig())
+        fit(task, loader(Said(), 4), 8, log_every=1, show=quiet)
+        assert device_of(task.ema.net) == CUDA
 
 
 @pytest.mark.parametrize('name', EXTRACTORS)
@@ -375,6 +396,7 @@ CALLS = {
     'metrics.moments': listed(lambda d: moments(rows(d))),
     'metrics.frechet': lambda d: frechet(*moments(rows(d)), *moments(rows(d, 1))),
     'metrics.frechet_features': twice(frechet_features),
+    'metrics.frechet_interval': listed(lambda d: frechet_interval(rows(d), rows(d, 1))),
     'metrics.kid': twice(kid),
     'metrics.inception_score': lambda d: inception_score(normal(20, 5).softmax(1).to(d), 2),
     'metrics.precision_recall': twice(precision_recall),
@@ -458,7 +480,8 @@ REASONS = {
         trials.diffusable trials.path generation.train_flow recipes.train_tokenizer studies.study studies.train_trial studies.work studies.price
         recipes.estimate recipes.accelerator_on recipes.build_training
         recipes.compile_decoder''',
-    'names and numbers only': """trials.open_study trials.override trials.plan trials.rows_at evaluate.labels_of trials.measure trials.decoder_parameters
+    'names and numbers only': """trials.vfm_of generation.encoder_of reader.score_words
+        trials.open_study trials.override trials.plan trials.rows_at evaluate.labels_of trials.measure trials.decoder_parameters
         studies.table_of align.check_enough align.with_layer latents.as_scale latents.all_finite
         views.view_name views.views views.image_set views.images_seen features.layer_index features.as_images features.batches generation.sample_labels
         recipes.open_data recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described
@@ -471,7 +494,8 @@ REASONS = {
     'parts of the labs, which are looked at': '''explorer.explorer_page lab_parts.image_tile lab_parts.about_nets lab_parts.read_images
         session.fingerprint session.identity session.same_net session.claim_name session.nets_by_name
         session.tokens_of session.encode_cpu session.decode_cpu''',
-    'reads files, or makes what is moved later': """latents.cache_folder latents.write_latent_shard latents.finish_cache
+    'reads files, or makes what is moved later': """trials.trained_tokenizer reader.bundled_reader text.load_text text.text_encoder
+        text.load_captions text.caption_table latents.cache_folder latents.write_latent_shard latents.finish_cache
         lab_parts.file_stamps lab_parts.files_of_set lab_parts.lab_images
         views.as_source extractors.bundled_extractor statistics.read_samples generation.open_net
         tokenizer.open_tokenizer latents.latent_stats layouts.import_latents layouts.export_latents tokenizer.load_tokenizer""",
@@ -485,7 +509,8 @@ REASONS = {
     }
 ASIDE = {name: why for why, names in REASONS.items() for name in names.split()}
 LOOKED = ('features', 'views', 'align', 'robustness', 'similarity', 'probes', 'metrics', 'neighbours', 'extractors', 'statistics', 'evaluate',
-          'diffusability', 'samplers', 'generation', 'recipes', 'presets', 'trials', 'studies', 'latents', 'layouts', 'flow_task', 'protocols',
+          'diffusability', 'reader', 'text', 'samplers', 'generation', 'recipes', 'presets', 'trials', 'studies', 'latents', 'layouts',
+          'flow_task', 'protocols',
           'tokenizer', 'losses', 'discriminators', 'colours', 'pages', 'lab_parts', 'lab_base', 'session', 'sampler_lab', 'labs', 'explorer')
 
 
@@ -571,7 +596,7 @@ def pictures() -> str:
 
 def small_study():
     from test_studies import SPEC
-    tiny = dict(SPEC, tokenizers=dict(plain='conv-f8d16'), tokenizer_images=12, net_images=64, latents=64, samples=8, final_samples=8, steps=1)
+    tiny = dict(SPEC, tokenizers=dict(plain='conv-f8d16'), tokenizer_images=12, net_images=64, latents=64, samples=24, final_samples=24, steps=1)
     for k in ('test', 'exam'): tiny['data'] = dict(world=dict(tiny['data']['world'], **{k: dict(path='world', n=64, seed=8)}))
     Path('study.json').write_text(json.dumps(tiny))
     return 'study.json'
