@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from vfmvae import studies
-from vfmvae.core import Notice, UserError
+from vfmvae.core import build_config, Notice, UserError
 from vfmvae.dit import DiT
 from vfmvae.presets import PRESETS
 from vfmvae.recipes import build_training, evaluate_tokenizer, open_data, schedule_stages
 from vfmvae.studies import COLUMNS, study
-from vfmvae.trials import MEASURES, open_study, override, plan
+from vfmvae.trials import MEASURES, open_study, override, Panel, Pictures, plan
 from vfmvae.tokenizer import load_tokenizer
 from vfmvae.tokenizer_task import check_stage
 
@@ -101,6 +101,19 @@ def test_a_number_is_not_taken_for_that_of_other_images_eyes_or_counts(whole_stu
     for change in (dict(test=dict(path='world', n=40, seed=8)), dict(exam=dict(path='world', n=64, seed=10)), dict(judges=['photo']), dict(references=[])):
         assert todo(data=dict(world=dict(WORLD, **change))) == of['tokenizer'] | of['net'], change
     assert todo(eyes=dict(eye=dict(vfm='tiny'))) == of['tokenizer'] | of['net'] and todo(eyes=dict(SPEC['eyes'], other=dict(vfm='tiny'))) == set()
+
+
+def test_what_judges_and_references_say_is_kept_and_known_by_its_images(whole_study):
+    folder, spec, table = whole_study
+    s = open_study(spec)
+    panel = lambda **change: Panel(s, build_config(type(s.data['world']), {**asdict(s.data['world']), **change}), 64, folder/'runs'/'seen')
+    kept = {p: p.stat().st_mtime_ns for p in (folder/'runs'/'seen').rglob('*') if p.is_file()}
+    assert len(kept) == 1+2*6                     # a judge's statistics; a reference's six views, with JSON
+    again = panel(test=s.data['world'].test, exam=s.data['world'].exam, train=s.data['world'].train)
+    assert len(again.banks) == 6 and again.judges['world'][1].n == 48
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+    other = panel(test=Pictures('world', n=48, seed=9), exam=Pictures('world', n=64, seed=10), train=s.data['world'].train)
+    assert other.place('eye', other.exam) != again.place('eye', again.exam) and not other.place('world', other.test).with_suffix('.npz').exists()
 
 
 def test_a_row_counts_the_images_that_there_were(whole_study):

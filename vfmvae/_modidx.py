@@ -1973,6 +1973,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'vfmvae.trials.Panel.__init__': ('trials.html#panel.__init__', 'vfmvae/trials.py'),
                                'vfmvae.trials.Panel.banks': ('trials.html#panel.banks', 'vfmvae/trials.py'),
                                'vfmvae.trials.Panel.judges': ('trials.html#panel.judges', 'vfmvae/trials.py'),
+                               'vfmvae.trials.Panel.place': ('trials.html#panel.place', 'vfmvae/trials.py'),
                                'vfmvae.trials.Panel.references': ('trials.html#panel.references', 'vfmvae/trials.py'),
                                'vfmvae.trials.Panel.seen': ('trials.html#panel.seen', 'vfmvae/trials.py'),
                                'vfmvae.trials.Panel.source': ('trials.html#panel.source', 'vfmvae/trials.py'),

@@ -74,7 +74,7 @@ def work(trial: Trial,              # the folder is made
     for k in trial.todo():
         if trial.dataset not in panels:
             size = trained_tokenizer(trial).config.img_size
-            panels[trial.dataset] = Panel(trial.study, trial.study.data[trial.dataset], size)
+            panels[trial.dataset] = Panel(trial.study, trial.study.data[trial.dataset], size, trial.root/'seen')
         with torch.no_grad(): rows = [*MEASURES[k][1](trial, panels[trial.dataset])]
         write_json(rows_at(trial, k), dict(rows=rows, made=provenance(seed=trial.seed)))
 

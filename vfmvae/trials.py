@@ -22,17 +22,17 @@ from torch import nn, Tensor
 
 # %% ../nbs/60_trials.ipynb #6572a2e2
 from .core import build_config, need, one_of, PathLike, whole
-from .files import read_json, to_json
+from .files import read_json, sidecar, to_json
 from .runtime import device_of, make_accelerator
 from .images import Dataset, from_uint8, to_uint8
-from .data import select_classes, Subset, take
-from .features import extract, FeatureSource, Layer
+from .data import fingerprint, select_classes, Subset, take
+from .features import extract, FeatureSource, Layer, load_bank
 from .vfm import VFM
 from .protocols import Tokenizer, TrainableTokenizer
 from .tokenizer import LatentFeatures, load_tokenizer, reconstruct
 from .run import read_nets, Run
 from .neighbours import prepare
-from .views import extract_views, ResizePadVFM, views
+from .views import extract_views, ResizePadVFM, view_name, views
 from .align import cknna, score_banks, summarize
 from .probes import probe
 from .metrics import frechet_interval, psnr, ssim
@@ -259,10 +259,14 @@ def trained_tokenizer(trial: Trial) -> TrainableTokenizer:
     return _on(load_tokenizer(trial.before.out, vfm if isinstance(vfm, VFM) else None))
 
 class Panel:
-    "Judges and references of one data set of a study, and what they say of its images."
-    def __init__(self, study: Study, domain: Domain, size: int):
-        self.study, self.domain = study, domain
+    "Judges and references of one data set of a study, and what they say of its images, which is kept in a folder."
+    def __init__(self, study: Study, domain: Domain, size: int, folder: PathLike):
+        self.study, self.domain, self.folder = study, domain, Path(folder)
         self.test, self.exam = domain.test.open(size), domain.exam.open(size)
+    def place(self, name: str, images: Dataset) -> Path:
+        "Where it is kept what a judge or reference says of these images; without an ending."
+        said = _mark([_said(self.study.eyes.get(name, name)), fingerprint(images, False)])
+        return self.folder/f"{''.join(c if c.isalnum() else '_' for c in name)}-{said}"
     def source(self, name: str) -> FeatureSource:
         "An eye as a source of features, under the study's name of it."
         eye = self.study.eyes[name]
@@ -273,9 +277,13 @@ class Panel:
     def judges(self) -> dict[str, tuple[Extractor, Statistics]]:
         "Name -> (extractor, statistics of the test images)."
         eyes = self.study.eyes
-        found = {k: _on(VFMExtractor(eyes[k].open(), eyes[k].size) if k in eyes else bundled_extractor(k))
-                 for k in self.domain.judges}
-        return {k: (e, compute_statistics(self.test, e)) for k, e in found.items()}
+        found = {}
+        for k in self.domain.judges:
+            e = _on(VFMExtractor(eyes[k].open(), eyes[k].size) if k in eyes else bundled_extractor(k))
+            at = self.place(k, self.test).with_suffix('.npz')
+            if not at.exists(): compute_statistics(self.test, e).save(at)
+            found[k] = e, Statistics.open(at)
+        return found
     @cached_property
     def references(self) -> dict[str, FeatureSource]: return {k: self.source(k) for k in self.domain.references}
     def seen(self, sources: Mapping[str, tuple[FeatureSource, Sequence]]) -> dict:
@@ -284,7 +292,11 @@ class Panel:
     @cached_property
     def banks(self) -> dict:
         "Those of the references."
-        return self.seen({k: (v, [-1]) for k, v in self.references.items()})
+        shown = [view_name(v) for v in (None, *views('published'))]
+        at = {(v, k, -1): self.place(k, self.exam)/f'{v}.safetensors' for k in self.references for v in shown}
+        if not all(sidecar(p).exists() for p in at.values()):
+            for k, bank in self.seen({k: (v, [-1]) for k, v in self.references.items()}).items(): bank.save(at[k])
+        return {k: load_bank(p) for k, p in at.items()}
 
 # %% ../nbs/60_trials.ipynb #1399e8a3
 _DECODERS = *'ldm_adapter.post_quant mapping synthesis post_quant_conv decoder inp blocks norm out'.split(),
