@@ -21,6 +21,7 @@ from vfmvae.generation import generate
 from vfmvae.latents import cache_latents
 from vfmvae.presets import PRESETS
 from vfmvae.recipes import build_training, schedule_stages
+from vfmvae.text import TEXT
 from vfmvae.tokenizer_task import Stage, TINY, TokenizerTask
 from vfmvae.tokenizer import tokenizers
 from vfmvae.runtime import finish_distributed, make_accelerator
@@ -43,10 +44,24 @@ class Latents:
     def batch(self, at): return dict(mean=self.mean[at], logvar=torch.full_like(self.mean[at], -2), label=self.label[at], key=list(map(str, at)))
 
 
+CAPTIONS = 'a red ring on a blue ground', '', 'a small cross on a green ground'
+
+
+class Said(Latents):
+    "With a caption each."
+    def __init__(self, shape, net):
+        super().__init__(shape, 16)
+        self.say = net.y_embedder.words.numbers
+    def batch(self, at):
+        text = self.say([CAPTIONS[i % 3] for i in at])
+        return super().batch(at) | {k: getattr(text, k) for k in TEXT}
+
+
 def flow(p, **how):
     torch.manual_seed(0)
-    task = FlowTask(DiT(p.net), p.flow)
-    return task, fit(task, loader(Latents(p.latent, p.net.num_classes), 8, 5, rank, n), how.pop('images', 8*steps), seed=7, **quiet, **how)
+    task = FlowTask(net := DiT(p.net), p.flow)
+    ds = Said(p.latent, net) if p.net.text_dim else Latents(p.latent, p.net.num_classes)
+    return task, fit(task, loader(ds, 8, 5, rank, n), how.pop('images', 8*steps), seed=7, **quiet, **how)
 
 
 def tokenizer(model, stage, discriminators, perceive, p, **how):

@@ -30,7 +30,7 @@ def oblong(tmp_path_factory):
 
 
 def test_published_nets_crop_as_published_and_bundled_ones_as_before():
-    assert {k: p.crop for k, p in FLOW_PRESETS.items()} == {k: 'centre' if k.startswith('dit-') else 'adm' for k in FLOW_PRESETS}
+    assert {k: p.crop for k, p in FLOW_PRESETS.items()} == {k: 'centre' if k.startswith(('dit-', 'lumina-')) else 'adm' for k in FLOW_PRESETS}
 
 
 @pytest.mark.parametrize(('crop', 'made'), [('centre', centre_crop), ('adm', adm_crop)])

@@ -39,9 +39,9 @@ def test_every_number_says_where_it_comes_from(whole_study):
     assert json.loads((folder/'study.json').read_text())['rows'] == table.rows and (table.runs, table.done) == (6, 6)
     assert all(r['value'] is not None and r['n'] > 0 and r['cpu_hours'] > 0 and r['hardware'] for r in table)
     assert {(r['tokenizer'], r['switch'], r['net']) for r in table} == {(t, s, n) for t in ('plain', 'ours') for s in ('', 'colder') for n in ('', 'small')}
-    assert {r['metric'] for r in table} >= {*'psnr rfd gfd accuracy cknna se_cknna linear_latent knn_reconstruction viv lnc straightness'.split()}
+    assert {r['metric'] for r in table} >= {*'psnr rfd gfd accuracy cknna se_cknna linear_latent knn_reconstruction viv lnc srss lpc ifd straightness'.split()}
     assert {r['images'] for r in table.where(net='')} == {48} and {r['images'] for r in table.where(metric='gfd')} == {64, 128}
-    assert all(r['judge'] for r in table if r['metric'].startswith(('rfd', 'gfd', 'cknna', 'se_')))
+    assert all(r['judge'] for r in table if r['metric'].startswith(('rfd', 'gfd', 'ifd', 'cknna', 'se_')))
 
 
 def test_the_numbers_are_those_of_the_functions(whole_study):

@@ -79,7 +79,7 @@ def _small(tokenizer: str, num_classes: int = 16, flips: bool = False) -> FlowPr
                       flips=flips, cosine=2, sampling=Sampler(16, guidance=2.))
 
 _WORDS = DiTConfig(**TEXT_NET, in_channels=16, patch_size=2, hidden_size=128, depth=6, num_heads=4, text_dim=64,
-                   vocabulary=VOCABULARY, text_projection=True, mlp_multiple=32)
+                   vocabulary=VOCABULARY, max_tokens=18, text_projection=True, mlp_multiple=32)
 # the width of BLIP3-o's net on the latents of the paper: our guess, what was published names neither width nor data
 _T2I = DiTConfig(**TEXT_NET, in_channels=32, patch_size=1, hidden_size=1792, depth=24, num_heads=28, text_dim=2048,
                  text_projection=True, cond_dim=1024, mlp_multiple=256)

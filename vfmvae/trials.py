@@ -19,13 +19,15 @@ from typing import Any, cast, TypeVar
 # %% ../nbs/60_trials.ipynb #67ddfa6f
 import torch
 from torch import nn, Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 # %% ../nbs/60_trials.ipynb #6572a2e2
-from .core import build_config, need, one_of, PathLike, whole
+from .core import build_config, need, one_of, PathLike, to_grid, whole
 from .files import read_json, sidecar, to_json
 from .runtime import device_of, make_accelerator
 from .images import Dataset, from_uint8, to_uint8
-from .data import fingerprint, select_classes, Subset, take
+from .world import render_buffers, World
+from .data import fingerprint, select_classes, spread, Subset, take
 from .features import extract, FeatureSource, Layer, load_bank
 from .vfm import VFM
 from .protocols import Tokenizer, TrainableTokenizer
@@ -41,7 +43,7 @@ from .statistics import compute_statistics, Statistics
 from .evaluate import compare_statistics, labels_of
 from .dit import DiT, NetFeatures
 from .samplers import sample_latents, Sampler
-from .diffusability import diffusability, path_shape
+from .diffusability import diffusability, interpolation_fd, local_continuity, path_shape
 from .presets import FlowPreset, Preset
 from .recipes import build_training, evaluate_equivariance, get_preset, open_data
 from .generation import generate
@@ -444,10 +446,20 @@ def inside(trial: Trial, panel: Panel) -> Iterator[Row]:
 # %% ../nbs/60_trials.ipynb #a0bdb342
 @measure('tokenizer')
 def diffusable(trial: Trial, panel: Panel) -> Iterator[Row]:
-    "What says before a net is trained how hard a latent is to learn: `diffusability.diffusability` of test images."
-    found = diffusability(trained_tokenizer(trial), panel.test, labels_of(panel.test))
+    """What says before a net is trained how hard a latent is to learn: `diffusability.diffusability` of test images, of
+    the world with the object's mask; LPC, by 1 - SSIM, of 256; the distance of interpolations by the first judge."""
+    tok, ds, name = trained_tokenizer(trial), panel.test, panel.domain.judges[0]
+    z, mask = to_grid(extract(LatentFeatures(tok), ds, None, 'none', quiet=True)['latent']), None
+    if isinstance(ds, World):
+        seen = render_buffers(ds.factors(range(len(ds))), ds.size)[1]['mask']
+        mask = adaptive_avg_pool2d(seen, (z.shape[2], z.shape[3]))[:, 0] > .5
+    found = diffusability(z, labels=labels_of(ds), mask=mask)
     for k, v in found[0].items():
         if k != 'name': yield _row(k, v, found.n)
+    few = z[spread(256, len(z))]
+    far = local_continuity(tok, few, lambda a, b: 1-ssim(a.clamp(-1, 1), b.clamp(-1, 1)).cpu())
+    yield _row('lpc', far.lpc, len(few))
+    yield _row('ifd', interpolation_fd(tok, z, *panel.judges[name]).value, len(z), name)
 
 @measure('net')
 def path(trial: Trial, panel: Panel) -> Iterator[Row]:
