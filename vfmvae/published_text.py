@@ -81,8 +81,9 @@ def _read_sizes(sd: Mapping[str, Tensor], layout: str, given: Mapping[str, Any])
     patch = whole(given.get('patch_size', 1 if projected else 2), 'patch_size', 1, 64)    # shapes cannot tell
     wide, heads = size('x_embedder.proj.weight', 0), size('blocks.0.attn.gate', 0)
     hidden = size('blocks.0.mlp.w3.weight', 1)
-    many, out = size('x_embedder.proj.weight', 1)//patch**2, size('final_layer.linear.weight', 0)//patch**2
-    need(heads and not wide % heads and many and out in (many, 2*many),
+    many, rest = divmod(size('x_embedder.proj.weight', 1), patch**2)
+    out = size('final_layer.linear.weight', 0)//patch**2
+    need(heads and not wide % heads and many and not rest and out in (many, 2*many),
          f'a net of {heads} heads, {wide} wide, from {many} channels to {out} is not supported; give patch_size')
     text = size('y_embedder.projection.0.weight' if projected else 'blocks.0.norm_y.weight', int(projected))
     blocks = {m[1] for k in sd if (m := re.match(r'layers\.(\d{1,4})\.', k))}
