@@ -95,8 +95,8 @@ FLOW_PRESETS: dict[str, FlowPreset] = {
     'dit-vfmvae-photo-f8d16': _small('vfmvae-photo-f8d16', 64, flips=True),
     'dit-conv-photo-f8d16': _small('conv-photo-f8d16', 64, flips=True),
     'dit-conv-f8d16.photo': _small('conv-f8d16.photo', 64, flips=True),
-    'lumina-vfmvae-tiny-f8d16': _words('vfmvae-tiny-f8d16'),  # captions of the world: data/results/text.json
-    'lumina-conv-tiny-f8d16': _words('conv-tiny-f8d16'),      # data/results/text.json
+    'lumina-vfmvae-tiny-f8d16': _words('vfmvae-tiny-f8d16'),  # captions of the world: nbs/train/text.ipynb
+    'lumina-conv-tiny-f8d16': _words('conv-tiny-f8d16'),      # the same
     'vfmvae-lumina': FlowPreset(_PAPER, _T2I, FlowConfig(clip=1.), 150_000*512, sampling=Sampler(30, guidance=3.),
                                 **_SET | dict(batch_size=512)), # published: DPG 59.1, MJHQ FID 17.0, settings unknown
     'lightningdit-64ep': _light(64, 6., .1),                  # published gFID 2.16; 3.80 without guidance; not run here
