@@ -282,7 +282,7 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
              batch_size: int = 64,              # samples at once
              rank: int | None = None, num_processes: int | None = None, # with a folder; None: of the running group
              device: Device = None,             # of nets that are opened by name; None: the best
-             negative: str = '',                # the caption that guidance leads away from
+             negative: str | None = None,       # the caption that guidance leads away from; None: the empty one
              encoder: str | TextEncoder | None = None, # of captions, or its name; None: the net's own words
              sampler: Sampler | None = None,    # None: what the net's file says
              **how: object                      # fields of the `Sampler`: steps, guidance, interval, weak (a net) ...
@@ -297,7 +297,7 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
     need(out is not None or num_processes == 1, f'{num_processes} processes share a folder of samples; give out')
     model = opened(net, open_net, device)
     tok = tokenizer_of(model, tokenizer)
-    asked, y, classes = _asked(model, labels, policy, seed, negative, encoder)
+    asked, y, classes = _asked(model, labels, policy, seed, negative or '', encoder)
     if out is not None: out = check_out(out)
     s, weak = _sampler(model, sampler, how, device_of(model))
     if weak: tokenizer_of(weak, tok)
