@@ -443,7 +443,7 @@ def slow_fingerprint(ds, marks):
 @pytest.mark.parametrize('small', [True, False])
 def test_fingerprints_are_of_names_classes_and_stamps(two, tmp_path, monkeypatch, small):
     sets.make_files(tmp_path/'f', 30, 3)
-    if not small: monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(pieces=pieces, _small=False))
+    if not small: monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces, times=True: self.__dict__.update(_times=times, _small=False))
     for ds in (folder(tmp_path/'f', size=8), shards(two/'*.tar', size=8)):
         def mark(path, offset, length):
             s, f = os.stat(path), Path(path).read_bytes()
@@ -458,7 +458,7 @@ def test_fingerprints_are_of_names_classes_and_stamps(two, tmp_path, monkeypatch
 
 def test_a_shard_is_looked_at_once_for_all_its_images(two, monkeypatch):
     ds = shards(two/'*.tar')
-    monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(pieces=pieces, _small=False))
+    monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces, times=True: self.__dict__.update(_times=times, _small=False))
     looked, real = [], os.stat
     monkeypatch.setattr(os, 'stat', lambda *a, **k: (looked.append(a), real(*a, **k))[1])
     assert len(stamps(ds)) == 1200 and len(looked) == 2

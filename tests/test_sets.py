@@ -176,7 +176,7 @@ def test_two_folders_of_one_name_are_two_sets(tmp_path):
 def test_a_large_set_is_known_by_sizes_and_times(tmp_path, monkeypatch):
     import vfmvae.data as d
     for i in range(3): picture(0, i).save(tmp_path/f'{i}.png')
-    monkeypatch.setattr(d._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(pieces=pieces, _small=False))
+    monkeypatch.setattr(d._FileStamps, '__init__', lambda self, pieces, times=True: self.__dict__.update(_times=times, _small=False))
     ds = folder(tmp_path, size=24)
     was, marks = fingerprint(ds), stamps(ds)
     assert fingerprint(folder(tmp_path, size=24)) == was

@@ -13,6 +13,7 @@ from vfmvae.studies import COLUMNS, study
 from vfmvae.trials import MEASURES, open_study, override, Panel, Pictures, plan
 from vfmvae.tokenizer import load_tokenizer
 from vfmvae.tokenizer_task import check_stage
+from vfmvae.vfm import VFM
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = dict(train=dict(path='world', n=200, seed=100), test=dict(path='world', n=48, seed=8), exam=dict(path='world', n=64, seed=9), vfm='tiny',
@@ -214,7 +215,8 @@ def test_every_run_of_our_studies_can_be_built(file, tmp_path, monkeypatch):
         if t.kind == 'net': DiT(t.preset.net)
         else:
             stages = schedule_stages(t.preset, s.tokenizer_images, None, None, t.preset.batch_size)
-            model, _, _ = build_training(t.preset, stages, s.data[t.dataset].vfm if t.preset.config.vfm else None)
+            name = s.data[t.dataset].vfm if t.preset.config.vfm else None
+            model, _, _ = build_training(t.preset, stages, VFM(s.eyes[name].vfm, False) if name in s.eyes else name)      # with random weights
             for stage in stages: check_stage(model, stage)
             # whole batches in each stage; what a study quotes is exact
             assert 0 <= s.tokenizer_images - sum(x.num_images for x in stages) < (24 if file.stem == "search" else 1) and model.config.img_size == 64
