@@ -11,6 +11,7 @@ import yaml
 
 from vfmvae import extractors, presets, published_baselines, statistics, vfm
 from vfmvae.baselines import ConvVAE, ConvVAEConfig
+from vfmvae.captions import VOCABULARY, world_captions
 from vfmvae.images import to_pil
 from vfmvae.world import World
 from vfmvae.dit import DiT, DiTConfig, FAMILIES
@@ -44,6 +45,19 @@ def pictures(folder, n=16):
         file = folder/('ant', 'bee')[i % 2]/f'{i:03d}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
         to_pil(im).save(file)
+
+def captioned(folder, n=16):
+    "The same pictures with a caption beside each."
+    pictures(folder, n)
+    for i, file in enumerate(sorted(folder.rglob('*.png'))): file.with_suffix('.txt').write_text(world_captions(World(n, seed=8), index=[i])[0])
+
+def text_model(folder):
+    "A language model with random weights, as transformers saves one."
+    import transformers as hf
+    vocab = {w: i for i, w in enumerate(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', ',', *VOCABULARY])}
+    hf.BertTokenizerFast(vocab=vocab).save_pretrained(folder)
+    shape = dict(vocab_size=len(vocab), num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    hf.BertModel(hf.BertConfig(**shape)).save_pretrained(folder)
 
 def shards(folder, n=16):
     "The same in two shards, with numbers of ImageNet's thousand classes."
@@ -93,6 +107,8 @@ def files(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name in ('folder/of/pictures', 'imagenet/train'): pictures(folder/name)
     shards(folder)
+    captioned(folder/'captioned')
+    text_model(folder/'text-model')
     vfm_vae, config = published_vfmvae(folder)
     for name, channels, levels in (('sd', 4, 4), ('va', 32, 5)):
         own = ConvVAE(ConvVAEConfig(width=32, blocks=1, decoder_blocks=1, channels=channels, mults=(1,)*levels)).state_dict()
@@ -101,7 +117,7 @@ def files(folder):
     torch.save(dict(mean=torch.zeros(1, 32, 1, 1)+.1, std=torch.ones(1, 32, 1, 1)*2), folder/'latents_stats.pt')
     adm_reference(folder/'adm.npz', Inception())
     here = dict(IMAGENET='imagenet-train-{0000..0001}.tar', IMAGENET_VAL='folder/of/pictures', SD_VAE='sd.ckpt', VA_VAE='va.ckpt',
-                NET='lightningdit.pt', LATENTS_STATS='latents_stats.pt', ADM_REFERENCE='adm.npz')
+                NET='lightningdit.pt', CAPTIONED='captioned', TEXT_MODEL='text-model', LATENTS_STATS='latents_stats.pt', ADM_REFERENCE='adm.npz')
     return {**{k: str(folder/v) for k, v in here.items()}, 'VFM_VAE': vfm_vae, 'VFM_VAE_YAML': config}
 
 def Inception(weights=None):

@@ -22,6 +22,7 @@ LEAVES = {'figure1_approaches': ['f16d32.safetensors'], 'figure2_robustness': ['
           'figure6_reconstructions': ['figure6_photographs.csv'], 'figures7_12_samples': [f'figure{k}_class{c}.png' for k, c in ((7, 232), (12, 980))],
           'latent_diffusion': ['reg-80ep.safetensors'], 'photographs': ['vfmvae-siglip2l-f16d32.safetensors'], 'table1_tokenizers': ['table1_imagenet.json'],
           'table2_generation': ['table2_reg-80ep.json', 'reg-80ep-samples-1/000007.png'], 'table5_ablation': ['table5-no-fusion.json'],
+          'text_to_image': ['vfmvae-lumina.safetensors', 'vfmvae-lumina-samples/000001.png'],
           'table6_vfms': ['table6-dinov2-l.safetensors', 'table6-dinov2-l-dit.safetensors']}
 
 def cells_of(path): return [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code']

@@ -159,7 +159,7 @@ def _net_seconds(p: FlowPreset, steps: int = 2) -> float:
     net, z = DiT(p.net), torch.randn(p.batch_size, *p.latent)
     for i in range(steps+1):
         if i == 1: began = time.perf_counter()
-        flow_loss(net, z, torch.zeros(len(z), dtype=torch.int64))['loss'].backward()
+        flow_loss(net, z, net.null(len(z)))['loss'].backward()
     return (time.perf_counter()-began)/steps/len(z)
 
 def price(study: Study,
