@@ -90,7 +90,7 @@ def _read_sizes(sd: Mapping[str, Tensor], layout: str, given: Mapping[str, Any])
     return build_config(DiTConfig, dict(
         TEXT_NET, in_channels=many, patch_size=patch, hidden_size=wide, depth=len(blocks), num_heads=heads,
         kv_heads=size('blocks.0.attn.k.weight', 0)*heads//wide, text_dim=text, text_projection=projected,
-        cond_dim=size('t_embedder.mlp.0.weight', 0), mlp_ratio=(1.5*hidden+.5)/wide, learn_sigma=out == 2*many,
+        cond_dim=size('t_embedder.mlp.0.weight', 0), mlp_ratio=(1.5*hidden+.75)/wide, learn_sigma=out == 2*many,
         data_time=not projected, time_scale=1000. if projected else 1.,
         **{k: given[g] for g, k in _GIVEN.items() if g in given}))
 
