@@ -164,6 +164,14 @@ def test_both_layouts_are_read_strictly(tmp_path):
     with pytest.raises(UserError, match='nearest: lumina'): load_net(sd, 'lumnia')
 
 
+@pytest.mark.parametrize('width,heads,kv,multiple', [(56, 7, 7, 1), (48, 6, 2, 1), (88, 11, 1, 5), (40, 5, 5, 32)])
+@torch.no_grad()
+def test_any_width_inside_is_read_off_the_file(width, heads, kv, multiple):
+    net = tied(net_of(width, hidden_size=width, num_heads=heads, kv_heads=kv, mlp_multiple=multiple, data_time=True))
+    z, t, y = normal(2, 4, 4, 8), torch.tensor([.2, .7]), captions(2)
+    for layout in TEXT_LAYOUTS: assert torch.equal(load_text_net(export_text_net(net, layout))(z, t, y), net(z, t, y))
+
+
 def test_a_net_of_captions_is_saved_and_opened(tmp_path):
     net = net_of(vocabulary=('ring', 'red'), text_dim=16)
     again = DiT.load(save_net(tmp_path/'n.safetensors', net))
