@@ -162,6 +162,7 @@ def test_both_layouts_are_read_strictly(tmp_path):
         with pytest.raises(UserError) as e: load_text_net(bad)
         assert '\n' not in str(e.value)
     with pytest.raises(UserError, match='nearest: lumina'): load_net(sd, 'lumnia')
+    with pytest.raises(UserError, match='base_tokens: 1 has no logarithm'): load_text_net(sd, base_sequence_length=1)
 
 
 @pytest.mark.parametrize('width,heads,kv,multiple', [(56, 7, 7, 1), (48, 6, 2, 1), (88, 11, 1, 5), (40, 5, 5, 32)])

@@ -128,6 +128,7 @@ def _rules(c: DiTConfig) -> Iterator[tuple[str, bool, str]]:
     yield 'predict', c.predict == 'velocity' or not c.data_time, 'with data_time a net predicts the velocity'
     for k in ('rope_stretch', 'rope_ntk', 'time_scale'): yield k, getattr(c, k) > 0, 'it is a factor above 0'
     if not c.text_dim: return
+    yield 'base_tokens', c.base_tokens != 1, '1 has no logarithm to divide by; give the tokens of a training grid, or 0'
     for k, v in TEXT_NET.items(): yield k, getattr(c, k) == v, f'a net of captions has {v!r}; leave it so'
     yield ('kv_heads', c.num_heads % (c.kv_heads or 1) == 0,
            f'{c.kv_heads} do not divide {c.num_heads} heads of queries')
