@@ -247,10 +247,11 @@ def rows_at(trial: Trial,
 
 def plan(study: Study, root: PathLike # folder of all runs
         ) -> list[Trial]:
-    "All runs, seed by seed, and the nets of a tokenizer right after it. Two switches may share a folder."
+    """All runs: a data set at a time, in it seed by seed, and the nets of a tokenizer right after it. Two switches may
+    share a folder."""
     s = study
-    return [Trial(s, Path(root), d, t, switch, seed, net) for seed, d, t, switch, net in
-            product(s.seeds, s.data, s.tokenizers, s.switches, ('', *s.nets))]
+    return [Trial(s, Path(root), d, t, switch, seed, net) for d, seed, t, switch, net in
+            product(s.data, s.seeds, s.tokenizers, s.switches, ('', *s.nets))]
 
 # %% ../nbs/60_trials.ipynb #23e31575
 def _on(net: nn.Module) -> Any: return net.to(make_accelerator().device)     # where this process computes
