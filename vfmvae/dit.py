@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_NET', 'SIZES', 'FAMILIES', 'TEXT_FAMILIES', 'Condition', 'TextConfig', 'DiTConfig', 'save_net', 'DiT',
-           'NetFeatures']
+           'caption_maps', 'NetFeatures']
 
 # %% ../nbs/37_dit.ipynb #49e65b54
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -402,6 +402,28 @@ class DiT(Pretrained, _Layers):
         token (velocity, class-token velocity); with `layers`, a `DiTOutput`. Conditions are dropped in train mode only.
         UserError, one line, for what does not fit (values are looked at on a CPU alone)."""
         return _forward(self, z, t, y, cls, drop, layers)
+
+# %% ../nbs/37_dit.ipynb #b5de9ea7
+@torch.no_grad()
+def caption_maps(net: DiT,
+                 z: Tensor,   # (b,c,h,w)
+                 t: float,    # noise level
+                 y: Text      # b captions
+                ) -> Tensor:
+    """What part of its look at a caption each place spends on which token, (b,m,h,w) of the patches, sums over m are 1:
+    the mean over heads and blocks by |tanh(gate)|. UserError: a net of labels."""
+    need(net.config.text_dim, 'this net draws classes and looks at no words; give a net of captions')
+    found, gates = list[Tensor](), list[Tensor]()
+    def keep(attn: Any, args: tuple) -> None:
+        found.append(attn.shares(*args[:4]).float())
+        gates.append(attn.gate.tanh().abs().float()+1e-9)       # all shut, as in a new net: the plain mean
+    hooks = [b.attn.register_forward_pre_hook(keep) for b in net.blocks]
+    try: net(z, torch.full((len(z),), t, device=z.device), y)
+    finally:
+        for h in hooks: h.remove()
+    weight = torch.cat(gates)
+    maps = torch.einsum('k,bknm->bmn', weight/weight.sum(), torch.cat(found, 1))
+    return maps.unflatten(2, [n//net.config.patch_size for n in z.shape[2:]])
 
 # %% ../nbs/37_dit.ipynb #3a3ec179
 class NetFeatures:

@@ -214,18 +214,26 @@ class TextAttention(nn.Module):
         "Both attentions begin with the same queries, and with the caption shut out."
         self.cross_q.weight.copy_(self.q.weight)
         self.gate.zero_()
+    def _split(self, h: Tensor) -> Tensor: return h.unflatten(-1, (-1, self.width)).transpose(1, 2)  # (b,heads,n,d)
+    def _looks(self, x: Tensor, rope: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        "Queries of the tokens and keys of the caption."
+        return rotate(self._split(self.cross_q_norm(self.cross_q(x))), rope), self._split(self.ky_norm(self.k_y(y)))
+    def shares(self, x: Tensor, rope: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        "What part of each token's look at the caption falls on which of its tokens: (b,heads,n,m), sums are 1."
+        q, k = self._looks(x, rope, y)
+        k = k.repeat_interleave(q.shape[1]//k.shape[1], 1)
+        return (q @ k.mT*self.width**-.5).masked_fill(~mask[:, None, None], -math.inf).softmax(-1)
     def forward(self, x: Tensor, rope: Tensor, y: Tensor,
                 mask: Tensor,              # (b,m) bool
                 scale: float | None = None # of the self-attention's products; None: 1/sqrt(width of a head)
                ) -> Tensor:
-        def split(h: Tensor) -> Tensor: return h.unflatten(-1, (-1, self.width)).transpose(1, 2)    # (b,heads,n,d)
         def _attend(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-            v = split(v)
-            return F.scaled_dot_product_attention(rotate(split(q), rope).to(v.dtype), k.to(v.dtype), v,
-                                                  enable_gqa=q.shape[-1] != self.width*v.shape[1], **how)
-        own = _attend(self.q_norm(self.q(x)), rotate(split(self.k_norm(self.k(x))), rope), self.v(x), scale=scale)
-        cross = _attend(self.cross_q_norm(self.cross_q(x)), split(self.ky_norm(self.k_y(y))), self.v_y(y),
-                       attn_mask=mask[:, None, None])
+            v = self._split(v)
+            return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, enable_gqa=q.shape[1] != v.shape[1],
+                                                  **how)
+        q, k = (rotate(self._split(h), rope) for h in (self.q_norm(self.q(x)), self.k_norm(self.k(x))))
+        own = _attend(q, k, self.v(x), scale=scale)
+        cross = _attend(*self._looks(x, rope, y), self.v_y(y), attn_mask=mask[:, None, None])
         return self.proj((own + self.gate.tanh()[:, None, None]*cross).transpose(1, 2).flatten(2))
 
 # %% ../nbs/36_dit_layers.ipynb #e0dfd8fb

@@ -85,7 +85,7 @@ _T2I = DiTConfig(**TEXT_NET, in_channels=32, patch_size=1, hidden_size=1792, dep
                  text_projection=True, cond_dim=1024, mlp_multiple=256)
 
 def _words(tokenizer: str) -> FlowPreset:
-    return replace(_small(tokenizer), net=_WORDS, num_images=18_750*64)
+    return replace(_small(tokenizer), net=_WORDS, num_images=12_500*64)
 
 FLOW_PRESETS: dict[str, FlowPreset] = {
     'dit-vfmvae-tiny-f8d16': _small('vfmvae-tiny-f8d16'),     # data/results/diffusion.json
