@@ -360,7 +360,7 @@ def opening(name, n=256, rounds=1):
     seen = []
     async def go():
         t, c = time.perf_counter(), time.process_time()
-        lab = Which(**({} if name in ('ReconstructionLab', 'SamplerLab') else dict(n=n)))
+        lab = Which(**({} if name in ('ReconstructionLab', 'SamplerLab', 'PromptLab') else dict(n=n)))
         lab.widget()
         await lab._latest.task
         first, cpu = time.perf_counter()-t, time.process_time()-c
@@ -380,7 +380,7 @@ def openings(rounds=2):
     with tempfile.TemporaryDirectory() as empty:
         os.environ['VFMVAE_HOME'] = empty
         try:
-            for name in ('Explorer', 'ReconstructionLab', 'NeighbourLab', 'LayerLab', 'EmbeddingLab', 'SamplerLab'):
+            for name in ('Explorer', 'ReconstructionLab', 'NeighbourLab', 'LayerLab', 'EmbeddingLab', 'SamplerLab', 'PromptLab'):
                 cold = alone(opening, name)
                 rows[f'{name}, first picture, nothing on disk'] = row(cold)
                 rows[f'{name}, first picture, new process'] = row([alone(opening, name)[0] for _ in range(rounds)])
@@ -402,7 +402,7 @@ def labs(a, n=256, times=5):
     "Lab and control -> what `latency` says, with the bundled models, on n images."
     from vfmvae.explorer import Explorer
     from vfmvae.labs import EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab
-    from vfmvae.sampler_lab import SamplerLab
+    from vfmvae.sampler_lab import PromptLab, SamplerLab
     def moves(name, values, rounds=times): return [(name, v) for _ in range(rounds) for v in values]
     strengths, indices, steps = (15., 45., 90., 180., 270.), (3, 30, 7, 90, 11), (2, 4, 6, 8, 10)
     strength = dict(moves=moves('strength', strengths), burst=moves('strength', strengths, 4))
@@ -421,7 +421,8 @@ def labs(a, n=256, times=5):
             'layers, row': latency(LayerLab(n=n), moves('row', (1, 2, 3, 4, 0))),
             'embedding, image': latency(EmbeddingLab(n=n), moves('image', indices)),
             'sampler, step': latency(SamplerLab(), moves('step', steps)),
-            'sampler, guidance': latency(SamplerLab(), guidance)}
+            'sampler, guidance': latency(SamplerLab(), guidance),
+            'prompt, step': latency(PromptLab(instead='cross'), moves('step', steps))}
 
 
 # the command ------------------------------------------------------------------------------------------------------

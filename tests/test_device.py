@@ -660,7 +660,8 @@ LABS = {'Explorer': lambda d: (Explorer(images='world', tokenizers=TINY, vfm='ti
         'LayerLab': lambda d: (labs.LayerLab(images='world', first='tiny', second=TINY, n=12, k=3, device=d), [dict(second=NET, column=1)]),
         'EmbeddingLab': lambda d: (labs.EmbeddingLab(images='world', source='tiny', second=TINY, n=14, device=d),
                                    [dict(colour='transform'), dict(source=TINY, colour='cluster'), dict(chosen=range(13))]),
-        'SamplerLab': lambda d: (sampler_lab.SamplerLab(steps=3, net=NET, device=d), [dict(guidance=2., step=2), dict(method='euler', step=1)])}
+        'SamplerLab': lambda d: (sampler_lab.SamplerLab(steps=3, net=NET, device=d), [dict(guidance=2., step=2), dict(method='euler', step=1)]),
+        'PromptLab': lambda d: (sampler_lab.PromptLab(steps=3, device=d), [dict(instead='cross', step=2), dict(ground='red', guidance=1.)])}
 
 
 def test_every_lab_is_looked_at():

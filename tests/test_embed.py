@@ -6,7 +6,7 @@ import pytest
 from vfmvae.files import data_dir
 from vfmvae.explorer import Explorer
 from vfmvae.labs import EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab
-from vfmvae.sampler_lab import SamplerLab
+from vfmvae.sampler_lab import PromptLab, SamplerLab
 from test_browser import browser, contrasts, every, CHROMIUM, LACKS, shot      # noqa: F401
 
 NAMES = ('vfm-photo', 'vfmvae-photo-f8d16')
@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.skipif(not all((data_dir()/'weights'/f'{n}.safetensors
 CORE = {'@jupyter-widgets/base', '@jupyter-widgets/controls', 'ipyevents'}      # without ipyevents the controls do the same
 MAKE = dict(explorer=lambda: Explorer(n=24, k=4, transform='hflip', strength=1., tokenizers=('vfmvae-photo-f8d16', 'conv-photo-f8d16')),
             reconstruction=lambda: ReconstructionLab(edit='mask'), neighbours=lambda: NeighbourLab(n=24, k=4), layers=lambda: LayerLab(n=24, k=4),
-            embedding=lambda: EmbeddingLab(n=24, chosen=range(12)), sampler=lambda: SamplerLab(net='dit-vfmvae-tiny-f8d16', step=3, steps=5))
+            embedding=lambda: EmbeddingLab(n=24, chosen=range(12)), sampler=lambda: SamplerLab(net='dit-vfmvae-tiny-f8d16', step=3, steps=5),
+            prompt=lambda: PromptLab(instead='cross', step=3, steps=5))
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,5 @@
 "Laws of the explorer and its sisters: what they show is what the library computes, heavy work is done once, and bad input leaves them alive."
-import asyncio, copy, datetime, html, io, time
+import asyncio, copy, dataclasses, datetime, html, io, json, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 import numpy as np
@@ -11,11 +11,13 @@ from vfmvae.align import cknna, score_sources
 from vfmvae.core import UserError
 from vfmvae.files import data_dir
 from vfmvae.world import World
-from vfmvae.dit import DiT, DiTConfig
+from vfmvae.dit import caption_maps, DiT, DiTConfig
+from vfmvae.generation import generate
+from vfmvae.presets import FLOW_PRESETS
 from vfmvae.session import FeatureCache, ReferenceImages
 from vfmvae.explorer import Explorer, ExplorerState, neighbour_overlap
 from vfmvae.labs import edit_latent, EDITS, EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab
-from vfmvae.sampler_lab import SamplerLab
+from vfmvae.sampler_lab import PromptLab, SamplerLab
 from vfmvae.tokenizer import tokenizers
 from vfmvae.vfm import VFM
 from vfmvae.views import as_source, ResizePadVFM
@@ -159,9 +161,9 @@ def test_the_other_labs_refuse_in_one_line_too(Other, bad):
     assert lab.state is before
 
 
-@pytest.mark.parametrize('Other', [Explorer, ReconstructionLab, NeighbourLab, LayerLab, EmbeddingLab, SamplerLab])
+@pytest.mark.parametrize('Other', [Explorer, ReconstructionLab, NeighbourLab, LayerLab, EmbeddingLab, SamplerLab, PromptLab])
 def test_whatever_a_field_is_given_the_answer_is_a_line_or_the_state_is_a_value(Other):
-    lab = Other(**({} if Other in (ReconstructionLab, SamplerLab) else dict(n=24)))
+    lab = Other(**({} if Other in (ReconstructionLab, SamplerLab, PromptLab) else dict(n=24)))
     for f in fields(lab.State):
         for bad in (3.5, None, ['a'], -7, 'zz', b'x', (), float('nan'), {}, [3], np.int64(3), np.float32('nan'), 10**30, -10**30, np.array([1, 2])):
             before = lab.state
@@ -371,7 +373,8 @@ def test_labs_that_need_the_same_features_all_come_to_their_end(tmp_path, monkey
 
 def test_every_lab_has_pictures_words_and_controls():
     pytest.importorskip('ipywidgets')
-    for lab in (ReconstructionLab().set(edit='noise'), NeighbourLab(n=24, k=4), LayerLab(n=24, k=4), EmbeddingLab(n=24), SamplerLab(net(), TINY, steps=3)):
+    for lab in (ReconstructionLab().set(edit='noise'), NeighbourLab(n=24, k=4), LayerLab(n=24, k=4), EmbeddingLab(n=24), SamplerLab(net(), TINY, steps=3),
+                PromptLab(steps=2, instead='cross')):
         lab.widget()
         lab.settle()
         assert 'data:image/png;base64,iVBOR' in lab.picture.value or 'sprite' in lab.picture.value
@@ -392,3 +395,67 @@ def test_every_bundled_name_is_taken_as_one(name):
     few, labs = dict(n=16), [ReconstructionLab(tokenizer=name)]
     labs += [NeighbourLab(second=name, k=4, **few), LayerLab(second=name, k=4, **few), EmbeddingLab(source=name, **few)]
     for other in labs: assert other.figure().data
+
+
+# the prompt lab ----------------------------------------------------------------------------------------------------------------------------------
+
+def prompt_lab(**state):
+    torch.manual_seed(0)
+    drawer = DiT(FLOW_PRESETS['lumina-vfmvae-tiny-f8d16'].net).eval()
+    for p in drawer.parameters():                      # what begins as nothing says something
+        if not p.any(): torch.nn.init.normal_(p, std=.05)
+    return PromptLab({'mine': drawer}, tokenizers['vfmvae-tiny-f8d16'], **dict(steps=3) | state)
+
+
+def test_the_prompt_lab_draws_what_generate_draws_and_another_word_is_another_prompt():
+    lab = prompt_lab(word=2, instead='cross', seed=4)
+    drawer = lab.stages(lab.state)[0].net
+    shown = [s.tiles[2].pixels for s in lab.page().sections if len(s.tiles) == 6 and s.tiles[0].caption.startswith('step')]
+    both = [lab.state.prompt, lab.state.prompt.replace('ring', 'cross')]
+    for own, prompt in zip(shown, both, strict=True):
+        want = generate(drawer, prompt, 4, tokenizers['vfmvae-tiny-f8d16'], guidance=3., steps=3, method='heun').images[0]
+        assert torch.allclose(own*2-1, want, atol=1e-3)
+    assert not torch.allclose(*shown, atol=1e-3) and {r['prompt'] for r in lab.page().rows} == {*both}
+    assert prompt_lab(state=lab.state).text() == lab.text()
+
+
+def test_a_share_of_a_look_is_that_of_the_attention_that_mixes():
+    lab = prompt_lab(step=1)
+    stage = lab.stages(lab.state)[0]
+    lab.finish()
+    t, z = lab.trajectory(lab.state, stage).done[1]
+    text, mixed, real = lab.encode(lab.state)[:1], [], torch.nn.functional.scaled_dot_product_attention
+    def record(q, k, v, attn_mask=None, **how):        # torch's own, of values that say which token they are
+        n = k.shape[2]
+        if attn_mask is not None and q.shape[2] == 16: mixed.append(real(q, k, torch.eye(n).expand(1, k.shape[1], n, n), attn_mask=attn_mask, **how))
+        return real(q, k, v, attn_mask=attn_mask, **how)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('torch.nn.functional.scaled_dot_product_attention', record)
+        with torch.no_grad(): stage.net(z, torch.full((1,), t), text)
+    gates = torch.stack([b.attn.gate.detach().tanh().abs() for b in stage.net.blocks])
+    want = (torch.stack(mixed)[:, 0]*gates[..., None, None]).sum((0, 1))/gates.sum()
+    assert torch.allclose(caption_maps(stage.net, z, t, text)[0].flatten(1).T, want, atol=1e-5)
+
+
+@pytest.mark.parametrize('bad, why', [(dict(prompt='a rign on a red ground'), "no word 'rign'; nearest: ring"), (dict(instead='blu'), 'nearest: blue'),
+                                      (dict(word=11), 'its words are 0 to 10'), (dict(shape='hexagon'), "no word 'hexagon'"), (dict(shape=''), 'no shape'),
+                                      (dict(prompt='red '*19), 'at most 18'), (dict(net='x'), 'no net'), (dict(guidance=-1.), 'guidance')])
+def test_what_the_prompt_lab_cannot_ask_is_a_line(bad, why):
+    lab = prompt_lab()
+    before = lab.state
+    with pytest.raises(UserError, match=ONE_LINE) as e: lab.set(**bad)
+    assert why in str(e.value) and lab.state is before
+
+
+def test_words_make_the_prompt_and_the_prompt_says_its_words():
+    lab = prompt_lab()
+    assert lab.set(shape='square', size='').state.prompt == 'a square with stripes on a green ground with waves'
+    assert lab.set(prompt='before a red ground, a large striped ring').state.ground == 'red' and lab.state.texture == 'stripes'
+    lab.state = dict(shape='cross')
+    assert lab.state.prompt == 'a large cross with stripes on a green ground with waves'
+    lab.state = dict(prompt='a small ring on a blue ground')
+    assert (lab.state.shape, lab.state.texture, lab.state.size, lab.state.word) == ('ring', '', 'small', 2)
+    lab.set(prompt='', word=0)
+    assert lab.text() and 'word' not in lab.panel(lab.state)         # the empty caption is legal, and has no word to exchange
+    lab.state = json.loads(json.dumps(dataclasses.asdict(lab.state)))
+    assert lab.state.prompt == ''

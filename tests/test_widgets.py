@@ -15,7 +15,7 @@ from vfmvae.lab_base import Lab, Latest
 from vfmvae.lab_parts import Control, Job
 from vfmvae.explorer import Explorer
 from vfmvae.labs import EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab, ReconstructionState
-from vfmvae.sampler_lab import SamplerLab
+from vfmvae.sampler_lab import PromptLab, SamplerLab
 
 NAMES = ('vfm-tiny', 'vfmvae-tiny-f8d16')
 MISSING = [n for n in NAMES if not (data_dir()/'weights'/f'{n}.safetensors').is_file()]
@@ -166,7 +166,8 @@ def test_a_state_that_cannot_be_shown_is_refused_in_one_line(bad):
 LABS = dict(explorer=(Explorer, dict(n=16, k=4, image=3, tokenizers=('vfmvae-tiny-f8d16', 'conv-f8d16'), place=(.5, .25), images='world', label='dots ring')),
             reconstruction=(ReconstructionLab, dict(images='world', edit='swap', amount=.25, other=7)),
             neighbours=(NeighbourLab, dict(n=24, k=3, second='conv-f8d16')), layers=(LayerLab, dict(n=24, row=2, first='tiny')),
-            embedding=(EmbeddingLab, dict(n=24, chosen=(1, 2, 5), colour='cluster')), sampler=(SamplerLab, dict(step=3, label=9, steps=5)))
+            embedding=(EmbeddingLab, dict(n=24, chosen=(1, 2, 5), colour='cluster')), sampler=(SamplerLab, dict(step=3, label=9, steps=5)),
+            prompt=(PromptLab, dict(prompt='a small cross on a red ground', word=6, instead='blue', step=2)))
 
 
 @weights
@@ -180,7 +181,7 @@ def test_a_state_is_json_and_a_lab_is_a_line_of_code(name):
     assert other.state == lab.state and hash(other.state) == hash(lab.state)
     again = eval(lab.code)
     assert again.state == lab.state and again.code == lab.code and all(f'{k}=' in lab.code for k in how)
-    assert Which().code in (f'{Which.__name__}()', f"{Which.__name__}(net='dit-vfmvae-photo-f8d16')")
+    assert Which().code in (f'{Which.__name__}()', "SamplerLab(net='dit-vfmvae-photo-f8d16')", "PromptLab(net='lumina-vfmvae-tiny-f8d16')")
 
 
 @weights

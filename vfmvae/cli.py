@@ -35,8 +35,8 @@ def bundled(kind: str # 'tokenizer', 'net', 'preset' or 'data'
     if kind == 'data': return ('world', *_keys('folders', 'PHOTOGRAPHS'))
     if kind == 'preset': return _keys('presets', 'PRESETS') + _keys('presets', 'FLOW_PRESETS')
     files = sorted({f.stem for at in (PACKAGE.parent, PACKAGE) for f in (at/'data'/'weights').glob('*.safetensors')})
-    others = ('extractor-', 'known-', 'reader-', 'vfm-', *(['dit-'] if kind == 'tokenizer' else []))
-    return tuple(f for f in files if not f.startswith(others) and (kind == 'tokenizer' or f.startswith('dit-')))
+    nets, others = ('dit-', 'lumina-'), ('extractor-', 'known-', 'reader-', 'vfm-')
+    return tuple(f for f in files if not f.startswith(others) and f.startswith(nets) == (kind == 'net'))
 
 def _named(text: str) -> str:
     "For argparse: a name; no empty one, which would be the current folder."

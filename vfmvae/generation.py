@@ -167,7 +167,8 @@ def train_flow(preset: str | FlowPreset = 'dit-vfmvae-tiny-f8d16', # a key of PR
 nets = Registry('net')
 # early: the same run, long before its end; guides the samples of the first
 # in one process with this notebook, its exported module may have been here before
-for _name in [k for k in [*FLOW_PRESETS, 'dit-vfmvae-tiny-f8d16-early'] if k.startswith('dit-') and k not in nets]:
+_bundled = [*(k for k in FLOW_PRESETS if k.startswith('dit-')), 'dit-vfmvae-tiny-f8d16-early', 'lumina-vfmvae-tiny-f8d16']
+for _name in [k for k in _bundled if k not in nets]:
     nets.register(_name, partial(lambda name: DiT.load(data_dir()/'weights'/f'{name}.safetensors'), _name))
 
 def open_net(net: str | Path | DiT # a name of `nets`, or a file of `train_flow`; a net is itself

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDITS', 'UMAP_BUTTON', 'MORE', 'ALIKE', 'LET_GO', 'edit_latent', 'ReconstructionState', 'ReconstructionLab',
            'NeighbourState', 'NeighbourLab', 'LayerState', 'LayerLab', 'EmbeddingState', 'EmbeddingLab', 'SamplerLab',
-           'SamplerState']
+           'SamplerState', 'PromptLab', 'PromptState']
 
 # %% ../nbs/56_labs.ipynb #d2b0f0ed
 from collections.abc import Callable, Mapping, Sequence
@@ -40,8 +40,8 @@ from .lab_parts import (check_fits, check_state, Control, grouped, image_tile, J
                         read_images, transform_controls, WORST)
 from .session import claim_name, decode_cpu, encode_cpu, FeatureCache, Nets, SetLab, tokens_of, View
 from .explorer import layer_name
-from .sampler_lab import SamplerLab, SamplerState
-_all_ = ['SamplerLab', 'SamplerState']   # public here, too
+from .sampler_lab import PromptLab, PromptState, SamplerLab, SamplerState
+_all_ = ['SamplerLab', 'SamplerState', 'PromptLab', 'PromptState']   # public here, too
 
 # %% ../nbs/56_labs.ipynb #f89b5da7
 EDITS = dict(none='the latent as it is', swap='its right part comes from the other image',

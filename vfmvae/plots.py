@@ -65,7 +65,7 @@ LOOKS |= {n: k._replace(filled=False) for n, k in zip(_WORLD, _KINDS_OF, strict=
 
 def look(name: str) -> Look | None:
     "The look of a bundled tokenizer, by its name, the name of its net, or its title; None: another name."
-    name = name.partition(' to ')[0].removeprefix('dit-').removesuffix('-early')
+    name = name.partition(' to ')[0].removeprefix('dit-').removeprefix('lumina-').removesuffix('-early')
     return LOOKS.get(name) or next((k for k in LOOKS.values() if k.title == name), None)
 
 def series_styles(names: Sequence[str]) -> list[dict]:
