@@ -23,6 +23,7 @@ from reference import plain_cknna, plain_decode, plain_velocity
 
 from vfmvae.align import cknna
 from vfmvae.core import nearest, UserError, whole
+from vfmvae.captions import captions_of
 from vfmvae.files import check_out, data_dir, write_json
 from vfmvae.runtime import best_device, seed_all
 from vfmvae.dit import DiT
@@ -32,8 +33,10 @@ from vfmvae.layers import dense
 from vfmvae.tokenizer import load_tokenizer
 from vfmvae.tokenizer_task import TokenizerTask
 from vfmvae.runtime import provenance
+from vfmvae.text import CaptionTable, TEXT
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 from vfmvae.vfm import VFM
+from vfmvae.world import World
 
 
 # the clock --------------------------------------------------------------------------------------------------------
@@ -222,12 +225,12 @@ def latents(preset, batch, device):
     return dict(mean=mean.to(device), label=label.to(device))
 
 
-def our_step(preset, batch, device, compile=False):
-    "The task's own: forward, backward, clipping, fused AdamW, averaging in one pass over all tensors."
+def our_step(preset, batch, device, compile=False, text=None):
+    "The task's own: forward, backward, clipping, fused AdamW, averaging in one pass over all tensors; of a net of captions with their `Text`."
     seed_all(0)
     task = FlowTask(DiT(preset.net).to(device), preset.flow, compile=compile)
     task.ema.net.to(device)
-    b = latents(preset, batch, device)
+    b = latents(preset, batch, device) | ({k: getattr(text, k).to(device) for k in TEXT} if text else {})
     return lambda: task.step([b], lambda loss: loss.backward(), lambda ok=True: ok, batch)
 
 
@@ -272,6 +275,29 @@ def flow_row(preset='dit-vfmvae-tiny-f8d16', batch=64, rounds=7, compile=False, 
 def flow(a):
     "A training step of a velocity net: against the plain step, with --full also compiled."
     return [flow_row(rounds=a.rounds or 7, compile=a.full, device=a.device)]
+
+
+def captions_row(batch=64, rounds=7, device='cpu'):
+    """A training step of a net of captions against that of a class net of its width and depth; beside them, what it takes to make numbers of
+    the words of its captions, and to look up the states of a language model of 384 channels that were made before."""
+    p, c = (FLOW_PRESETS[f'{k}-vfmvae-tiny-f8d16'] for k in ('lumina', 'dit'))
+    assert (p.net.hidden_size, p.net.depth, p.net.patch_size) == (c.net.hidden_size, c.net.depth, c.net.patch_size)
+    said = [*dict.fromkeys(captions_of(World(4000, seed=3), None))]
+    encode, sizes = DiT(p.net).y_embedder.words.numbers, torch.tensor([0, 1, *(len(t.split()) for t in said)])
+    table = CaptionTable(torch.randn(int(sizes.sum()), 384).half(), sizes.cumsum(0), ['', *said], 'states', 'made up')
+    some = said[::len(said)//batch][:batch]
+    rows = table.rows(some)
+    runs = dict(captions=our_step(p, batch, device, text=encode(some)), classes=our_step(c, batch, device),
+                words=lambda: encode(some), table=lambda: table.text(rows))
+    times = take_turns(runs, rounds)
+    steps = {k: dict(images_per_s=batch/times[k]['wall'], **against(times, k, 'classes')) for k in ('captions', 'classes')}
+    return dict(preset='lumina-vfmvae-tiny-f8d16', batch=batch, table=len(table), **steps,
+                shares={k: 1/against(times, k, 'captions')['speedup'] for k in ('words', 'table')})
+
+
+def captions(a):
+    "A training step of a net of captions, and what its captions cost."
+    return [captions_row(rounds=a.rounds or 15, device=a.device)]
 
 
 # the frozen encoders ----------------------------------------------------------------------------------------------
@@ -427,7 +453,7 @@ def labs(a, n=256, times=5):
 
 # the command ------------------------------------------------------------------------------------------------------
 
-PARTS = dict(decoder=(decoder, 'bench'), cknna=(cknna_rows, 'bench_cknna'), flow=(flow, 'bench_flow'),
+PARTS = dict(decoder=(decoder, 'bench'), cknna=(cknna_rows, 'bench_cknna'), flow=(flow, 'bench_flow'), captions=(captions, 'bench_captions'),
              vfm=(vfms, 'bench_vfm'), labs=(labs, 'bench_labs'))
 
 
@@ -435,6 +461,9 @@ def told(rows):
     "One line a row: what it says about ratios and times."
     for name, r in rows.items() if isinstance(rows, dict) else ((f"{r.get('preset') or r['n']}", r) for r in rows):
         if 'p50' in r: text = ', '.join(f'{k} {r[k]*1e3:.0f} ms' for k in ('p50', 'p95', 'whole_p95', 'cpu') if k in r)
+        elif 'shares' in r:
+            text = f"{r['captions']['images_per_s']:.4g} images/s, {r['captions']['speedup']:.2f} times a class net; " + ', '.join(
+                f'{k} {v:.2%} of a step' for k, v in r['shares'].items())
         elif 'ratio_best' in r: text = ', '.join(f'{k} {r[k]:.3g}' for k in ('ratio', 'ratio_best', 'dense_ratio', 'extra_mib') if k in r)
         elif 'step_share' in r:
             text = (f"{r['ours']['images_per_s']:.4g} images/s, {r['ours']['speedup']:.2f} times timm's plain form; layers {r['asked']} cost "

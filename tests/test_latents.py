@@ -7,7 +7,7 @@ from vfmvae import latents
 from vfmvae.core import Gaussian, UserError
 from vfmvae.world import World
 from vfmvae.folders import folder
-from vfmvae.data import loader
+from vfmvae.data import fingerprint, loader
 from vfmvae.latents import cache_latents, cache_name, latent_digest, latent_stats, LatentCache
 from vfmvae.layouts import export_latents, import_latents
 from vfmvae.protocols import LatentStats
@@ -244,6 +244,28 @@ def test_an_edited_picture_is_another_set(tmp_path):
     Image.new('RGB', (64, 64), 'white').save(tmp_path/'train'/'b'/'5.png')
     os.utime(tmp_path/'train'/'b'/'5.png', (1, 1))
     edited = folder(tmp_path/'train', size=64)
+    with pytest.raises(UserError, match='another cache'): cache_latents(tok, edited, tmp_path/'c')
+    with pytest.raises(UserError, match='files that were changed since'): LatentCache(tmp_path/'c').with_images(edited)
+
+
+def test_latents_of_a_large_set_are_those_of_its_copy(tmp_path):
+    def heavy(at, seconds):
+        for p in (at/'train').rglob('*.png'):
+            os.truncate(p, 9_000_000)      # so large together that their bytes no longer decide
+            os.utime(p, (seconds, seconds))
+        return folder(at/'train', size=64)
+    folder_of(tmp_path/'train', 20)
+    tok, data = Toy(), heavy(tmp_path, 1e9)
+    name, c = cache_name(tok, data, 'train'), cache_latents(tok, data, tmp_path/'c')
+    shutil.copytree(tmp_path/'train', tmp_path/'elsewhere'/'train')
+    copied = heavy(tmp_path/'elsewhere', 2e9)
+    assert fingerprint(copied) != fingerprint(data) and cache_name(tok, copied, 'train') == name
+    with pytest.warns(UserWarning, match='were copied since'): again = cache_latents(tok, copied, tmp_path/'c')
+    assert torch.equal(again.batch([3])['mean'], c.batch([3])['mean'])
+    assert torch.equal(again.with_images(copied).batch([3])['image'], data.batch([3])['image'])
+    from PIL import Image
+    Image.new('RGB', (64, 64), 'white').save(tmp_path/'elsewhere'/'train'/'b'/'5.png')
+    edited = heavy(tmp_path/'elsewhere', 2e9)       # of equal sizes and times
     with pytest.raises(UserError, match='another cache'): cache_latents(tok, edited, tmp_path/'c')
     with pytest.raises(UserError, match='files that were changed since'): LatentCache(tmp_path/'c').with_images(edited)
 

@@ -56,6 +56,7 @@ SMOKE = {
         f'{TWO} train-flow --preset reg-80ep $TOKENIZER --data imagenet/train --compile --run reg --out reg.safetensors',
     'vfmvae generate --net mine-dit.safetensors --n 64 --guidance 3 --out samples':
         'vfmvae generate --net mine-dit.safetensors --n 4 --guidance 3 --out samples',
+    "vfmvae generate --net lumina-vfmvae-tiny-f8d16 --prompt 'a large ring with stripes on a green ground with waves' --out drawn": None,
     'vfmvae evaluate-samples --net mine-dit.safetensors --n 2048': 'vfmvae evaluate-samples --net mine-dit.safetensors --n 16 --reference-n 64'}
 # the same of a piece of code
 CODE = {'World(3000, seed=8)': 'World(40, seed=8)', 'n=1000': 'n=12, times=20'}

@@ -47,7 +47,9 @@ def test_rows_of_a_smoke_size_have_the_keys_of_the_committed_ones():
     assert step['ours'].keys() == kept('bench_flow')[0]['ours'].keys() and step['ours']['images_per_s'] > 0
     full = kept('bench')['full decode']
     assert full['difference'] < 2e-4 and abs(full['gflop_per_image'] - 388.1) < 4      # of the published decoder
-    for rows in (tiny, [small], [step], kept('bench_labs')): assert len([*speed.told(rows)]) == len(rows)
+    talk = speed.captions_row(batch=4, rounds=1)
+    assert talk.keys() == kept('bench_captions')[0].keys() and talk['classes']['speedup'] == 1
+    for rows in (tiny, [small], [step], [talk], kept('bench_labs')): assert len([*speed.told(rows)]) == len(rows)
 
 
 def test_a_burst_of_moves_is_not_computed_move_by_move():

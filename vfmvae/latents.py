@@ -56,7 +56,7 @@ def cache_name(tokenizer: Tokenizer,
     "The default name of a cache; other pictures or other weights give another one."
     stem = Path(str(spec)).name if isinstance(spec, str | Path) else type(data).__name__
     plain = re.sub(r'[^\w.-]+', '-', stem).strip('.-')[:40] or 'data'
-    parts = (tokenizer.name, plain, fingerprint(data)[:8], latent_digest(tokenizer)[:4])
+    parts = (tokenizer.name, plain, fingerprint(data, False)[:8], latent_digest(tokenizer)[:4])
     return '-'.join([*filter(None, parts), *(['flips'] if flips else [])])
 
 def cache_folder(path: str | Path) -> Path:
@@ -191,7 +191,7 @@ def _read_manifest(folder: Path) -> dict:
         fine = all(isinstance(s, list) and len(s) == 2 and isinstance(s[0], str) and count(s[1]) for s in m['shards'])
         bad += ['shards'] if not fine or not m['shards'] or sum(s[1] for s in m['shards']) != m['n'] else []
         bad += ['classes'] if not m['classes'] or not all(isinstance(c, str) for c in m['classes']) else []
-    bad += [k for k in ('fingerprint', 'digest') if not isinstance(m.get(k), str | None)]
+    bad += [k for k in ('fingerprint', 'sample', 'digest') if not isinstance(m.get(k), str | None)]
     need(not bad, f"{file} does not describe latents ({', '.join(bad)}: missing or of another kind); {_AGAIN}")
     for k in ('scale', 'stats'):
         if m.get(k) is not None: as_scale(m[k], f'{k} of {file}', m['shape'][0])
@@ -280,9 +280,10 @@ def _check_images(c: LatentCache, images: Images) -> Dataset:
         return every                        # earlier versions took the first ones
     same: Dataset = take(every, len(c))
     now = fingerprint(same)
-    need(now == have, f"the latents in {c.dir} are of {c.manifest['data']} ({have}), not of these {described(same)} "
-                      f'({now}): other files, or files that were changed since; give the data set that was encoded, or '
-                      'cache again')
+    copied = c.manifest.get('sample') == fingerprint(same, False)            # such files have other times
+    need(now == have or copied, f"the latents in {c.dir} are of {c.manifest['data']} ({have}), not of these "
+                                f'{described(same)} ({now}): other files, or files that were changed since; give the '
+                                'data set that was encoded, or cache again')
     return same
 
 # %% ../nbs/39_latents.ipynb #276a1796
@@ -344,9 +345,11 @@ def _manifest(folder: Path, want: dict) -> dict:
     except UserError: return _begin(file, want)              # it cannot be read: whole shards that fit stay
     want = dict(want, dtype=want['dtype'] or have['dtype'])
     unknown = [k for k in ('fingerprint', 'digest') if not have.get(k)]
-    loose = ('stats', 'scale', 'made', 'taken', *unknown)
+    copied = have.get('sample') == want['sample'] and have.get('fingerprint') not in (None, want['fingerprint'])
+    loose = ('stats', 'scale', 'made', 'taken', 'sample', *unknown, *['fingerprint']*copied)
     apart: dict[str, tuple] = {k: (shorten(have.get(k), 60), shorten(v, 60)) for k, v in want.items()
                                if k not in loose and have.get(k) != v}
+    if copied: notice(f'the images of {folder} were copied since: names, sizes and 64 of them are the same', 3)
     if 'fingerprint' not in unknown: apart.pop('data', None)       # said with the fingerprint, if that differs
     if 'fingerprint' in apart:
         apart['data'] = tuple(f"[{d['fingerprint']}] {shorten(d['data'], 60)}" for d in (have, want))
@@ -375,7 +378,7 @@ def _description(tokenizer: Tokenizer, data: Dataset, flips: bool, shard_size: i
     return dict(tokenizer=tokenizer.name, n=n, shape=list(g.mean.shape[1:]), deterministic=g.logvar is None,
                 flips=bool(flips), dtype=None if dtype is None else str(dtype).split('.')[-1],
                 classes=[str(c) for c in getattr(data, 'classes', ('0',))], data=described(data), taken=taken(data),
-                fingerprint=fingerprint(data), digest=latent_digest(tokenizer),
+                fingerprint=fingerprint(data), sample=fingerprint(data, False), digest=latent_digest(tokenizer),
                 shards=shards, scale=dict(mean=s.mean.tolist(), std=s.std.tolist()) if s.fitted else None, stats=None)
 
 # %% ../nbs/39_latents.ipynb #cef4f64e
