@@ -13,8 +13,6 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-# the first number of each group of library notebooks
-GROUPS = {0: 'Ground', 5: 'Pictures', 10: 'Looking', 12: 'Tokenizers', 19: 'Training', 22: 'Comparing', 32: 'Generating', 39: 'Doors'}
 FOLDERS = {'learn': 'Course', '.': 'Library', 'paper': 'The paper', 'train': 'Bundled weights'}
 
 
@@ -47,7 +45,7 @@ def unfolded(cells):
 
 
 def page_of(notebook, known=()):
-    "The notebook without hidden cells and directives; its title; the module that it exports, or nothing."
+    "The notebook without hidden cells and directives; its title; the module that it exports, or nothing; the group that its head names."
     nb = nbformat.read(notebook, 4)
     module = next((m[1] for c in nb.cells if (m := re.match(r'#\|\s*default_exp (\w+)', c.source)) and m[1] in known), '')
     nb.cells = [c for c in nb.cells if not (c.cell_type == 'code' and re.match(r'#\|\s*(hide|default_exp)', c.source))]
@@ -61,8 +59,9 @@ def page_of(notebook, known=()):
     nb.metadata.pop('widgets', None)
     title = re.match(r'# (.+)', nb.cells[0].source if nb.cells else '')
     if not title: raise SystemExit(f'{notebook} does not begin with a heading; its first cell says "# Title"')
+    group = re.search(r'(?m)^(\w+) · in:', nb.cells[0].source)
     if module: nb.cells[0].source += f'\n\nReference: [`vfmvae.{module}`](reference/{module}.html)'
-    return nb, title[1].strip(), module
+    return nb, title[1].strip(), module, group[1] if group else ''
 
 
 def all_names(known):
@@ -81,24 +80,24 @@ def all_names(known):
 def write_sources(src, only=()):
     "Pages below the folder `src`; the navigation."
     nav = {title: [] for title in FOLDERS.values()}
-    groups = {title: [] for title in GROUPS.values()}
+    groups = {}     # in the order of the notebooks
     told = {}       # module: the link to its notebook
     known = [m for m in modules() if not only or m in only]
     for folder, title in FOLDERS.items():
         for file in sorted((ROOT/'nbs'/folder).glob('*.ipynb')):
             if only and file.stem not in only: continue
-            nb, name, module = page_of(file, known)
+            nb, name, module, group = page_of(file, known)
             to = src/folder/file.name
             to.parent.mkdir(exist_ok=True)
             nbformat.write(nb, to)
             if module: told[module] = f'The notebook behind it: [{name}](../{file.name})\n\n'
-            entry, number = {name: to.relative_to(src).as_posix()}, re.match(r'\d+', file.name)
+            entry = {name: to.relative_to(src).as_posix()}
             if file.stem == 'index': nav['Home'] = entry[name]
-            elif folder == '.': groups[[t for n, t in GROUPS.items() if n <= int(number[0])][-1]].append(entry)
+            elif folder == '.': groups.setdefault(group, []).append(entry)
             else: nav[title].append(entry)
     if not only:
         for f in ('docs/glossary.md', 'CONTRIBUTING.md'): shutil.copy(ROOT/f, src)
-    nav['Library'] = [{k: v} for k, v in groups.items() if v]
+    nav['Library'] = [{k: v} for k, v in groups.items()]
     (src/'reference').mkdir()
     for m in known: (src/'reference'/f'{m}.md').write_text(f'# vfmvae.{m}\n\n{told.get(m, "")}::: vfmvae.{m}\n', encoding='utf-8')
     (src/'reference'/'index.md').write_text(all_names(known), encoding='utf-8')

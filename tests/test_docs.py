@@ -33,15 +33,16 @@ def test_each_notebook_and_each_module_has_its_page(site):
     assert not re.search(r'ERROR|Could not find', said), said
 
 
-def test_every_group_of_the_library_has_its_pages(site):
-    # the groups begin at numbers of notebooks; whoever renumbers those moves them
-    home = site[2]['index.html']
-    groups = dict(ast.literal_eval(re.search(r'(?s)^GROUPS = (\{.*?\})', (ROOT/'docs'/'build.py').read_text(), re.M)[1]))
-    numbers = sorted(int(re.match(r'\d+', p.name)[0]) for p in (ROOT/'nbs').glob('[0-9]*.ipynb'))
-    starts = sorted(groups)
-    for first, last in zip(starts, [*starts[1:], 100], strict=True):
-        assert any(first <= n < last for n in numbers), groups[first]
-        assert groups[first] in re.sub(r'\s+', ' ', home), groups[first]
+def test_a_notebook_of_the_library_stands_under_the_group_that_its_head_names(site):
+    home, want = site[2]['index.html'], {}
+    for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
+        head = ''.join(json.loads(p.read_text(encoding='utf-8'))['cells'][0]['source'])
+        want.setdefault(re.search(r'(?m)^(\w+) · in:', head)[1], []).append(p.with_suffix('.html').name)
+    menu = home[home.index('md-nav--primary'):]
+    assert len(want) > 5
+    for group, pages in want.items():        # the sub-menu that bears its name
+        own = re.search(rf'<nav class="md-nav"[^>]*>\s*<label class="md-nav__title"[^>]*>\s*<span[^>]*></span>\s*{group}\s*</label>(.*?)</nav>', menu, re.S)
+        assert own and re.findall(r'href="(\d\w+\.html)"', own[1]) == pages, group
 
 
 @pytest.mark.parametrize('module', MODULES)
