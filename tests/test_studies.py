@@ -1,5 +1,5 @@
 """A study: runs that are shared, resumed and measured once, and a table that says of each number where it comes from."""
-import csv, json, os, subprocess, sys
+import csv, json, os, shutil, subprocess, sys
 from dataclasses import asdict
 from pathlib import Path
 import pytest
@@ -59,6 +59,24 @@ def test_a_second_call_trains_and_measures_nothing(whole_study, monkeypatch):
     folder, spec, table = whole_study
     for k in ('train_tokenizer', 'train_flow', 'Panel'): monkeypatch.setattr(studies, k, None)
     assert study(spec, folder/'runs', say=quiet).rows == table.rows
+
+
+def test_a_table_takes_what_is_finished_to_another_machine(whole_study, tmp_path, monkeypatch):
+    folder, spec, table = whole_study
+    for end in ('.csv', '.json'): shutil.copy(folder/f'study{end}', tmp_path/f'here{end}')
+    for k in ('train_tokenizer', 'train_flow', 'Panel'): monkeypatch.setattr(studies, k, None)
+    assert study(spec, tmp_path/'runs', tmp_path/'here.csv', say=quiet).rows == table.rows
+    assert (tmp_path/'here.json').read_text() == (folder/'study.json').read_text() and not [*(tmp_path/'runs').rglob('*.safetensors')]
+    # one net more is asked for, or a measure that nobody took: then the weights of its tokenizer are needed, and nothing of it is put back
+    more = dict(spec, switches=dict(spec['switches'], hotter={'net.flow.lr': 2e-3}))
+    studies._restore(tmp_path/'here.json', plan(open_study(more), tmp_path/'more'))
+    assert not [*(tmp_path/'more').rglob('*.json')]
+    kept = json.loads((tmp_path/'here.json').read_text())
+    del kept['folders'][(lost := next(n for n in kept['folders'] if 'VFM' not in n and 'small' in n))]
+    (tmp_path/'less.json').write_text(json.dumps(kept))
+    studies._restore(tmp_path/'less.json', plan(open_study(spec), tmp_path/'less'))
+    back = {p.parent.name for p in (tmp_path/'less').rglob('trained.json')}
+    assert lost not in back and back < {*kept['folders']} and all(t.finished for t in plan(open_study(spec), tmp_path/'less') if t.folder.name in back)
 
 
 def test_a_switch_of_the_net_shares_the_tokenizer_and_a_changed_recipe_is_a_new_run(whole_study):

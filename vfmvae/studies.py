@@ -116,10 +116,29 @@ def table_of(study: Study, root: PathLike # folder of all runs
     done = {t.folder: t.finished for t in runs}
     return Table([r for t in runs for r in _rows_of(t)], runs=len(done), done=sum(done.values()))
 
+def _kept(runs: Sequence[Trial]) -> dict[str, dict[str, object]]:
+    "What the folders of finished tokenizers and their nets say, by name and file; no weights."
+    still = {t.before.folder for t in runs if not t.finished}
+    def files(t: Trial) -> list[Path]:
+        every = [t.folder/'trained.json', *(rows_at(t, k) for k, (kind, _) in MEASURES.items() if kind == t.kind)]
+        return [p for p in every if p.exists()]
+    return {t.folder.name: {p.name: read_json(p) for p in files(t)} for t in runs if t.before.folder not in still}
+
+def _restore(file: Path, runs: Sequence[Trial]) -> None:
+    "Puts back the folders of an earlier table that are missing here, where nothing needs their weights any more."
+    kept = read_json(file).get('folders', {}) if file.exists() else {}
+    def lacks(t: Trial) -> bool: return not {rows_at(t, k).name for k in t.todo()} <= {*kept.get(t.folder.name, ())}
+    needed = {t.before.folder for t in runs if lacks(t)}
+    for t in (t for t in runs if not t.trained and t.folder.name in kept and t.before.folder not in needed):
+        t.folder.mkdir(parents=True, exist_ok=True)
+        for name, said in kept[t.folder.name].items(): write_json(t.folder/name, said)
+
 # %% ../nbs/61_studies.ipynb #7fe556f1
 def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it holds, or a `Study`
           folder: PathLike | None = None, # of its runs; None: `home()/studies/<name of the file>`
-          out: PathLike | None = None,    # a CSV file of the table; the same name with .json holds it, too
+          # a CSV file of the table; the same name with .json holds it, too, and what is finished: a later call goes on
+          # from there, in another folder or on another machine
+          out: PathLike | None = None,
           dry_run: bool = False,          # say what it would cost, and train nothing
           say: Callable[[str], object] = print
          ) -> Table:
@@ -133,6 +152,8 @@ def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it 
     root = Path(folder) if folder else home()/'studies'/Path(str(spec)).stem
     runs, failed, panels = dict[str, Trial](), dict[str, str](), dict[str, Panel]()
     for t in plan(s, root): runs.setdefault(t.folder.name, t)
+    kept = Path(out).with_suffix('.json') if out else None
+    if kept: _restore(kept, [*runs.values()])
     if dry_run: return price(s, [*runs.values()], say)
     make_accelerator()
     while True:
@@ -150,7 +171,9 @@ def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it 
     for name, why in failed.items(): notice(f'{name} failed: {why}')
     table = table_of(s, root)
     need(table or not failed, f'every run failed, the first by {next(iter(failed.values()), "")}')
-    if out: write_json(Path(table.csv(out)).with_suffix('.json'), dict(rows=table.rows, **table.facts))
+    if out and kept:
+        table.csv(out)
+        write_json(kept, dict(rows=table.rows, **table.facts, folders=_kept([*runs.values()])))
     return table
 
 # %% ../nbs/61_studies.ipynb #87bf74b4
