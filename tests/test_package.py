@@ -93,7 +93,7 @@ def test_half_precision_moves_nothing_that_is_printed(tmp_path):
     for f in (data_dir()/'weights').glob('*.safetensors'):
         halved = any(t.dtype == torch.float16 for t in load_weights(f)[0].values())
         assert halved == (not f.stem.startswith('known-')), f.name
-        if f.stem.startswith('dit-'):      # and rounded, because such files pack better
+        if f.stem.startswith(('dit-', 'lumina-')):      # and rounded, because such files pack better
             assert all(torch.equal(t, t.bfloat16().half()) for t in load_weights(f)[0].values() if t.ndim > 1), f.name
     assert all(p.dtype == torch.float32 for net in nets.values() for p in net.parameters())
     from vfmvae.generation import nets as bundled
