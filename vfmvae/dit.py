@@ -414,7 +414,7 @@ def caption_maps(net: DiT,
     the mean over heads and blocks by |tanh(gate)|. UserError: a net of labels."""
     need(net.config.text_dim, 'this net draws classes and looks at no words; give a net of captions')
     found, gates = list[Tensor](), list[Tensor]()
-    def keep(attn: Any, args: tuple) -> None:
+    def keep(attn: TextAttention, args: tuple) -> None:
         found.append(attn.shares(*args[:4]).float())
         gates.append(attn.gate.tanh().abs().float()+1e-9)       # all shut, as in a new net: the plain mean
     hooks = [b.attn.register_forward_pre_hook(keep) for b in net.blocks]

@@ -167,7 +167,8 @@ def train_flow(preset: str | FlowPreset = 'dit-vfmvae-tiny-f8d16', # a key of PR
 nets = Registry('net')
 # early: the same run, long before its end; guides the samples of the first
 # in one process with this notebook, its exported module may have been here before
-_bundled = [*(k for k in FLOW_PRESETS if k.startswith('dit-')), 'dit-vfmvae-tiny-f8d16-early', 'lumina-vfmvae-tiny-f8d16']
+_dits = [k for k in FLOW_PRESETS if k.startswith('dit-')]
+_bundled = [*_dits, 'dit-vfmvae-tiny-f8d16-early', 'lumina-vfmvae-tiny-f8d16']
 for _name in [k for k in _bundled if k not in nets]:
     nets.register(_name, partial(lambda name: DiT.load(data_dir()/'weights'/f'{name}.safetensors'), _name))
 
