@@ -1764,6 +1764,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vfmvae.studies._net_seconds': ('studies.html#_net_seconds', 'vfmvae/studies.py'),
                                 'vfmvae.studies._next': ('studies.html#_next', 'vfmvae/studies.py'),
                                 'vfmvae.studies._restore': ('studies.html#_restore', 'vfmvae/studies.py'),
+                                'vfmvae.studies._row_files': ('studies.html#_row_files', 'vfmvae/studies.py'),
                                 'vfmvae.studies._rows_of': ('studies.html#_rows_of', 'vfmvae/studies.py'),
                                 'vfmvae.studies.price': ('studies.html#price', 'vfmvae/studies.py'),
                                 'vfmvae.studies.study': ('studies.html#study', 'vfmvae/studies.py'),

@@ -99,13 +99,17 @@ def _agreed(name: str | None) -> str | None:
 COLUMNS = ('dataset', 'tokenizer', 'switch', 'net', 'seed', 'images', 'metric', 'value', 'n', 'judge', 'cpu_hours',
            'commit', 'hardware')
 
+def _row_files(trial: Trial) -> list[Path]:
+    "Where the rows of a run lie, or would."
+    return [rows_at(trial, k) for k, (kind, _) in MEASURES.items() if kind == trial.kind]
+
 def _rows_of(trial: Trial) -> Iterator[Row]:
     "The rows of a run, whichever switch trained it."
     if not trial.trained: return
     facts, t = read_json(trial.folder/'trained.json'), trial
     own = {k: getattr(t, k) for k in COLUMNS[:5]} | dict(images=facts['images'])
     made = dict(cpu_hours=facts['hours'], commit=facts['made']['commit'], hardware=facts['made']['hardware'])
-    for file in [f for k, (kind, _) in MEASURES.items() if kind == t.kind and (f := rows_at(t, k)).exists()]:
+    for file in filter(Path.exists, _row_files(t)):
         for r in read_json(file)['rows']: yield {k: (own | r | made)[k] for k in COLUMNS}
 
 def table_of(study: Study, root: PathLike # folder of all runs
@@ -119,10 +123,8 @@ def table_of(study: Study, root: PathLike # folder of all runs
 def _kept(runs: Sequence[Trial]) -> dict[str, dict[str, object]]:
     "What the folders of finished tokenizers and their nets say, by name and file; no weights."
     still = {t.before.folder for t in runs if not t.finished}
-    def files(t: Trial) -> list[Path]:
-        every = [t.folder/'trained.json', *(rows_at(t, k) for k, (kind, _) in MEASURES.items() if kind == t.kind)]
-        return [p for p in every if p.exists()]
-    return {t.folder.name: {p.name: read_json(p) for p in files(t)} for t in runs if t.before.folder not in still}
+    return {t.folder.name: {p.name: read_json(p) for p in (*_row_files(t), t.folder/'trained.json') if p.exists()}
+            for t in runs if t.before.folder not in still}
 
 def _restore(file: Path, runs: Sequence[Trial]) -> None:
     "Puts back the folders of an earlier table that are missing here, where nothing needs their weights any more."
@@ -131,7 +133,9 @@ def _restore(file: Path, runs: Sequence[Trial]) -> None:
     needed = {t.before.folder for t in runs if lacks(t)}
     for t in (t for t in runs if not t.trained and t.folder.name in kept and t.before.folder not in needed):
         t.folder.mkdir(parents=True, exist_ok=True)
-        for name, said in kept[t.folder.name].items(): write_json(t.folder/name, said)
+        # the last says that it is whole; no other name is taken
+        for p in [p for p in (*_row_files(t), t.folder/'trained.json') if p.name in kept[t.folder.name]]:
+            write_json(p, kept[t.folder.name][p.name])
 
 # %% ../nbs/61_studies.ipynb #7fe556f1
 def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it holds, or a `Study`
