@@ -69,14 +69,19 @@ def test_a_table_takes_what_is_finished_to_another_machine(whole_study, tmp_path
     assert (tmp_path/'here.json').read_text() == (folder/'study.json').read_text() and not [*(tmp_path/'runs').rglob('*.safetensors')]
     # one net more is asked for, or a measure that nobody took: then the weights of its tokenizer are needed, and nothing of it is put back
     more = dict(spec, switches=dict(spec['switches'], hotter={'net.flow.lr': 2e-3}))
-    studies._restore(tmp_path/'here.json', plan(open_study(more), tmp_path/'more'))
-    assert not [*(tmp_path/'more').rglob('*.json')]
+    assert not studies._earlier(tmp_path/'here.json', plan(open_study(more), tmp_path/'more'))
     kept = json.loads((tmp_path/'here.json').read_text())
     del kept['folders'][(lost := next(n for n in kept['folders'] if 'VFM' not in n and 'small' in n))]
     (tmp_path/'less.json').write_text(json.dumps(kept))
-    studies._restore(tmp_path/'less.json', plan(open_study(spec), tmp_path/'less'))
-    back = {p.parent.name for p in (tmp_path/'less').rglob('trained.json')}
-    assert lost not in back and back < {*kept['folders']} and all(t.finished for t in plan(open_study(spec), tmp_path/'less') if t.folder.name in back)
+    back = {p.parent.name for p in studies._earlier(tmp_path/'less.json', plan(open_study(spec), tmp_path/'less'))}
+    assert lost not in back and back < {*kept['folders']}
+    # a price is asked of what is left, and writes nothing; another file is no table, and stays
+    left = study(spec, tmp_path/'less', tmp_path/'less.csv', dry_run=True, say=quiet)
+    assert {r['run'] for r in left} == {*kept['folders'], lost} - back and not (tmp_path/'less').exists()
+    for other in ('[1, 2]', '{"folders": [1]}', '{"folders": {"a": 1}}'):
+        (tmp_path/'other.json').write_text(other)
+        with pytest.raises(UserError, match='other.json'): study(spec, tmp_path/'less', tmp_path/'other.csv', say=quiet)
+        assert (tmp_path/'other.json').read_text() == other
 
 
 def test_a_switch_of_the_net_shares_the_tokenizer_and_a_changed_recipe_is_a_new_run(whole_study):

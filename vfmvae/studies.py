@@ -126,16 +126,17 @@ def _kept(runs: Sequence[Trial]) -> dict[str, dict[str, object]]:
     return {t.folder.name: {p.name: read_json(p) for p in (*_row_files(t), t.folder/'trained.json') if p.exists()}
             for t in runs if t.before.folder not in still}
 
-def _restore(file: Path, runs: Sequence[Trial]) -> None:
-    "Puts back the folders of an earlier table that are missing here, where nothing needs their weights any more."
+def _earlier(file: Path, runs: Sequence[Trial]) -> dict[Path, object]:
+    """What an earlier table holds of runs that are missing here and whose weights nothing needs any more: each of their
+    files, that which says that a run is whole as its last. UserError: the file is something else."""
     kept = read_json(file).get('folders', {}) if file.exists() else {}
+    need(isinstance(kept, dict) and all(isinstance(v, dict) for v in kept.values()),
+         f'{file} holds no table of a study; name another file')
     def lacks(t: Trial) -> bool: return not {rows_at(t, k).name for k in t.todo()} <= {*kept.get(t.folder.name, ())}
     needed = {t.before.folder for t in runs if lacks(t)}
-    for t in (t for t in runs if not t.trained and t.folder.name in kept and t.before.folder not in needed):
-        t.folder.mkdir(parents=True, exist_ok=True)
-        # the last says that it is whole; no other name is taken
-        for p in [p for p in (*_row_files(t), t.folder/'trained.json') if p.name in kept[t.folder.name]]:
-            write_json(p, kept[t.folder.name][p.name])
+    back = [t for t in runs if not t.trained and t.folder.name in kept and t.before.folder not in needed]
+    return {p: kept[t.folder.name][p.name] for t in back for p in (*_row_files(t), t.folder/'trained.json')
+            if p.name in kept[t.folder.name]}
 
 # %% ../nbs/61_studies.ipynb #7fe556f1
 def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it holds, or a `Study`
@@ -157,9 +158,13 @@ def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it 
     runs, failed, panels = dict[str, Trial](), dict[str, str](), dict[str, Panel]()
     for t in plan(s, root): runs.setdefault(t.folder.name, t)
     kept = Path(out).with_suffix('.json') if out else None
-    if kept: _restore(kept, [*runs.values()])
-    if dry_run: return price(s, [*runs.values()], say)
+    earlier = _earlier(kept, [*runs.values()]) if kept else {}
+    if dry_run: return price(s, [t for t in runs.values() if t.folder/'trained.json' not in earlier], say)
     make_accelerator()
+    if rank() == 0:
+        for p, said in earlier.items():
+            p.parent.mkdir(parents=True, exist_ok=True)
+            write_json(p, said)
     while True:
         name, lock = _next([*runs.values()], failed) if rank() == 0 else ('', None)
         if (name := _agreed(name)) is None: break
