@@ -132,8 +132,8 @@ def _earlier(file: Path, runs: Sequence[Trial]) -> dict[Path, object]:
     kept = read_json(file).get('folders', {}) if file.exists() else {}
     need(isinstance(kept, dict) and all(isinstance(v, dict) for v in kept.values()),
          f'{file} holds no table of a study; name another file')
-    def lacks(t: Trial) -> bool: return not {rows_at(t, k).name for k in t.todo()} <= {*kept.get(t.folder.name, ())}
-    needed = {t.before.folder for t in runs if lacks(t)}
+    needed = {t.before.folder for t in runs
+              if not {rows_at(t, k).name for k in t.todo()} <= {*kept.get(t.folder.name, ())}}
     back = [t for t in runs if not t.trained and t.folder.name in kept and t.before.folder not in needed]
     return {p: kept[t.folder.name][p.name] for t in back for p in (*_row_files(t), t.folder/'trained.json')
             if p.name in kept[t.folder.name]}
@@ -162,9 +162,7 @@ def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it 
     if dry_run: return price(s, [t for t in runs.values() if t.folder/'trained.json' not in earlier], say)
     make_accelerator()
     if rank() == 0:
-        for p, said in earlier.items():
-            p.parent.mkdir(parents=True, exist_ok=True)
-            write_json(p, said)
+        for p, said in earlier.items(): write_json(p, said)
     while True:
         name, lock = _next([*runs.values()], failed) if rank() == 0 else ('', None)
         if (name := _agreed(name)) is None: break
