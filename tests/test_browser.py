@@ -17,8 +17,9 @@ CELLS = ["import vfmvae.explorer as e\nlab = e.Explorer(n=24, transform='blur', 
          "deaf = e.Explorer(n=24, transform='blur', strength=1., image=1)\nbox = deaf.widget()\n"
          "deaf.controls['strength'].unobserve_all('value')\ndeaf.mouse.reset_callbacks()\nbox",
          *(f'import vfmvae.labs as l\nl.{words}.widget()' for words in ('ReconstructionLab()', 'NeighbourLab(n=24)', 'LayerLab(n=48)', 'SamplerLab(step=6)',
-                                                                        'EmbeddingLab(n=48)'))]
-RECONSTRUCTION, NEIGHBOURS, LAYERS, SAMPLER, EMBEDDING = range(2, 7)    # places on the page
+                                                                        'EmbeddingLab(n=48)')),
+         "from vfmvae.sampler_lab import PromptLab\nPromptLab(instead='cross', steps=5, step=3).widget()"]
+RECONSTRUCTION, NEIGHBOURS, LAYERS, SAMPLER, EMBEDDING, PROMPT = range(2, 8)    # places on the page
 
 # The notebook model says when a run is over: every code cell has a count, and the kernel is idle.
 STATE = """() => {
@@ -314,6 +315,22 @@ def test_the_trajectory_is_played_by_the_keyboard(page):
     other.wait(lambda: other.seen()[1] != before, 'playing moved nothing', 20)
     if stop.count() and stop.first.is_visible(): stop.first.focus(); page.keyboard.press('Space')
     other.wait(other.at_rest, 'it plays on', 20)
+
+
+def test_a_sentence_is_chosen_and_typed_and_a_word_is_clicked(page):
+    other = Box(page, PROMPT)
+    assert "'a large cross with" in other.seen()[1]
+    other.moves('step +', 'Space', words='step 4 of 5')
+    other.moves('ground', 'r', words='on a red ground')
+    looks = other.part('where each word is looked at')
+    other.changes(looks.locator('.go').nth(1).click, 'a word', "'a cross ring with")
+    shot(page, 'prompt', other.box)
+    other.moves('prompt', 'Control+a', 'a small cross on a blue ground', 'Enter', words="'a small cross on a blue ground': step 4")
+    before = other.seen()
+    other.press('prompt', 'Control+a', 'a small crosss', 'Enter')
+    other.wait(lambda: "'crosss'" in other.status(), 'an unknown word is not named', 20)
+    assert other.seen() == before
+    other.moves('prompt', 'Control+a', 'a large moon', 'Enter', words="'a large moon'")
 
 
 def test_an_image_of_ones_own(lab, tmp_path):

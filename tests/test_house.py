@@ -250,6 +250,18 @@ def test_json_of_others_is_read_and_ours_is_written_at_one_place():
     assert set(calls(r'\bjson\.dumps?\(')) <= {'files.py', 'lab_base.py', 'lab_parts.py', 'session.py'}
 
 
+def asks_in_advance(tree: ast.AST) -> list[int]:
+    "Lines of `need` whose message looks for the nearest names although nothing may be wrong: a stage of 450 parameters took 15 s to begin."
+    calls = [c for c in ast.walk(tree) if isinstance(c, ast.Call)]
+    def named(c: ast.Call, name: str) -> bool: return isinstance(c.func, ast.Name) and c.func.id == name
+    return [c.lineno for c in calls if named(c, 'need') and any(isinstance(d, ast.Call) and named(d, 'nearest') for d in ast.walk(c))]
+
+
+def test_the_nearest_names_are_looked_for_when_something_is_wrong():
+    assert asks_in_advance(ast.parse("need(ok, f'no {name}{nearest(name, names)}')")) == [1]
+    assert {m: lines for m in MODULES if (lines := asks_in_advance(ast.parse((LIB/f'{m}.py').read_text(encoding='utf-8'))))} == {}
+
+
 def test_n_of_a_set_is_taken_at_one_place():
     # slices such as `range(min(n, len(data)))` or `data[:n]` would be the first n of a set that is sorted by class
     bad = r'.*(?:range\(min\(n, len\((?:data|ds|images)\)\)|\b(?:data|ds|images)\[:n\]|range\(n\)\)\[.image.).*'

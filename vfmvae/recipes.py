@@ -81,9 +81,9 @@ def open_data(spec: Data,            # 'world' or a key of PHOTOGRAPHS; a folder
         ds = as_dataset(several, size, **how)
     elif named:
         known = ('world', *PHOTOGRAPHS)
-        need(there or Path(several[0]).name != str(spec),
-             f"no folder {spec} and no bundled set of that name{nearest(str(spec), known)} "
-             f"(known: {', '.join(known)}); give {LAYOUT}")
+        if not there and Path(several[0]).name == str(spec):
+            raise UserError(f"no folder {spec} and no bundled set of that name{nearest(str(spec), known)} "
+                            f"(known: {', '.join(known)}); give {LAYOUT}")
         ds = folder(several[0], **how, **sized)
     else: return as_dataset(spec, size, **how)
     if size is None: ds.size = min(ds.read(0).size)

@@ -19,7 +19,7 @@ import torch
 from torch import nn, Tensor
 
 # %% ../nbs/22_tokenizer_task.ipynb #46b3d95b
-from .core import check_fields, Draws, nearest, need, one_of, pick, real, whole
+from .core import check_fields, Draws, nearest, need, one_of, pick, real, UserError, whole
 from .runtime import num_processes
 from .layers import add_noise, check_noise
 from .protocols import check_trainable, EncoderOutput, TokenizerConfig, TrainableTokenizer
@@ -268,10 +268,10 @@ def select(model: TrainableTokenizer, prefixes: Sequence[str]) -> dict[str, nn.P
     if a prefix matches nothing."""
     own = model.trainable()
     spelled = [q for p in prefixes for q in (_above(model, p) if '>' in p else [p])] or [*own]
-    def under(k: str, p: str) -> bool: return f'{k}.'.startswith(f'{p}.')
-    for p in spelled:
-        need(any(under(k, p) for k in own), f'no parameter of {model.name} is named {p!r}{nearest(p, own)}')
-    return {k: v for k, v in own.items() if any(under(k, p) for p in spelled)}
+    under = {p: [k for k in own if f'{k}.'.startswith(f'{p}.')] for p in spelled}
+    missing = [p for p, found in under.items() if not found]
+    if missing: raise UserError(f'no parameter of {model.name} is named {missing[0]!r}{nearest(missing[0], own)}')
+    return {k: v for k, v in own.items() if any(k in found for found in under.values())}
 
 # %% ../nbs/22_tokenizer_task.ipynb #32dd4475
 def fitting_scales(c: TokenizerConfig, scales: Sequence[float]) -> tuple[float, ...]:
