@@ -1,5 +1,5 @@
 """What several processes must do as one does: run by `tests/test_processes.py` under torchrun. Arguments: the folder to write to, the steps,
-and names of jobs (all). Steps of every bundled recipe, at a learning rate at which Adam's first steps do not magnify rounding; the same in
+and names of jobs (all). Steps of every kind of bundled stage, at a learning rate at which Adam's first steps do not magnify rounding; the same in
 parts (sharded), stopped and gone on; a cache, rFID, samples, a bank."""
 import hashlib
 import json
@@ -86,7 +86,12 @@ def discrete(**how):
 def numbers(rows): return [{k: v for k, v in r.items() if k not in ('images_per_s', 'memory_gb')} for r in rows]
 
 
-jobs = {f'{name}/{s.name}': (recipe, (name, s.name)) for name, p in PRESETS.items() if hasattr(p, 'stages') and p.config.img_size == 64 for s in p.stages}
+# one stage of those that compute the same: of one family, on a VFM of one kind, with the same losses and scales
+alike = {}
+for name, p in PRESETS.items():
+    for s in p.stages if hasattr(p, 'stages') and p.config.img_size == 64 else ():
+        alike.setdefault((type(p.config), 'efficientnet' in str(getattr(p.config, 'vfm', '')), tuple(s.weights), s.equivariance), (name, s.name))
+jobs = {'/'.join(k): (recipe, k) for k in alike.values()}
 jobs |= {name: (flow, (p,)) for name, p in FLOW_PRESETS.items() if p.tokenizer in {k if k != 'tiny' else 'vfmvae-tiny-f8d16' for k in PRESETS}}
 jobs |= {'discrete': (discrete, ()), 'smooth/strong_align': (recipe, ('tiny', 'strong_align', True))}       # without absolute differences
 if len(sys.argv) > 3: jobs = {k: v for k, v in jobs.items() if k in sys.argv[3].split(',')}

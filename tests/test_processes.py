@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same losses for every bundled recipe, whole and sharded, the same files; by `torchrun` on gloo."""
+"""Several processes do what one does: the same losses for every kind of bundled stage, whole and sharded, the same files; by `torchrun` on gloo."""
 import json
 import math
 import socket
