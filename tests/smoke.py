@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import yaml
 
-from vfmvae import extractors, presets, published_baselines, statistics, vfm
+from vfmvae import extractors, presets, published_baselines, recipes, statistics, vfm
 from vfmvae.baselines import ConvVAE, ConvVAEConfig
 from vfmvae.captions import VOCABULARY, world_captions
 from vfmvae.images import to_pil
@@ -21,22 +21,22 @@ from vfmvae.presets import FlowPreset
 from vfmvae.published import _tables, RENAMED_KEYS, SIGLIP_PREFIX
 from vfmvae.vae import VFMVAE, VFMVAEConfig
 
-DIM, SIDE, STEP = 64, 64, 8      # width of a stand-in VFM, pixels of a picture, images of a step
+DIM, SIDE = 64, 64      # width of a stand-in VFM, pixels of a picture
 F16D32 = VFMVAEConfig(layers=(0, 2, -1), in_dims=(DIM,)*3, out_dims=(16,)*3, img_size=SIDE, widen=2, blocks=4, channel_base=2048, channel_max=16, res_blocks=1,
                       fusion=(16, 8, 8), attention=(1,), w_dim=16)
 NET = dict(hidden_size=32, depth=2, num_heads=2, projector_dim=32, encoder_depth=1)
 
-def small(p):
+def small(p, step):
     "A preset of the same kind with as many stages: bundled shapes as they are, published ones narrow; two steps of a net, one of each stage of a tokenizer."
     if isinstance(p, FlowPreset):
         published = p.crop == 'adm'
         aligned = {k: v for k, v in dict(z_dims=(DIM,)*len(p.net.z_dims), cls_dim=DIM*(p.net.cls_dim > 0)).items() if published}
         latent = (p.latent[0], 4, 4) if published else p.latent
-        return replace(p, net=replace(p.net, **NET, **aligned), latent=latent, batch_size=STEP, num_images=2*STEP, sampling=replace(p.sampling, steps=3))
+        return replace(p, net=replace(p.net, **NET, **aligned), latent=latent, batch_size=step, num_images=2*step, sampling=replace(p.sampling, steps=3))
     c = p.config
     if isinstance(c, VFMVAEConfig) and c.vfm != 'tiny': c = replace(F16D32, scale=c.scale, img_size=round(2*SIDE/c.scale), out_dims=(round(64/c.scale**2),)*3)
     if isinstance(c, ConvVAEConfig): c = replace(c, width=8, mults=(1,)*len(c.mults), blocks=1, decoder_blocks=1, img_size=SIDE, dim=DIM if c.vfm else c.dim)
-    return replace(p, config=c, batch_size=STEP, patch_width=8, discriminator_size=SIDE, stages=tuple(replace(s, num_images=STEP) for s in p.stages))
+    return replace(p, config=c, batch_size=step, patch_width=8, discriminator_size=SIDE, stages=tuple(replace(s, num_images=step) for s in p.stages))
 
 def pictures(folder, n=16):
     "n pictures of the world, 80 px, in two class folders."
@@ -127,7 +127,7 @@ def Inception(weights=None):
     return eye
 
 @contextmanager
-def world(environment=None):
+def world(environment=None, step=8): # step: images of one
     "While open: small presets, narrow VFMs for those that would be downloaded, a small Inception, no compiler; `environment` beside VFMVAE_SMOKE=1."
     load, known = vfm._load, {**presets.PRESETS}
     def narrow(name, pretrained, **kwargs):
@@ -138,8 +138,10 @@ def world(environment=None):
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {'VFMVAE_SMOKE': '1', **(environment or {})}))
         for table in (presets.PRESETS, presets.FLOW_PRESETS):
-            stack.enter_context(patch.dict(table, {k: small(p) for k, p in known.items() if k in table}))
+            stack.enter_context(patch.dict(table, {k: small(p, step) for k, p in known.items() if k in table}))
         stack.enter_context(patch.object(vfm, '_load', narrow))
+        # one measured step of a stage says as much as two
+        stack.enter_context(patch.object(recipes.estimate, '__defaults__', tuple(1 if d == 2 else d for d in recipes.estimate.__defaults__)))
         stack.enter_context(patch.object(extractors, 'Inception', Inception))
         stack.enter_context(torch.compiler.set_stance('force_eager'))
         yield

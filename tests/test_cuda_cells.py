@@ -66,7 +66,7 @@ def run(notebook, folder, environment):
     here = os.getcwd()
     os.chdir(folder)
     try:
-        with smoke.world(environment), redirect_stdout(said):
+        with smoke.world(environment, step=4), redirect_stdout(said):
             for source in needed(cells_of(NOTEBOOKS[notebook])): exec(compile(source, notebook, 'exec'), space)
     finally: os.chdir(here)
     return said, space
