@@ -331,7 +331,7 @@ def test_a_sentence_is_chosen_and_typed_and_a_word_is_clicked(page):
     other.press('prompt', 'Control+a', 'a small crosss', 'Enter')
     other.wait(lambda: "'crosss'" in other.status(), 'an unknown word is not named', 20)
     assert other.seen() == before
-    other.moves('prompt', 'Control+a', 'a large moon', 'Enter', words="'a large moon'")
+    other.moves('prompt', 'Control+a', 'a large square', 'Enter', words="'a large square'")
 
 
 def test_an_image_of_ones_own(lab, tmp_path):
