@@ -141,7 +141,7 @@ def world(environment=None, step=8): # step: images of one
             stack.enter_context(patch.dict(table, {k: small(p, step) for k, p in known.items() if k in table}))
         stack.enter_context(patch.object(vfm, '_load', narrow))
         # one measured step of a stage says as much as two
-        stack.enter_context(patch.object(recipes.estimate, '__defaults__', tuple(1 if d == 2 else d for d in recipes.estimate.__defaults__)))
+        stack.enter_context(patch.object(recipes.estimate, '__defaults__', tuple(1 if d == 2 else d for d in recipes.estimate.__defaults__ or ())))
         stack.enter_context(patch.object(extractors, 'Inception', Inception))
         stack.enter_context(torch.compiler.set_stance('force_eager'))
         yield
