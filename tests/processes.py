@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from smoke import different_stages
 from vfmvae.world import World
 from vfmvae.data import loader
 from vfmvae.dit import DiT
@@ -86,12 +87,7 @@ def discrete(**how):
 def numbers(rows): return [{k: v for k, v in r.items() if k not in ('images_per_s', 'memory_gb')} for r in rows]
 
 
-# one stage of those that compute the same: of one family, on a VFM of one kind, with the same losses and scales
-alike = {}
-for name, p in PRESETS.items():
-    for s in p.stages if hasattr(p, 'stages') and p.config.img_size == 64 else ():
-        alike.setdefault((type(p.config), 'efficientnet' in str(getattr(p.config, 'vfm', '')), tuple(s.weights), s.equivariance), (name, s.name))
-jobs = {'/'.join(k): (recipe, k) for k in alike.values()}
+jobs = {'/'.join(k): (recipe, k) for k in different_stages()}
 jobs |= {name: (flow, (p,)) for name, p in FLOW_PRESETS.items() if p.tokenizer in {k if k != 'tiny' else 'vfmvae-tiny-f8d16' for k in PRESETS}}
 jobs |= {'discrete': (discrete, ()), 'smooth/strong_align': (recipe, ('tiny', 'strong_align', True))}       # without absolute differences
 if len(sys.argv) > 3: jobs = {k: v for k, v in jobs.items() if k in sys.argv[3].split(',')}

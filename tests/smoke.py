@@ -26,6 +26,16 @@ F16D32 = VFMVAEConfig(layers=(0, 2, -1), in_dims=(DIM,)*3, out_dims=(16,)*3, img
                       fusion=(16, 8, 8), attention=(1,), w_dim=16)
 NET = dict(hidden_size=32, depth=2, num_heads=2, projector_dim=32, encoder_depth=1)
 
+def different_stages():
+    "(preset, stage) of the bundled sizes, one of those that differ in nothing but name, images, rate and how much a loss weighs (family, kind of VFM, the rest)"
+    found = {}
+    for name, p in presets.PRESETS.items():
+        for s in p.stages if hasattr(p, 'stages') and p.config.img_size == 64 else ():
+            rest = {k: repr(v) for k, v in vars(s).items() if k not in ('name', 'num_images', 'lr', 'weights')}
+            vfm_kind = 'efficientnet' in str(getattr(p.config, 'vfm', ''))
+            found.setdefault((type(p.config), vfm_kind, frozenset(s.weights), *rest.items()), (name, s.name))
+    return [*found.values()]
+
 def small(p, step):
     "A preset of the same kind with as many stages: bundled shapes as they are, published ones narrow; two steps of a net, one of each stage of a tokenizer."
     if isinstance(p, FlowPreset):

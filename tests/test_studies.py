@@ -75,10 +75,12 @@ def test_a_table_takes_what_is_finished_to_another_machine(whole_study, tmp_path
     (tmp_path/'less.json').write_text(json.dumps(kept))
     back = {p.parent.name for p in studies._earlier(tmp_path/'less.json', plan(open_study(spec), tmp_path/'less'))}
     assert lost not in back and back < {*kept['folders']}
+    for p, said in studies._earlier(tmp_path/'less.json', plan(open_study(spec), tmp_path/'some')).items(): studies.write_json(p, said)
+    assert all(t.finished for t in plan(open_study(spec), tmp_path/'some') if t.folder.name in back)
     # a price is asked of what is left, and writes nothing; another file is no table, and stays
     left = study(spec, tmp_path/'less', tmp_path/'less.csv', dry_run=True, say=quiet)
     assert {r['run'] for r in left} == {*kept['folders'], lost} - back and not (tmp_path/'less').exists()
-    for other in ('[1, 2]', '{"folders": [1]}', '{"folders": {"a": 1}}'):
+    for other in ('[1, 2]', '{"runs": []}', '{"rows": [], "folders": [1]}', '{"rows": [], "folders": {"a": 1}}'):
         (tmp_path/'other.json').write_text(other)
         with pytest.raises(UserError, match='other.json'): study(spec, tmp_path/'less', tmp_path/'other.csv', say=quiet)
         assert (tmp_path/'other.json').read_text() == other

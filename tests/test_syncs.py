@@ -3,6 +3,7 @@ import accelerate
 import pytest
 import torch
 from fakecuda import COPIED, SYNC, clear, cuda
+from smoke import different_stages
 from vfmvae.world import World
 from vfmvae.data import loader
 from vfmvae.dit import DiT, DiTConfig
@@ -13,11 +14,6 @@ from vfmvae.recipes import build_training, schedule_stages
 from vfmvae.tokenizer_task import TokenizerTask
 from vfmvae.train import fit, to_device
 from vfmvae.vfm import VFM
-
-ALIKE = {}       # one stage of those that compute the same: of one family, on a VFM of one kind, with the same losses and scales
-for k, p in PRESETS.items():
-    for s in p.stages if hasattr(p, 'stages') and p.config.img_size == 64 else ():
-        ALIKE.setdefault((type(p.config), 'efficientnet' in str(getattr(p.config, 'vfm', '')), tuple(s.weights), s.equivariance), (k, s.name))
 
 
 class Latents:
@@ -44,7 +40,7 @@ def counted(task, data, batch):
     return waits, sum(COPIED.values())
 
 
-@pytest.mark.parametrize('preset, stage', [*ALIKE.values()])
+@pytest.mark.parametrize('preset, stage', different_stages())
 def test_a_tokenizers_step_waits_once_a_descent_and_images_travel_as_bytes(preset, stage):
     with cuda():
         p = PRESETS[preset]

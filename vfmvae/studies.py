@@ -129,8 +129,9 @@ def _kept(runs: Sequence[Trial]) -> dict[str, dict[str, object]]:
 def _earlier(file: Path, runs: Sequence[Trial]) -> dict[Path, object]:
     """What an earlier table holds of runs that are missing here and whose weights nothing needs any more: each of their
     files, that which says that a run is whole as its last. UserError: the file is something else."""
-    kept = read_json(file).get('folders', {}) if file.exists() else {}
-    need(isinstance(kept, dict) and all(isinstance(v, dict) for v in kept.values()),
+    table = read_json(file) if file.exists() else dict(rows=[])
+    kept = table.get('folders', {})        # an older table has none
+    need('rows' in table and isinstance(kept, dict) and all(isinstance(v, dict) for v in kept.values()),
          f'{file} holds no table of a study; name another file')
     needed = {t.before.folder for t in runs
               if not {rows_at(t, k).name for k in t.todo()} <= {*kept.get(t.folder.name, ())}}
@@ -161,8 +162,7 @@ def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it 
     earlier = _earlier(kept, [*runs.values()]) if kept else {}
     if dry_run: return price(s, [t for t in runs.values() if t.folder/'trained.json' not in earlier], say)
     make_accelerator()
-    if rank() == 0:
-        for p, said in earlier.items(): write_json(p, said)
+    for p, said in earlier.items() if rank() == 0 else (): write_json(p, said)
     while True:
         name, lock = _next([*runs.values()], failed) if rank() == 0 else ('', None)
         if (name := _agreed(name)) is None: break
