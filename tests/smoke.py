@@ -27,7 +27,7 @@ F16D32 = VFMVAEConfig(layers=(0, 2, -1), in_dims=(DIM,)*3, out_dims=(16,)*3, img
 NET = dict(hidden_size=32, depth=2, num_heads=2, projector_dim=32, encoder_depth=1)
 
 def different_stages():
-    "(preset, stage) of the bundled sizes, one of those that differ in nothing but name, images, rate and how much a loss weighs (family, kind of VFM, the rest)"
+    "(preset, stage) of the bundled size, one of those that differ in nothing but name, images, rate, how much a loss weighs (family, kind of VFM, the rest)"
     found = {}
     for name, p in presets.PRESETS.items():
         for s in p.stages if hasattr(p, 'stages') and p.config.img_size == 64 else ():
