@@ -6,7 +6,7 @@ Needs torch, timm, accelerate, safetensors, scikit-learn, torchmetrics; installs
 together 25. Lines are appended to data/results/gpu_<card>.json as they come. `--smoke` (or VFMVAE_SMOKE=1): the same code at tiny sizes on any machine.
 To add a part: a function marked `@part` that yields `Line`s; all work belongs into their `measure`, so that one that fails leaves the others alone.
 """
-import argparse, copy, gc, importlib, json, math, multiprocessing, os, re, signal, subprocess, sys, tempfile, time, traceback, warnings
+import argparse, copy, gc, importlib, json, math, multiprocessing, os, re, signal, subprocess, sys, tempfile, time, timeit, traceback, warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,7 +57,8 @@ def there(x: Any) -> Any:
 def seconds(f: Callable, rounds: int = 10) -> float:
     import torch
     from torch.utils.benchmark import Timer
-    return Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads()).timeit(pick(rounds, 1)).mean
+    if SMOKE: return timeit.timeit(f, number=1)         # Timer would run it twice more to warm up
+    return Timer('f()', globals=dict(f=f), num_threads=torch.get_num_threads()).timeit(rounds).mean
 
 def backend() -> str:
     "inductor takes a minute for each net on one CPU core; the smoke size asks for the graph alone."
@@ -190,7 +191,7 @@ def task_of(full: bool, compile: bool = False, precision: str = 'bf16') -> tuple
     for net in (*task.nets.values(), task.ema.net): net.to(device())
     if compile: compile_decoder(model, backend())
     seed_all(0)
-    n, side = 16 if full else 4, p.config.img_size
+    n, side = 16 if full else pick(4, 2), p.config.img_size
     return task, dict(image=torch.rand(n, 3, side, side, device=device())*2-1)
 
 def vgg() -> Callable:
@@ -266,7 +267,7 @@ def tokenizers() -> Iterator[Line]:
     "Encoding and decoding on the device against float32 on the CPU, and in bf16 against float32."
     import torch
     def run(make: Callable, what: str) -> float:
-        tok, x = make(), worlds(4)
+        tok, x = make(), worlds(pick(4, 1))
         new = there(tok)
         was, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
         try:
@@ -448,21 +449,21 @@ def resume() -> Iterator[Line]:
                 return torch.cat([p.detach().flatten().cpu() for p in task.ema.net.parameters()])
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True, warn_only=True)
-        n, m = pick((32, 16), (8, 4))
+        n, m = pick((32, 16), (4, 2))
         try: straight, again, resumed = weights((n,)), weights((n,)), weights((m, n))
         finally: torch.use_deterministic_algorithms(False)
         return differing(straight, resumed), dict(straight_twice=differing(straight, again), of=straight.numel())
     def tokenizer() -> Any:
         from vfmvae.world import World
         from vfmvae.data import loader
-        return task_of(False, precision='fp32')[0], loader(World(64, 0), 4, seed=0)
+        return task_of(False, precision='fp32')[0], loader(World(64, 0), pick(4, 2), seed=0)
     def net() -> Any:
         from vfmvae.data import loader
         task, b, _ = flow_task('b', False, 'fp32')
         class Rows:
             def __len__(self) -> int: return 16
             def batch(self, at: Any) -> dict: return {k: v.cpu()[torch.as_tensor(at) % len(v)] for k, v in b.items()} | dict(key=[str(i) for i in at])
-        return task, loader(Rows(), 4, seed=0)
+        return task, loader(Rows(), pick(4, 2), seed=0)
     yield Line('a tokenizer, to the bit', lambda: halves(tokenizer), high=0, unit='numbers that differ')
     yield Line('a net, to the bit', lambda: halves(net), high=0, unit='numbers that differ')
 

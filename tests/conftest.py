@@ -37,3 +37,11 @@ def golden(shared):
 def photos(shared) -> Path:
     "640 photographs of 256 x 256 in one flat folder."
     return shared/'data/photos256'
+
+
+@pytest.fixture
+def few_tokenizers(monkeypatch):
+    "Labs offer three of the bundled tokenizers, of both families and sets: a lab that compares all opens each of them."
+    from vfmvae.tokenizer import tokenizers
+    few = ('vfmvae-photo-f8d16', 'vfmvae-tiny-f8d16', 'conv-f8d16')
+    monkeypatch.setattr(tokenizers, '_f', {k: v for k, v in tokenizers._all().items() if k in few})

@@ -33,7 +33,7 @@ from vfmvae.vfm import VFM
 
 acc, found = make_accelerator(), {}
 n, rank = acc.num_processes, acc.process_index
-out, steps = Path(sys.argv[1]), int(sys.argv[2])
+out, steps, batch = Path(sys.argv[1]), int(sys.argv[2]), 4     # images of a step, one for each of four processes
 quiet = dict(log_every=1, show=lambda h: None, accelerator=acc)
 
 
@@ -62,17 +62,17 @@ def flow(p, **how):
     torch.manual_seed(0)
     task = FlowTask(net := DiT(p.net), p.flow)
     ds = Said(p.latent, net) if p.net.text_dim else Latents(p.latent, p.net.num_classes)
-    return task, fit(task, loader(ds, 8, 5, rank, n), how.pop('images', 8*steps), seed=7, **quiet, **how)
+    return task, fit(task, loader(ds, batch, 5, rank, n), how.pop('images', batch*steps), seed=7, **quiet, **how)
 
 
 def tokenizer(model, stage, discriminators, perceive, p, **how):
     task = TokenizerTask(model, stage, perceive, p.half_life, p.betas, p.clip, discriminators)
-    return task, fit(task, loader(World(48), 8, 5, rank, n), how.pop('images', 8*steps), lr=1e-4, seed=7, **quiet, **how)
+    return task, fit(task, loader(World(48), batch, 5, rank, n), how.pop('images', batch*steps), lr=1e-4, seed=7, **quiet, **how)
 
 
 def recipe(name, stage, smooth=False, **how):
     p = PRESETS[name]
-    todo = schedule_stages(p, None, None, [stage], 8)
+    todo = schedule_stages(p, None, None, [stage], batch)
     if smooth: todo = [replace(todo[0], weights={k: w for k, w in todo[0].weights.items() if k not in ('l1', 'multiscale')} | dict(l2=1.))]
     model, discriminators, perceive = build_training(p, todo, None, None, None, 0, None)
     return tokenizer(model, todo[0], discriminators, perceive, p, **how)
@@ -98,7 +98,7 @@ for name in cut if n > 1 else ():
     f, given = jobs[name]
     task, rows = f(*given, shard=True)
     run = Run(out/f"{name.replace('/', '-')}-{n}")
-    f(*given, shard=True, run=run, images=8*(steps//2), save_every=1)
+    f(*given, shard=True, run=run, images=batch*(steps//2), save_every=1)
     again, _ = f(*given, shard=True, run=run)
     found[f'{name} sharded'] = numbers(rows)
     a, b = (t.ema.net.state_dict() for t in (task, again))
@@ -106,10 +106,10 @@ for name in cut if n > 1 else ():
     found[f'{name} files'] = sorted(p.name for p in run.dir.iterdir())
 
 
-flow(FLOW_PRESETS['dit-vfmvae-tiny-f8d16'], images=24, run=Run(out/f'told-{n}'), trackers='tensorboard', save_every=99)   # the group goes on
+flow(FLOW_PRESETS['dit-vfmvae-tiny-f8d16'], images=3*batch, run=Run(out/f'told-{n}'), trackers='tensorboard', save_every=99)   # the group goes on
 
 # what two processes began, four go on with; one does it straight
-found['grows'] = numbers(flow(FLOW_PRESETS['dit-vfmvae-tiny-f8d16'], images=24 if n == 2 else 48,
+found['grows'] = numbers(flow(FLOW_PRESETS['dit-vfmvae-tiny-f8d16'], images=3*batch if n == 2 else 6*batch,
                               **(dict(shard=True, run=Run(out/'grows')) if n > 1 else {}))[1])
 
 

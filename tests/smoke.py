@@ -138,8 +138,10 @@ def Inception(weights=None):
 
 @contextmanager
 def world(environment=None, step=8): # step: images of one
-    "While open: small presets, narrow VFMs for those that would be downloaded, a small Inception, no compiler; `environment` beside VFMVAE_SMOKE=1."
-    load, known = vfm._load, {**presets.PRESETS}
+    """While open: small presets, narrow VFMs for those that would be downloaded, a small Inception, no compiler; `environment` beside VFMVAE_SMOKE=1. And
+    float32 alone: processors without bfloat16 take twenty times as long for it. That a step in bf16 is right, test_train.py and `make gpu` say."""
+    load, known, autocast = vfm._load, {**presets.PRESETS}, torch.autocast
+    def exact(device, dtype=None, enabled=True, **how): return autocast(device, dtype, enabled and dtype is not torch.bfloat16, **how)
     def narrow(name, pretrained, **kwargs):
         if pretrained is not True or name in vfm.BUNDLED: return load(name, pretrained, **kwargs)
         vfm.check_vfm(name)
@@ -153,5 +155,6 @@ def world(environment=None, step=8): # step: images of one
         # one measured step of a stage says as much as two
         stack.enter_context(patch.object(recipes.estimate, '__defaults__', tuple(1 if d == 2 else d for d in recipes.estimate.__defaults__ or ())))
         stack.enter_context(patch.object(extractors, 'Inception', Inception))
+        stack.enter_context(patch.object(torch, 'autocast', exact))
         stack.enter_context(torch.compiler.set_stance('force_eager'))
         yield

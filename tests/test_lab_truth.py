@@ -31,7 +31,7 @@ ONE_LINE = r'^[^\n]+$'
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path_factory, monkeypatch): monkeypatch.setenv('VFMVAE_HOME', str(tmp_path_factory.mktemp('home')))
+def own_home(tmp_path_factory, monkeypatch, few_tokenizers): monkeypatch.setenv('VFMVAE_HOME', str(tmp_path_factory.mktemp('home')))
 
 
 def changed(net, name=None):

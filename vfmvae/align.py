@@ -30,13 +30,13 @@ _all_ = ['Graph', 'knn_graph', 'mutual_knn', 'prepare']   # public here, too
 
 # %% ../nbs/25_align.ipynb #0c443630
 def _hsic(cross: Tensor,                # sum_ij P_ij Q_ji, diagonals left out if unbiased
-          p_cols: Tensor, p_rows: Tensor, # (n,...) column and row sums of P, of one pair or of many
+          p_cols: Tensor, p_rows: Tensor, # (n,) column and row sums of P
           q_cols: Tensor, q_rows: Tensor, # of Q
           unbiased: bool) -> Tensor:
     "HSIC of two n x n matrices from their sums; unbiased: Song et al. 2012, eq. 5."
-    n, total = len(p_cols), p_cols.sum(0)*q_cols.sum(0)
-    if not unbiased: return cross - ((p_cols*q_rows).sum(0) + (q_cols*p_rows).sum(0))/n + total/n**2
-    return (cross + total/((n-1)*(n-2)) - 2/(n-2)*(p_cols*q_rows).sum(0))/(n*(n-3))
+    n, total = len(p_cols), p_cols.sum()*q_cols.sum()
+    if not unbiased: return cross - (p_cols@q_rows + q_cols@p_rows)/n + total/n**2
+    return (cross + total/((n-1)*(n-2)) - 2/(n-2)*(p_cols@q_rows))/(n*(n-3))
 
 # %% ../nbs/25_align.ipynb #bdd3b7ec
 class _Pairs(NamedTuple):
@@ -49,18 +49,14 @@ class _Pairs(NamedTuple):
     n: int
 
     def hsic(self, unbiased: bool, weight: Tensor | None = None, follow: float = .5) -> Tensor:
-        """HSIC of P and Q. `weight` (n,) or (n,times): how often each image counts, in full as a row and by the part
-        `follow` as a neighbour; many columns at once cost little more than one."""
-        if weight is None:
-            add = lambda at, v: v.new_zeros(self.n).index_add_(0, at, v)
-            return _hsic(self.p@self.back, add(self.col, self.p), add(self.row, self.p), add(self.col, self.q),
-                         add(self.row, self.q), unbiased)
-        rows, cols, at, there = (weight.view(self.n, -1), (1+follow*(weight-1)).view(self.n, -1),
-                                 torch.stack([self.row, self.col]), torch.stack([self.col, self.row]))
-        mul = lambda at, v, x: torch.sparse_coo_tensor(at, v, (self.n, self.n), check_invariants=False)@x
-        return _hsic((rows*mul(at, self.p*self.back, cols)).sum(0), cols*mul(there, self.p, rows),
-                     mul(at, self.p, cols), cols*mul(there, self.q, rows), mul(at, self.q, cols),
-                     unbiased).view(weight.shape[1:])
+        """HSIC of P and Q. `weight` (n,): how often each image counts, in full as a row and by the part `follow` as a
+        neighbour."""
+        once = self.p.new_ones(self.n) if weight is None else weight
+        rows, cols = once[self.row], (1+follow*(once-1))[self.col]
+        add = lambda at, v: v.new_zeros(self.n).index_add_(0, at, v)
+        p_cols, q_cols = (add(self.col, rows*cols*v) for v in (self.p, self.q))
+        p_rows, q_rows = (add(self.row, cols*v) for v in (self.p, self.q))
+        return _hsic((rows*cols*self.p)@self.back, p_cols, p_rows, q_cols, q_rows, unbiased)
 
 def _pairs(row: Tensor, col: Tensor, p: Tensor, q: Tensor, n: int) -> _Pairs:
     if len(row) == 0: return _Pairs(row, col, p, q, q, n)
@@ -175,7 +171,7 @@ def _times(times: int) -> int:
 
 def _spread(e: _Pairs, weights: Tensor, unbiased: bool, follow: float = .5) -> Tensor:
     "HSIC as it is and under each weight, (1+times,)."
-    return torch.cat([e.hsic(unbiased)[None], e.hsic(unbiased, weights.to(e.p.device).T.contiguous(), follow)]).cpu()
+    return torch.stack([e.hsic(unbiased), *(e.hsic(unbiased, w, follow) for w in weights.to(e.p.device))]).cpu()
 
 def _own_spread(g: Graph, weights: Tensor, unbiased: bool) -> tuple[Graph, Tensor]:
     "A graph and its own HSIC under each weight. UserError if it is too small."
