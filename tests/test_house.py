@@ -122,7 +122,7 @@ def test_the_package_itself_imports_nothing_heavy():
 
 
 # Each module is imported in a child forked after torch and timm, so that one slow start serves them all. Processor time and the
-# best of three against the noise of a busy machine; where torch and timm take longer than 4 s, a module may in proportion.
+# best of three against the noise of a busy machine, if the first took too long; where torch and timm take longer than 4 s, a module may in proportion.
 PROBE = '''
 import json, os, sys, time
 t = time.process_time()
@@ -143,7 +143,12 @@ def once(module):
     with os.fdopen(r) as f: out = json.load(f)
     os.waitpid(pid, 0)
     return out
-print(json.dumps(dict(base=base, runs={m: [once(m) for _ in range(3)] for m in sys.argv[1:]})))
+limit = .5*max(1., base/4)
+def best(module):
+    runs = [once(module)]
+    while len(runs) < 3 and runs[-1].get('seconds', 0) >= limit: runs.append(once(module))
+    return runs
+print(json.dumps(dict(limit=limit, runs={m: best(m) for m in sys.argv[1:]})))
 '''
 
 
@@ -162,8 +167,7 @@ def test_a_module_is_light(import_probe, module):
     heavy = {'IPython', 'ipykernel', 'matplotlib', 'umap', 'numba', 'pandas', 'seaborn', 'nbdev', 'fastcore', 'execnb'} - allowed
     assert heavy & set(runs[0]['roots']) == set()
     assert not any(r['cuda'] for r in runs)
-    limit = .5*max(1., import_probe['base']/4)
-    assert min(r['seconds'] for r in runs) < limit, f'{module} adds {min(r["seconds"] for r in runs):.2f} s to torch and timm'
+    assert min(r['seconds'] for r in runs) < import_probe['limit'], f'{module} adds {min(r["seconds"] for r in runs):.2f} s to torch and timm'
 
 
 # what lies in the repository ---------------------------------------------------------------------------------------------------------------------

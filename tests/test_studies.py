@@ -191,7 +191,7 @@ def begun(text): return [line.split(':')[0] for line in text.splitlines() if ': 
 
 
 def test_two_workers_share_the_runs_of_one_folder(tmp_path):
-    spec = json.dumps(dict(SPEC, seeds=[0, 1], nets={}, net_images=0, measures=['reconstruction']))
+    spec = json.dumps(dict(SPEC, tokenizers=dict(plain='conv-f8d16'), seeds=[0, 1, 2, 3], nets={}, net_images=0, measures=['reconstruction']))
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
     start = [sys.executable, '-c', WORKER, spec, str(tmp_path)]
     both = [subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)]

@@ -44,12 +44,12 @@ def counted(task, data, batch):
 def test_a_tokenizers_step_waits_once_a_descent_and_images_travel_as_bytes(preset, stage):
     with cuda():
         p = PRESETS[preset]
-        todo = schedule_stages(p, None, None, [stage], 8)
+        todo = schedule_stages(p, None, None, [stage], 4)
         model, discriminators, perceive = build_training(p, todo, None, None, None, 0, None)
         task = TokenizerTask(model, todo[0], perceive, p.half_life, p.betas, p.clip, discriminators)
-        waits, copied = counted(task, World(24), 8)
+        waits, copied = counted(task, World(24), 4)
     assert sum(waits.values()) <= 2*(1 + bool(discriminators)), waits
-    pictures = 2*8*3*64*64
+    pictures = 2*4*3*64*64
     assert pictures <= copied < 1.05*pictures
 
 
