@@ -147,6 +147,10 @@ class Box:
         now = self.seen()
         self.page.wait_for_timeout(300)
         return self.at_rest() and self.seen() == now
+    def still(self) -> tuple[str, str]:
+        "What is seen once nothing moves any more: what shall be compared with it later would else be another picture on a slow machine."
+        self.wait(self.settled, 'the lab does not come to rest', 30)
+        return self.seen()
     def control(self, name: str):
         "What has the focus when this control is used; 'k +' is the button beside the slider k."
         if name[-2:] in (' +', ' -') or name in ('back', 'forward'): return self.box.locator(f'button[title="{name}"]')
@@ -197,16 +201,15 @@ def test_every_control_moves_picture_and_words(lab):
 
 
 def test_a_click_goes_where_it_points_and_back_comes_back(lab):
-    lab.wait(lab.settled, 'the lab does not come to rest', 30)
-    there = lab.seen()[1]
+    there = lab.still()[1]
     near = lab.part('of its own neighbours').locator('.go').nth(1)
     number = near.get_attribute('aria-label').split()[1]      # 'image 412 ...'
     lab.changes(near.click, 'a neighbour', f'image {number} of')
-    lab.wait(lab.settled, 'the lab does not come to rest', 30)
+    lab.still()
     point = lab.box.locator('.vp .spot.go').nth(1)
     lab.changes(lambda: point.click(force=True), 'a point of the curve', 'jpeg ')
     lab.page.mouse.move(2, 2)
-    before = lab.box.locator('.vp').inner_html()
+    before = lab.still()[0]
     lab.part('VFM photo').locator('.tokens').first.locator('i').nth(20).click()
     lab.wait(lambda: lab.at_rest() and 'cosine' in lab.part('VFM photo').inner_text(), 'a token did nothing', 20)
     assert lab.box.locator('.vp').inner_html() != before
@@ -327,7 +330,7 @@ def test_a_sentence_is_chosen_and_typed_and_a_word_is_clicked(page):
     other.changes(looks.locator('.go').nth(1).click, 'a word', "'a cross ring with")
     shot(page, 'prompt', other.box)
     other.moves('prompt', 'Control+a', 'a small cross on a blue ground', 'Enter', words="'a small cross on a blue ground': step 4")
-    before = other.seen()
+    before = other.still()
     other.press('prompt', 'Control+a', 'a small crosss', 'Enter')
     other.wait(lambda: "'crosss'" in other.status(), 'an unknown word is not named', 20)
     assert other.seen() == before
@@ -345,7 +348,7 @@ def test_an_image_of_ones_own(lab, tmp_path):
 
 
 def test_bad_input_is_told_at_the_top_and_the_lab_lives_on(lab):
-    before = lab.seen()
+    before = lab.still()
     lab.press('images', 'Control+a', 'nowhere', 'Enter')
     until(lab.page, lambda: 'no folder nowhere' in lab.status(), 'no message')
     assert lab.seen()[0] == before[0] and lab.control('images').input_value() == 'clothes-val'
@@ -401,7 +404,7 @@ def test_it_is_legible_in_the_dark(lab):
     lab.page.evaluate("() => { window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}) }")
     # the old theme's styles go before the new ones come: the page says when they are there
     until(lab.page, lambda: lab.page.evaluate("document.body.dataset.jpThemeName") == 'JupyterLab Dark', 'no dark theme')
-    lab.wait(lab.settled, 'the lab does not come to rest', 30)
+    lab.still()
     assert every(lab.box, '[role=status]', CONTRAST)[0][1] < .1
     found = contrasts(lab.box)
     assert len(found) > 30 and {k: v for k, v in found.items() if v < 4.5} == {}
