@@ -11,11 +11,11 @@ RECIPE  := settings.ini setup.py pyproject.toml
 PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env dev demo train bench gpu test lint notebooks pytest lab readme docs hooks export clean
+.PHONY: help env dev demo train bench gpu test test-all lint notebooks pytest lab readme docs hooks export clean
 .DELETE_ON_ERROR:
 
 help:            ## this list
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 12
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo 'no Python >= 3.11 found; install one or call make PYTHON=...'; exit 1; }
@@ -55,6 +55,9 @@ test: $(DEV)     ## everything a change must pass
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory notebooks
 	@$(MAKE) --no-print-directory pytest
+
+test-all: export VFMVAE_TEST_ALL = 1
+test-all: test   ## the same, each question asked of every member of its kind, not of one: twice as long
 
 lint: $(DEV)
 	$(BIN)/ruff check

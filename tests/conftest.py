@@ -7,6 +7,26 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('VFMVAE_SHARED') or ROOT.parent/'shared')
 
+# `make test` asks each question of one member of each kind; `make test-all` sets this, and asks it of all of them
+ALL = os.environ.get('VFMVAE_TEST_ALL', '') not in ('', '0')
+
+
+def pytest_configure(config): config.addinivalue_line('markers', 'thorough: the same question once more, of another of its kind; with VFMVAE_TEST_ALL=1')
+
+
+def pytest_collection_modifyitems(config, items):
+    if ALL: return
+    left = [i for i in items if i.get_closest_marker('thorough')]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [i for i in items if not i.get_closest_marker('thorough')]
+
+
+def thorough(values, keep):
+    "Parameters of which those that are not in `keep` are for `make test-all`."
+    assert {*keep} <= {*values}, keep
+    return [v if v in keep else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.thorough) for v in values]
+
+
 if 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(min(4, os.cpu_count() or 1))
 
 

@@ -3,6 +3,7 @@ Set VFMVAE_SHOTS to a folder to keep screenshots in both themes."""
 import importlib.util, json, os, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
+from conftest import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
@@ -49,7 +50,7 @@ APPS = dict(lab=(['--LabApp.expose_app_in_browser=True', '--LabApp.news_url=', '
             notebook=(['--JupyterNotebookApp.expose_app_in_browser=True'], 'notebooks/labs.ipynb?token=t0ken'))
 
 
-@pytest.fixture(scope='module', params=APPS)
+@pytest.fixture(scope='module', params=thorough(APPS, ['lab']))
 def server(request, tmp_path_factory):
     "JupyterLab or Notebook with settings, configuration and kernels of its own: nothing of the user's is read or written."
     needs = 'jupyterlab' if request.param == 'lab' else 'notebook'

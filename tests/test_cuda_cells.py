@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import pytest
+from conftest import thorough
 import smoke
 
 from vfmvae.files import home
@@ -82,7 +83,9 @@ def test_every_notebook_with_such_cells_is_known():
     assert set(CUDA) == set(LEAVES)
     for name in CUDA: assert not re.search(r"\.cuda\(\)|'cuda'", '\n'.join(cells_of(NOTEBOOKS[name]))), name
 
-@pytest.mark.parametrize('notebook', CUDA)
+ON_A_CARD = ['figure4_layers', 'figure5_stages', 'figure6_reconstructions', 'figures7_12_samples', 'table2_generation']
+
+@pytest.mark.parametrize('notebook', thorough(CUDA, [n for n in CUDA if n not in ON_A_CARD]))
 def test_cells_run(notebook, made, tmp_path, monkeypatch):
     monkeypatch.setenv('VFMVAE_HOME', str(tmp_path/'home'))
     folder, environment = made
@@ -107,7 +110,7 @@ def published_crop(space):
 AFTER = {'table2_generation': precision_and_recall, 'figure5_stages': own_scale, 'latent_diffusion': published_crop,
          'figure4_layers': lambda space: space['tok'].stats.std.eq(2).all() or pytest.fail('the statistics were forgotten')}
 
-@pytest.mark.parametrize('notebook', ['figure4_layers', 'figure5_stages', 'figure6_reconstructions', 'figures7_12_samples', 'table2_generation'])
+@pytest.mark.parametrize('notebook', ON_A_CARD)
 def test_cells_put_all_on_one_device(notebook, made, tmp_path, monkeypatch):
     "Where there is a card, though a pretended one, that refuses to mix devices."
     fakecuda = pytest.importorskip('fakecuda')

@@ -3,6 +3,7 @@ import importlib.util, json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
+from conftest import thorough
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +111,7 @@ BREAKS = (   # part, words in the line's name, what spoils it; the first that fi
     ('transfers', '', 'dark'), ('launch', 'FSDP', 'plain'), ('launch', '', 'broken'), ('', '', 'other'))
 
 
-@pytest.mark.parametrize('name', [*gpu.PARTS])
+@pytest.mark.parametrize('name', thorough(gpu.PARTS, ['draws', 'nets', 'alignment', 'flow', 'transfers', 'launch']))
 def test_every_line_can_fail(name, monkeypatch):
     "The lines that there are for each bundled tokenizer, for one of each family."
     known = gpu.bundled()

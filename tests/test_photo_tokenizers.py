@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from conftest import thorough
 import torch
 
 from vfmvae.align import cknna, prepare
@@ -53,7 +54,7 @@ def test_a_card_says_data_licence_numbers_and_recipe(name):
 @pytest.fixture(scope='module')
 def teachers(exam): return prepare(extract(VFM('photo'), exam, [-1], quiet=True)[-1])
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', thorough(NAMES, ['vfmvae-photo-f8d16', 'conv-photo-f8d16']))
 def test_numbers_of_the_card_come_out_again(name, exam, teachers, results):
     tok, said = open_tokenizer(name), open_tokenizer(name).meta['measured']
     found = evaluate_tokenizer(tok, exam, None)

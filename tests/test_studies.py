@@ -190,6 +190,7 @@ finish_distributed()
 def begun(text): return [line.split(':')[0] for line in text.splitlines() if ': begins' in line]
 
 
+@pytest.mark.thorough
 def test_two_workers_share_the_runs_of_one_folder(tmp_path):
     spec = json.dumps(dict(SPEC, tokenizers=dict(plain='conv-f8d16'), seeds=[0, 1, 2, 3], nets={}, net_images=0, measures=['reconstruction']))
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')

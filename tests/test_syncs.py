@@ -1,6 +1,7 @@
 """A training step waits for the device at most twice, images travel as bytes, nothing is drawn on the wrong device: on a pretended card (`fakecuda`)."""
 import accelerate
 import pytest
+from conftest import thorough
 import torch
 from fakecuda import COPIED, SYNC, clear, cuda
 from smoke import different_stages
@@ -14,6 +15,11 @@ from vfmvae.recipes import build_training, schedule_stages
 from vfmvae.tokenizer_task import TokenizerTask
 from vfmvae.train import fit, to_device
 from vfmvae.vfm import VFM
+
+
+# one of each family, with discriminators and without, with equivariance, with a target of its own
+STAGES = [('tiny', 'strong_align'), ('tiny', 'gan'), ('conv-tiny-f8d16', 'first'), ('rae-tiny-f8d128', 'first'), ('photo', 'own'),
+          ('vfmvae-efficientnet-f8d16', 'strong')]
 
 
 class Latents:
@@ -40,7 +46,7 @@ def counted(task, data, batch):
     return waits, sum(COPIED.values())
 
 
-@pytest.mark.parametrize('preset, stage', different_stages())
+@pytest.mark.parametrize('preset, stage', thorough(different_stages(), STAGES))
 def test_a_tokenizers_step_waits_once_a_descent_and_images_travel_as_bytes(preset, stage):
     with cuda():
         p = PRESETS[preset]
