@@ -20,7 +20,7 @@ SMOKE = {
     # what installs: that the tool is there
     "pip install -e '.[widgets,notebooks]'": 'pip --version',
     'make train IMAGES=folder/of/pictures ARGS=\'--size 128 --num-images 50000 --run mine\'': None,
-    'make lab': None, 'make docs': None, 'make test': None, 'make bench': None, 'make gpu': None,
+    'make lab': None, 'make docs': None, 'make test': None, 'make test-all': None, 'make bench': None, 'make gpu': None,
     'vfmvae demo': LATER,                                                    # the same with images, below
     'vfmvae demo --data "folder/of/pictures"': 'vfmvae demo --data "folder/of/pictures" --num-images 32',
     'vfmvae train-tokenizer --data "folder/of/pictures" --out outputs/tokenizer.safetensors --size 128 --num-images 50000 --run mine':
