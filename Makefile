@@ -57,7 +57,7 @@ test: $(DEV)     ## everything a change must pass
 	@$(MAKE) --no-print-directory pytest
 
 test-all: export VFMVAE_TEST_ALL = 1
-test-all: test   ## the same, each question asked of every member of its kind, not of one: twice as long
+test-all: test   ## the same, each question asked of every member of its kind, not of one
 
 lint: $(DEV)
 	$(BIN)/ruff check

@@ -3,12 +3,10 @@ import os
 from pathlib import Path
 import pytest
 import torch
+from scope import ALL
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get('VFMVAE_SHARED') or ROOT.parent/'shared')
-
-# `make test` asks each question of one member of each kind; `make test-all` sets this, and asks it of all of them
-ALL = os.environ.get('VFMVAE_TEST_ALL', '') not in ('', '0')
 
 
 def pytest_configure(config): config.addinivalue_line('markers', 'thorough: the same question once more, of another of its kind; with VFMVAE_TEST_ALL=1')
@@ -19,12 +17,15 @@ def pytest_collection_modifyitems(config, items):
     left = [i for i in items if i.get_closest_marker('thorough')]
     config.hook.pytest_deselected(items=left)
     items[:] = [i for i in items if not i.get_closest_marker('thorough')]
+    if hasattr(config, 'workeroutput'): config.workeroutput['left'] = len(left)
 
 
-def thorough(values, keep):
-    "Parameters of which those that are not in `keep` are for `make test-all`."
-    assert {*keep} <= {*values}, keep
-    return [v if v in keep else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.thorough) for v in values]
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node): node.config.left_out = getattr(node, 'workeroutput', {}).get('left', 0)       # pytest-xdist itself does not tell
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if n := getattr(config, 'left_out', 0): terminalreporter.write_line(f'{n} tests were left out, of others of a kind: make test-all asks them, too')
 
 
 if 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(min(4, os.cpu_count() or 1))
@@ -62,6 +63,7 @@ def photos(shared) -> Path:
 @pytest.fixture
 def few_tokenizers(monkeypatch):
     "Labs offer three of the bundled tokenizers, of both families and sets: a lab that compares all opens each of them."
+    if ALL: return
     from vfmvae.tokenizer import tokenizers
     few = ('vfmvae-photo-f8d16', 'vfmvae-tiny-f8d16', 'conv-f8d16')
     monkeypatch.setattr(tokenizers, '_f', {k: v for k, v in tokenizers._all().items() if k in few})

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import yaml
+from scope import ALL
 
 from vfmvae import extractors, presets, published_baselines, recipes, statistics, vfm
 from vfmvae.baselines import ConvVAE, ConvVAEConfig
@@ -138,10 +139,10 @@ def Inception(weights=None):
 
 @contextmanager
 def world(environment=None, step=8): # step: images of one
-    """While open: small presets, narrow VFMs for those that would be downloaded, a small Inception, no compiler; `environment` beside VFMVAE_SMOKE=1. And
-    float32 alone: processors without bfloat16 take twenty times as long for it. That a step in bf16 is right, test_train.py and `make gpu` say."""
+    """While open: small presets, narrow VFMs for those that would be downloaded, a small Inception, no compiler; `environment` beside VFMVAE_SMOKE=1. In
+    `make test` float32 alone: processors without bfloat16 take twenty times as long for it. That a step in bf16 is right, test_train.py and `make gpu` say."""
     load, known, autocast = vfm._load, {**presets.PRESETS}, torch.autocast
-    def exact(device, dtype=None, enabled=True, **how): return autocast(device, dtype, enabled and dtype is not torch.bfloat16, **how)
+    def exact(device, dtype=None, enabled=True, **how): return autocast(device, dtype, enabled and (ALL or dtype is not torch.bfloat16), **how)
     def narrow(name, pretrained, **kwargs):
         if pretrained is not True or name in vfm.BUNDLED: return load(name, pretrained, **kwargs)
         vfm.check_vfm(name)

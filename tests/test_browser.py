@@ -3,7 +3,7 @@ Set VFMVAE_SHOTS to a folder to keep screenshots in both themes."""
 import importlib.util, json, os, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
-from conftest import thorough
+from scope import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
@@ -313,7 +313,7 @@ def test_the_trajectory_is_played_by_the_keyboard(page):
     other = Box(page, SAMPLER)
     other.moves('step -', 'Space')
     play, stop = (other.box.locator(f'.widget-play button:has(.fa-{icon})') for icon in ('play', 'pause, .fa-stop'))
-    before = other.seen()[1]
+    before = other.still()[1]
     play.focus()
     page.keyboard.press('Space')
     other.wait(lambda: other.seen()[1] != before, 'playing moved nothing', 20)

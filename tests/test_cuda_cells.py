@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import pytest
-from conftest import thorough
+from scope import thorough
 import smoke
 
 from vfmvae.files import home

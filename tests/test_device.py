@@ -5,7 +5,7 @@ import importlib, inspect, json, math, pkgutil
 from functools import cache, partial
 from pathlib import Path
 import pytest
-from conftest import thorough
+from scope import thorough
 import torch
 from torch import Tensor, nn
 import vfmvae

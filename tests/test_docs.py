@@ -4,7 +4,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from conftest import thorough
+from scope import thorough
 from test_browser import CHROMIUM, FLAGS, SLOW, until
 
 ROOT = Path(__file__).resolve().parent.parent

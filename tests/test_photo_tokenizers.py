@@ -3,7 +3,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import thorough
+from scope import thorough
 import torch
 
 from vfmvae.align import cknna, prepare

@@ -3,7 +3,7 @@ tokenizers, discriminators and losses take the widths as they are."""
 import copy, re
 from dataclasses import replace
 import pytest, timm, torch
-from conftest import thorough
+from scope import thorough
 import torch.nn.functional as F
 
 from vfmvae.align import cknna, prepare

@@ -1,7 +1,7 @@
 """A training step waits for the device at most twice, images travel as bytes, nothing is drawn on the wrong device: on a pretended card (`fakecuda`)."""
 import accelerate
 import pytest
-from conftest import thorough
+from scope import thorough
 import torch
 from fakecuda import COPIED, SYNC, clear, cuda
 from smoke import different_stages
