@@ -16,9 +16,10 @@ from vfmvae.dit import DiT
 from vfmvae.extractors import bundled_extractor
 from vfmvae.evaluate import rfid
 from vfmvae.features import banks
+from vfmvae.flow import FLOW_WEIGHTS
 from vfmvae.presets import FLOW_PRESETS
 from vfmvae.flow_task import FlowTask
-from vfmvae.generation import generate
+from vfmvae.generation import generate, JOINT, JointTask
 from vfmvae.latents import cache_latents
 from vfmvae.presets import PRESETS
 from vfmvae.recipes import build_training, schedule_stages
@@ -84,12 +85,22 @@ def discrete(**how):
     return tokenizer(model, Stage('d', dict(l1=1., vq=1., entropy=.1, vf=1.)), {}, None, PRESETS['tiny'], **how)
 
 
+def joint(**how):
+    p, net = PRESETS['conv-tiny-f8d16'], FLOW_PRESETS['dit-conv-tiny-f8d16']
+    stage = replace(JOINT, weights=dict(l1=1., repa=1.5))
+    model, discriminators, perceive = build_training(p, [stage], None, None, None, 0, None)
+    dit = DiT(replace(net.net, hidden_size=32, depth=2, num_heads=2, z_dims=(128,), encoder_depth=1, projector_dim=32))
+    for w in dit.parameters(): torch.nn.init.normal_(w, std=.05) if w.requires_grad and not w.any() else None     # it answers from the first step on
+    task = JointTask(model, stage, FlowTask(dit, replace(net.flow, weights=FLOW_WEIGHTS['repa']), [VFM('tiny')]), perceive, discriminators=discriminators)
+    return task, fit(task, loader(World(48), batch, 5, rank, n), how.pop('images', batch*steps), lr=1e-4, seed=7, **quiet, **how)
+
+
 def numbers(rows): return [{k: v for k, v in r.items() if k not in ('images_per_s', 'memory_gb')} for r in rows]
 
 
 jobs = {'/'.join(k): (recipe, k) for k in different_stages()}
 jobs |= {name: (flow, (p,)) for name, p in FLOW_PRESETS.items() if p.tokenizer in {k if k != 'tiny' else 'vfmvae-tiny-f8d16' for k in PRESETS}}
-jobs |= {'discrete': (discrete, ()), 'smooth/strong_align': (recipe, ('tiny', 'strong_align', True))}       # without absolute differences
+jobs |= {'joint': (joint, ()), 'discrete': (discrete, ()), 'smooth/strong_align': (recipe, ('tiny', 'strong_align', True))}       # without absolute differences
 if len(sys.argv) > 3: jobs = {k: v for k, v in jobs.items() if k in sys.argv[3].split(',')}
 for name, (f, given) in jobs.items(): found[name] = numbers(f(*given)[1])
 

@@ -481,6 +481,7 @@ REASONS = {
         trials.diffusable trials.path generation.train_flow recipes.train_tokenizer studies.study studies.train_trial studies.work studies.price
         recipes.estimate recipes.accelerator_on recipes.build_training
         recipes.compile_decoder''',
+    'trains on the card in tests/test_joint.py': 'generation.train_jointly',
     'names and numbers only': """trials.vfm_of generation.encoder_of reader.score_words
         trials.open_study trials.override trials.plan trials.rows_at evaluate.labels_of trials.measure trials.decoder_parameters
         studies.table_of align.check_enough align.with_layer latents.as_scale latents.all_finite

@@ -20,7 +20,7 @@ from vfmvae.generation import encoder_of, generate, nets, sample_labels, tokeniz
 from vfmvae.latents import LatentCache
 from vfmvae.presets import PRESETS
 from vfmvae.recipes import get_preset, train_tokenizer
-from vfmvae.run import Run
+from vfmvae.run import Run, task_state
 from vfmvae.train import fit, NotFinite
 from vfmvae.vfm import VFM
 
@@ -476,3 +476,11 @@ def test_a_flow_run_goes_on_behind_the_same_vfm_only(tmp_path):
     with pytest.raises(UserError, match='frozen.vfm0: .* there'): fit(other, loader(ds, 8), 16, run, show=quiet)
     with pytest.raises(UserError, match='data: .* there'): fit(task_of('repa'), loader(Rows(images=True, classes=3), 8), 16, run, show=quiet)
     assert fit(task_of('repa'), loader(ds, 8), 16, run, log_every=1, show=quiet)[-1]['images'] == 16
+
+
+def test_a_picture_that_is_not_finite_is_skipped_with_its_step():
+    t, b = task_of('repa'), Rows(images=True).batch(range(4))
+    b['image'][1, 0, 3, 3] = math.nan
+    start = {k: v.clone() for k, v in task_state(t)[0].items()}
+    with pytest.raises(NotFinite, match='repa'): t.step([b], lambda x: x.backward(), lambda ok=True: ok, 4)
+    assert all(torch.equal(v, start[k]) for k, v in task_state(t)[0].items())

@@ -1,5 +1,5 @@
 "What a lab shows is of the nets, pictures and settings that it names: never of others of that name, of an older file, or of another thread."
-import copy, io, os, threading, time, warnings
+import copy, io, math, os, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
@@ -448,3 +448,14 @@ def test_nets_may_be_names_and_files(tmp_path):
     name = 'dit-vfmvae-tiny-f8d16'
     assert torch.equal(tiles(SamplerLab(name, step=2, steps=3))[2], tiles(SamplerLab(dict(a=open_net(name)), step=2, steps=3))[2])
     with pytest.raises(UserError, match=ONE_LINE): SamplerLab('no-such-net')
+
+
+def test_no_curve_is_left_out_by_a_logarithmic_axis():
+    from vfmvae.plots import loss_curves, training_curves
+    rows = [dict(images=16*i, loss=1/i, repa=-.1*i, net_repa=-.05*i) for i in (1, 2, 3)]
+    (a,), (b,) = (loss_curves(rows, keys).axes for keys in (('loss',), ('loss', 'repa')))
+    assert (a.get_yscale(), b.get_yscale()) == ('log', 'linear')
+    for y in (0., -1.): assert curves({'a': [1, 2], 'b': [2, y]}, 'x', 'y', log=True).axes[0].get_yscale() == 'linear'
+    assert curves({'a': [1., math.nan]}, 'x', 'y', log=True).axes[0].get_yscale() == 'log'
+    panels = {ax.get_ylabel(): ax.get_yscale() for ax in training_curves(rows).axes if ax.lines}
+    assert panels == {'loss': 'log', 'REPA (minus cosine)': 'linear'}

@@ -140,8 +140,8 @@ class _FlowNets:
         for vfm, width in zip([*vfms, *vfms[:1]], [*c.z_dims, c.cls_dim], strict=False):
             need(vfm.dim == width or not width, f'{vfm.name} has tokens of {vfm.dim}, this net expects {width}; set '
                                                 'z_dims and cls_dim by the VFM')
-        self.net, self.flow, self.vfms, self.precision, self.compile = net.train(
-            ), config, list(vfms), precision, compile
+        self.net, self.flow, self.precision, self.compile = net.train(), config, precision, compile
+        self.vfms = [v.twin().train() for v in vfms]    # in training a picture that is not finite makes the loss so
         self.nets: dict[str, nn.Module] = dict(net=net)
         params = [p for p in net.parameters() if p.requires_grad]
         how: dict[str, Any] = dict(lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)

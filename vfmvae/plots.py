@@ -208,7 +208,7 @@ def _legend(ax: 'Axes', n: int) -> None:
 # %% ../nbs/04_plots.ipynb #b2346c7a
 def curves(series: 'Mapping[str, Array | tuple[Array, Array]]', # name -> y, or (x, y) as a tuple
            xlabel: str, ylabel: str,
-           log: bool = False,         # logarithmic y
+           log: bool = False,         # logarithmic y, unless a number is 0 or below, which could not be seen there
            bands: Mapping[str, tuple] | None = None, # name -> (low, high) over the x of that series, shaded
            floor: tuple | None = None,               # (x, y): the level of chance, shaded in grey up to y
            title: str = '', width: str | float = 'column',
@@ -234,6 +234,7 @@ def curves(series: 'Mapping[str, Array | tuple[Array, Array]]', # name -> y, or 
         if floor is not None:
             ax.fill_between(_array(floor[0]), _array(floor[1]), color='0.85', linewidth=0, zorder=0, label='chance')
             _keep(fig, [dict(series='chance', x=float(a), y=float(b)) for a, b in zip(*floor, strict=True)])
+        log = log and not any((np.asarray(line.get_ydata()) <= 0).any() for line in ax.lines)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale='log' if log else 'linear')
         _legend(ax, len(series) + (floor is not None))
     return fig
@@ -366,12 +367,13 @@ def loss_curves(history: list[dict],             # rows of `Run.history` or `fit
                 keys: tuple[str, ...] = ('loss',), # which columns
                 **axis                           # for `plots.curves`
                ) -> 'Figure':
-    "Figure: the columns against images seen, log scale."
+    "Figure: the columns against images seen, log scale where all are above 0."
     lines = {k: ([r['images'] for r in history if k in r], [r[k] for r in history if k in r]) for k in keys}
     return curves(lines, 'images seen', **{'ylabel': 'loss', 'log': True, **axis})
 
 # %% ../nbs/04_plots.ipynb #5a43a4da
-_KINDS = {'KL (nats)': ('kl',), 'gradient norm': ('grad_norm', 'grad_norm_d'),
+_KINDS = {'KL (nats)': ('kl',), 'gradient norm': ('grad_norm', 'grad_norm_d', 'grad_norm_net'),
+          'REPA (minus cosine)': ('repa', 'net_repa'),
           'adaptive weight': ('vf_scale',), 'learning rate': ('lr',), 'images/s': ('images_per_s',),
           'memory (GB)': ('memory_gb',),
           'discriminators': ('gan', 'gan_real', 'gan_fake', 'patchgan', 'patchgan_real', 'patchgan_fake', 'loss_d')}

@@ -8,8 +8,7 @@ __all__ = ['LOSSES', 'SCALES', 'EQUIVARIANCE', 'PRECISIONS', 'STAGES', 'TINY', '
            'PlateauDetector', 'TokenizerTask']
 
 # %% ../nbs/22_tokenizer_task.ipynb #4d6fa567
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from .losses import (adaptive_weight, align_loss, EquivarianceTransform, latent_
                            multiscale, pixel, sample_equivariance, scr_loss, ssim_loss, ssr_loss, target_transform)
 from .discriminators import feature_matching, gan_loss_d, gan_loss_g, ProjectedDiscriminator
 from .run import defaults_of, EMA, modules_in
-from .train import betas_of, MuonAdamW, NotFinite, safe_step
+from .train import betas_of, held_fixed, MuonAdamW, NotFinite, safe_step
 
 # %% ../nbs/22_tokenizer_task.ipynb #1b0e5a81
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Pass:
     perceptual: Callable | None     # (x', x) -> scalar
     discriminators: Mapping[str, Callable]
     draws: Draws | None
+    net: Any = None                 # latents -> scalar: REPA of a net that learns along, see `generation.JointTask`
     @property
     def fake(self) -> Tensor:
         "The decoded images (b,3,H,W)."
@@ -88,6 +88,7 @@ LOSSES = dict(
     # PAE's; to a target of ours, see `layers.PriorTarget`
     ssr=Loss('latent', lambda p: ssr_loss(*p.raw_and_prior)), scr=Loss('latent', lambda p: scr_loss(*p.raw_and_prior)),
     mcr=Loss('latent', lambda p: mcr_loss(p.model.decode, p.z, p.perceptual, p.draws and p.draws.named('moved'))),
+    repa=Loss('latent', lambda p: p.net(p.z)),      # of REPA-E
     vq=Loss('latent', lambda p: p.code.codes.vq), entropy=Loss('latent', lambda p: p.code.codes.entropy),
     gan=Loss('adversarial', lambda p: gan_loss_g(_logits(p.discriminators['gan'], p.fake, p.draws, 'fake'))),
     patchgan=Loss('adversarial', lambda p: gan_loss_g(p.patch_logits, 'mse')),
@@ -226,7 +227,8 @@ def tokenizer_losses(model: TrainableTokenizer, # in train mode
                      features: Mapping[int, Tensor] | None = None, # frozen, see `forward_training`
                      without: Collection[str] = (), # losses that do not count now
                      loss_scale: float = 1.,    # factor under which small gradients survive float16
-                     draws: Draws | None = None # of sample and discriminators; None: torch's own
+                     draws: Draws | None = None, # of sample and discriminators; None: torch's own
+                     net: Callable[[Tensor], Tensor] | None = None # see `Pass.net`; of a stage that weighs repa
                     ) -> dict[str, Tensor]:
     "Unweighted terms by name, `vf_scale` (the adaptive factor alone) and the weighted sum `loss`; scalars."
     off = {*without} if model.config.progressive else {*without, 'multiscale'}
@@ -235,7 +237,7 @@ def tokenizer_losses(model: TrainableTokenizer, # in train mode
          "was given; pass perceptual=... or drop it from the stage's weights")
     need(w, f'stage {stage.name!r} has no loss left after {seen} images; weigh one that lasts')
     found = forward_training(model, x, warp, features, draws, stage.noise)
-    made = Pass(model, stage, *found, perceptual, discriminators or {}, draws)
+    made = Pass(model, stage, *found, perceptual, discriminators or {}, draws, net)
     late = losses_of('adversarial')                  # decoded images are judged after they are compared
     out = {k: LOSSES[k].call(made) for k in sorted(w, key=late.__contains__)}
     def weighed(keys: Collection[str]) -> Tensor:
@@ -279,7 +281,8 @@ def fitting_scales(c: TokenizerConfig, scales: Sequence[float]) -> tuple[float, 
     side, multiple = c.img_size//c.stride, c.latent_multiple
     return tuple(1. if s == 1 else min(side, max(multiple, round(side*s/multiple)*multiple))/side for s in scales)
 
-def check_stage(model: TrainableTokenizer, stage: Stage) -> tuple[float, ...]:
+def check_stage(model: TrainableTokenizer, stage: Stage, joint: bool = False # does a net learn along?
+               ) -> tuple[float, ...]:
     "`fitting_scales` of a stage. UserError if the model cannot provide what the stage needs."
     c, on, scales = model.config, {*stage.active()}, fitting_scales(model.config, stage.equivariance)
     def check(ok: object, text: str) -> None: need(ok, f'stage {stage.name!r} {text}')
@@ -290,6 +293,8 @@ def check_stage(model: TrainableTokenizer, stage: Stage) -> tuple[float, ...]:
           'convolutional VAE with target=True')
     held = dict(features='fixed', rms='on a sphere').get(c.mode)
     check(not held or 'kl' not in on, f'weighs kl, but the latent of {model.name} is {held}; leave it out')
+    check(c.mode != 'features' or 'repa' not in on, f'weighs repa, but the latent of {model.name} is fixed')
+    check(joint or 'repa' not in on, 'weighs repa, which is of a net that learns along; see generation.train_jointly')
     check('vf' not in on or c.align, 'weighs vf; build the model with align=True')
     small = int(min(scales, default=1.)*c.img_size)
     check('ssim' not in on or small >= 11, f'weighs ssim, which needs 11 px, and shrinks pictures to {small}; leave '
@@ -325,13 +330,13 @@ class PlateauDetector:
 # %% ../nbs/22_tokenizer_task.ipynb #ec564eca
 class _Setup:
     "Nets, optimizers and settings of a `TokenizerTask`."
+    also: Mapping | None = None          # see `safe_step`: of a net that learns along
     def __init__(self, model: TrainableTokenizer,         # a module: `VFMVAE`, or one of `vfmvae.baselines`
                  stage: Stage,
                  perceptual: Callable | None = None,      # (x', x) -> scalar, frozen
                  half_life: float = 160_000,              # of the EMA, in images
                  betas: tuple[float, float] = (0., .99),
-                 clip: float | None = None,               # gradient norm of the tokenizer; None: no clipping, as
-                                                          # published
+                 clip: float | None = None,               # gradient norm of the tokenizer; None: as published, none
                  discriminators: Mapping[str, nn.Module] | None = None, # 'gan': a `ProjectedDiscriminator`, 'patchgan'
                  precision: str = 'fp32',                 # one of PRECISIONS
                  start: int = 0,                          # images seen in earlier stages
@@ -351,7 +356,7 @@ class _Setup:
         self.clip, self.precision, self.optimizer, self.start = clip, precision, optimizer, whole(start, 'start', 0)
         self.model: TrainableTokenizer = model.train()
         self.discriminators = {k: given[k].train() for k in wanted}
-        self.scales = check_stage(model, stage)
+        self.scales = check_stage(model, stage, bool(self.also))
         self._half(model, 3 if precision == 'fp16' else 0)
         moved, adam = select(model, stage.train), partial(torch.optim.Adam, betas=self.betas, eps=1e-8)
         for k, p in model.trainable().items(): p.requires_grad_(k in moved)
@@ -410,7 +415,8 @@ class _Record(_Setup):
     @property
     def discriminator_params(self) -> list[nn.Parameter]:
         "What the discriminators train."
-        return [p for k, o in self.optimizers.items() if k != 'model' for g in o.param_groups for p in g['params']]
+        found = self.optimizers.get('discriminators')
+        return [p for g in (found.param_groups if found else ()) for p in g['params']]
     @property
     def without(self) -> set[str]:
         """Losses disabled now: those still warming up; and after a PatchGAN that waited has started, everything except
@@ -420,13 +426,6 @@ class _Record(_Setup):
         return off | losses_of('reconstruction', 'latent') if 'patchgan' in self.waits else off
 
 # %% ../nbs/22_tokenizer_task.ipynb #468a5f6f
-@contextmanager
-def _frozen(params: Sequence[nn.Parameter]) -> Iterator[None]:
-    for p in params: p.requires_grad_(False)
-    try: yield
-    finally:
-        for p in params: p.requires_grad_(True)
-
 def _blame(params: Sequence[nn.Parameter], terms: Callable, micro: list[dict]) -> list[str]:
     "Names the terms whose gradient is not finite. Every process looks, since a term may be of all of them."
     found: dict[str, None] = {}
@@ -452,9 +451,9 @@ class _Descents(_Record):
         with torch.no_grad(): _, _, images, target = forward_training(self.model, x, **how, noise=self.stage.noise)
         learning = {k: d for k, d in self.discriminators.items() if k not in self.without}
         return discriminator_losses(learning, target, images[0], draws)
-    def _model_terms(self, i: int, x: Tensor, draws: Draws | None, seen: int) -> dict[str, Tensor]:
+    def _model_terms(self, i: int, x: Tensor, draws: Draws | None, seen: int, **net: Any) -> dict[str, Tensor]:
         return tokenizer_losses(self.model, x, self.stage, self.perceptual, seen, self.discriminators,
-                                without=self.without, loss_scale=self.loss_scale, **self._shared(i, x, draws))
+                                without=self.without, loss_scale=self.loss_scale, **net, **self._shared(i, x, draws))
 
     def _descend(self, name: str, terms: Callable, micro: list[dict], backward: Callable, sync: Callable,
                  average: Callable[[], object] | None = None) -> dict[str, float]:
@@ -478,7 +477,7 @@ class _Descents(_Record):
             own = [k for k in bad if k not in ('vf_scale', goal)]       # these two follow from others
             params = self.params if of_model else self.discriminator_params
             return ['the pictures'] if dark else own or _blame(params, compute, micro)
-        logs = safe_step(optimizer, losses, sync, clip, scale, blame, average)
+        logs = safe_step(optimizer, losses, sync, clip, scale, blame, average, self.also if of_model else None)
         return logs if of_model else {'grad_norm_d' if k == 'grad_norm' else k: v for k, v in logs.items()}
 
 # %% ../nbs/22_tokenizer_task.ipynb #79836931
@@ -498,17 +497,18 @@ class TokenizerTask(_Descents):
             for c, n in zip(self.codebooks, steps, strict=True): c.steps = n
         return undo
 
+    def _average(self, n: int, seen: int) -> None: self.ema.update(self.nets['model'], n, seen+self.start)
     def step(self, micro: list[dict], backward: Callable, sync: Callable, seen: int) -> dict[str, float]:
         "The discriminators' descent, the tokenizer's, the average. Raises `NotFinite` with every tensor as it was."
         undo, logs, how = self._remember(), dict[str, float](), (micro, backward, sync)
         if isinstance(self.perceptual, nn.Module): self.perceptual.to(micro[0]['image'].device)
         terms = partial(self._model_terms, seen=seen+self.start)
         n = num_processes()*sum(len(b['image']) for b in micro)
-        average = partial(self.ema.update, self.nets['model'], n, seen+self.start)
+        average = partial(self._average, n, seen)
         try:
             if {*self.discriminators} - self.without:
                 logs = self._descend('discriminators', self._discriminator_terms, *how)
-            with _frozen(self.discriminator_params): logs |= self._descend('model', terms, *how, average)
+            with held_fixed(self.discriminator_params): logs |= self._descend('model', terms, *how, average)
         except NotFinite:
             undo()
             self.loss_scale, self.good = max(1., self.loss_scale/2), 0        # with float16, the usual reason
