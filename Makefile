@@ -50,10 +50,9 @@ PARTS ?=
 gpu:             ## what only a graphics card can tell, into data/results/gpu_<card>.json
 	$(PYTHON) benchmarks/gpu.py $(PARTS) $(ARGS)
 
-# one after the other even under make -j, so that pytest has the last word
+# mypy takes one core of two, so the notebooks begin beside it; pytest has the last word, even under make -j
 test: $(DEV)     ## everything a change must pass
-	@$(MAKE) --no-print-directory lint
-	@$(MAKE) --no-print-directory notebooks
+	@$(MAKE) --no-print-directory -j2 lint notebooks
 	@$(MAKE) --no-print-directory pytest
 
 test-all: export VFMVAE_TEST_ALL = 1

@@ -10,7 +10,7 @@ import torch
 import yaml
 from scope import ALL
 
-from vfmvae import extractors, presets, published_baselines, recipes, statistics, vfm
+from vfmvae import demo, extractors, presets, published_baselines, recipes, statistics, vfm
 from vfmvae.baselines import ConvVAE, ConvVAEConfig
 from vfmvae.captions import VOCABULARY, world_captions
 from vfmvae.images import to_pil
@@ -138,6 +138,16 @@ def Inception(weights=None):
     return eye
 
 @contextmanager
+def short_demo():
+    "While open the demo has its sections as they are, measured on few images, drawn in one step, of two classes; test_recipes.py runs it whole."
+    def few(f, **less): return lambda *given, **how: f(*given, **how | less)
+    with ExitStack() as stack:
+        for name, new in dict(evaluate_tokenizer=lambda net, data, n, **how: recipes.evaluate_tokenizer(net, data, 2, **how),
+                              generate=few(demo.generate, steps=1), CLASSES=demo.CLASSES[:2], score_sources=few(demo.score_sources, n=16, times=20)).items():
+            stack.enter_context(patch.object(demo, name, new))
+        yield
+
+@contextmanager
 def world(environment=None, step=8): # step: images of one
     """While open: small presets, narrow VFMs for those that would be downloaded, a small Inception, no compiler; `environment` beside VFMVAE_SMOKE=1. In
     `make test` float32 alone: processors without bfloat16 take twenty times as long for it. That a step in bf16 is right, test_train.py and `make gpu` say."""
@@ -156,6 +166,7 @@ def world(environment=None, step=8): # step: images of one
         # one measured step of a stage says as much as two
         stack.enter_context(patch.object(recipes.estimate, '__defaults__', tuple(1 if d == 2 else d for d in recipes.estimate.__defaults__ or ())))
         stack.enter_context(patch.object(extractors, 'Inception', Inception))
+        stack.enter_context(short_demo())
         stack.enter_context(patch.object(torch, 'autocast', exact))
         stack.enter_context(torch.compiler.set_stance('force_eager'))
         yield

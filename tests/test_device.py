@@ -6,11 +6,12 @@ from functools import cache, partial
 from pathlib import Path
 import pytest
 from scope import thorough
+import smoke
 import torch
 from torch import Tensor, nn
 import vfmvae
 from fakecuda import COPIED, CPU, CUDA, SYNC, clear, cuda
-from vfmvae import cli, demo, discriminators, extractors, labs, sampler_lab, losses, similarity, probes, colours, lab_base
+from vfmvae import cli, discriminators, extractors, labs, sampler_lab, losses, similarity, probes, colours, lab_base
 from vfmvae.discriminators import PatchGAN, ProjectedDiscriminator
 from vfmvae.neighbours import knn_graph
 from vfmvae.align import (cka, cknna, cknna_null, cknna_pairs, cknna_parts, cknna_score, score_banks, score_sources,
@@ -488,7 +489,7 @@ REASONS = {
         views.view_name views.views views.image_set views.images_seen features.layer_index features.as_images features.batches generation.sample_labels
         recipes.open_data recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described
         tokenizer.check_config tokenizer.check_sides protocols.check_trainable extractors.vfm_root extractors.check_judge
-        samplers.in_eval_mode samplers.methods presets.cost_text presets.flow_cost presets.forward_gflop
+        samplers.methods presets.cost_text presets.flow_cost presets.forward_gflop
         lab_parts.slider_values lab_parts.transform_controls lab_parts.default_strength explorer.layer_name
         lab_parts.as_field explorer.lab_notebook
         lab_parts.check_state lab_parts.grouped lab_parts.export_html explorer.explorer_facts lab_parts.class_name lab_parts.about_set lab_parts.join_sentences
@@ -596,12 +597,13 @@ def pictures() -> str:
     return str(folder)
 
 
-def small_study():
+def small_study() -> list[str]:
     from test_studies import SPEC
     tiny = dict(SPEC, tokenizers=dict(plain='conv-f8d16'), tokenizer_images=12, net_images=64, latents=64, samples=24, final_samples=24, steps=1)
     for k in ('test', 'exam'): tiny['data'] = dict(world=dict(tiny['data']['world'], **{k: dict(path='world', n=64, seed=8)}))
-    Path('study.json').write_text(json.dumps(tiny))
-    return 'study.json'
+    n = len([*Path().glob('study-*.json')])         # all measures on the card; on the CPU, one shows where it computes
+    Path(f'study-{n}.json').write_text(json.dumps(tiny | dict(measures=['reconstruction'] if n else [])))
+    return [f'study-{n}.json', '--folder', f'runs-{n}']
 
 
 COMMANDS = {
@@ -615,7 +617,7 @@ COMMANDS = {
     'evaluate': lambda: ['--data', pictures()],
     'evaluate-samples': lambda: ['--n', '8', '--steps', '1', '--reference-n', '8', '--out', 'r.json'],
     'align': lambda: ['--data', 'world', '--n', '12', '--k', '3', '--times', '20', '--transforms', 'hflip'],
-    'study': lambda: [small_study(), '--folder', 'runs'],
+    'study': small_study,
     'lab': lambda: ['--dry-run', '--n', '12']}
 
 
@@ -625,14 +627,10 @@ def test_every_command_that_computes_takes_a_device():
 
 
 @pytest.mark.parametrize('name', COMMANDS)
-def test_a_command_computes_where_it_is_told(name, capsys, monkeypatch):
-    monkeypatch.setattr(demo, 'evaluate_tokenizer', lambda net, data, n, **how: evaluate_tokenizer(net, data, 2, **how))      # of 128 images, and 25 steps
-    monkeypatch.setattr(demo, 'generate', partial(generate, steps=1))
-    monkeypatch.setattr(demo, 'CLASSES', demo.CLASSES[:2])
-    monkeypatch.setattr(demo, 'score_sources', lambda sources, data, changes, **how: score_sources(sources, data, changes, **how | dict(n=16, times=20)))
+def test_a_command_computes_where_it_is_told(name, capsys):
     for words, on in ((['--device', 'cuda'], True), (['--device', 'cpu'], False), *([([], True)] if name == 'encode' else [])):
         clear()
-        with cuda(): assert cli.main([name, *COMMANDS[name](), *words]) == 0
+        with cuda(), smoke.short_demo(): assert cli.main([name, *COMMANDS[name](), *words]) == 0
         moved = sum(COPIED.values())
         assert (moved > 1e5) == on if name != 'lab' else moved == 0, (name, words, moved)
     said = capsys.readouterr().out

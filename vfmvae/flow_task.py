@@ -19,7 +19,7 @@ if TYPE_CHECKING: from matplotlib.figure import Figure
 # %% ../nbs/41_flow_task.ipynb #99a83a82
 from .core import Gaussian, need, one_of, real, resized, uniforms_for, UserError, whole
 from .files import write_atomic
-from .runtime import device_of, num_processes
+from .runtime import device_of, in_eval_mode, num_processes
 from .plots import show_images, to_png
 from .images import Batch, Dataset, Images
 from .vfm import VFM
@@ -31,7 +31,7 @@ from .text import Text, TEXT
 from .flow import (DiTOutput, flow_loss, FLOW_WEIGHTS, FlowTargets, PATHS, PREDICTIONS, sample_t, spatial_norm,
                          TERMS, TIME_DISTRIBUTIONS, TimeLaw, WEIGHTINGS)
 from .dit import Condition, DiT, DiTConfig, NetFeatures
-from .samplers import COARSE, ImageNoise, in_eval_mode, sample_latents, Sampler
+from .samplers import COARSE, ImageNoise, sample_latents, Sampler
 from .latents import cache_latents, LatentCache
 _all_ = ['LatentCache', 'cache_latents']   # public here, too
 

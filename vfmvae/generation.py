@@ -110,7 +110,7 @@ def _flow_task(p: FlowPreset, o: TrainOptions, classes: int, device: torch.devic
     flow = p.flow if o.lr is None else replace(p.flow, lr=o.lr)
     seed_all(o.seed)
     precision = o.precision or (p.precision if device.type != 'cpu' else 'fp32')
-    net = DiT(replace(p.net, num_classes=classes))
+    net = DiT(p.net if p.net.text_dim else replace(p.net, num_classes=classes))
     return FlowTask(net, flow, [VFM(v) for v in p.vfms], precision, o.compile)
 
 def _meta(p: FlowPreset, tok: Tokenizer, shape: Sequence[int], scale: tuple[Tensor, Tensor], classes: Sequence[str],

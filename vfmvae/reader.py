@@ -17,7 +17,7 @@ from torch import nn, Tensor
 # %% ../nbs/34_reader.ipynb #7f30dbb3
 from .core import need
 from .files import data_dir, load_weights, Table
-from .runtime import weights_at
+from .runtime import in_eval_mode, weights_at
 from .images import check_images
 from .captions import VALUES
 from .extractors import WorldNet
@@ -41,9 +41,10 @@ class Reader(nn.Module):
               batch_size: int = 64) -> list[dict[str, str]]:
         "What is seen in each, as `captions.words_of` says it of factors."
         rows: list[dict[str, str]] = []
-        for part in images.split(batch_size):
-            best = {k: v.argmax(1).tolist() for k, v in self.eval()(part.to(self.device)).items()}
-            rows += [{k: READ[k][v[i]] for k, v in best.items()} for i in range(len(part))]
+        with in_eval_mode(self):
+            for part in images.split(batch_size):
+                best = {k: v.argmax(1).tolist() for k, v in self(part.to(self.device)).items()}
+                rows += [{k: READ[k][v[i]] for k, v in best.items()} for i in range(len(part))]
         return rows
 
 def bundled_reader() -> Reader:

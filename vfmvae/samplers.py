@@ -5,22 +5,21 @@
 # %% auto #0
 __all__ = ['Field', 'Step', 'ODES', 'SDES', 'DIFFUSION_COEFFICIENTS', 'LAST_STEPS', 'Both', 'COARSE', 'pack_state',
            'unpack_state', 'velocity_field', 'time_grid', 'methods', 'diffusion', 'ImageNoise', 'Sampler', 'trajectory',
-           'sample', 'guide', 'classifier_free', 'internal_guidance', 'in_eval_mode', 'sample_latents']
+           'sample', 'guide', 'classifier_free', 'internal_guidance', 'sample_latents']
 
 # %% ../nbs/38_samplers.ipynb #479f0087
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 # %% ../nbs/38_samplers.ipynb #d63da614
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 
 # %% ../nbs/38_samplers.ipynb #db621d6b
 from .core import check_fields, Draws, extra, need, one_of, pick, real, whole
-from .runtime import device_of
+from .runtime import device_of, in_eval_mode
 from .flow import (check_shapes, coefficients, convert, DATA_FLOOR, half_diffusion, noise_level, shift_t,
                          t_interval)
 from .text import Text
@@ -338,15 +337,6 @@ def internal_guidance(both: Both, scale: float, interval: tuple[float, float] = 
 
 # %% ../nbs/38_samplers.ipynb #76ace5a0
 _PLAIN, COARSE = Sampler(), Sampler(25)
-
-@contextmanager
-def in_eval_mode(*nets: nn.Module | None):
-    "Nets in eval mode for a while; each is left as it was."
-    was = [(net, net.training) for net in nets if net is not None]
-    for net, _ in was: net.eval()
-    try: yield
-    finally:
-        for net, training in was: net.train(training)
 
 def _guided(net: DiT, y: Condition, shape: Sequence[int] | None, s: Sampler, weak: DiT | None) -> Field:
     "The velocity field of a net for these labels, guided as the sampler says."
