@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 
-from smoke import different_stages
+from smoke import different_stages, joint_task
 from vfmvae.world import World
 from vfmvae.data import loader
 from vfmvae.dit import DiT
 from vfmvae.extractors import bundled_extractor
 from vfmvae.evaluate import rfid
 from vfmvae.features import banks
-from vfmvae.flow import FLOW_WEIGHTS
 from vfmvae.presets import FLOW_PRESETS
 from vfmvae.flow_task import FlowTask
-from vfmvae.generation import generate, JOINT, JointTask
+from vfmvae.generation import generate
 from vfmvae.latents import cache_latents
 from vfmvae.presets import PRESETS
 from vfmvae.recipes import build_training, schedule_stages
@@ -86,12 +85,7 @@ def discrete(**how):
 
 
 def joint(**how):
-    p, net = PRESETS['conv-tiny-f8d16'], FLOW_PRESETS['dit-conv-tiny-f8d16']
-    stage = replace(JOINT, weights=dict(l1=1., repa=1.5))
-    model, discriminators, perceive = build_training(p, [stage], None, None, None, 0, None)
-    dit = DiT(replace(net.net, hidden_size=32, depth=2, num_heads=2, z_dims=(128,), encoder_depth=1, projector_dim=32))
-    for w in dit.parameters(): torch.nn.init.normal_(w, std=.05) if w.requires_grad and not w.any() else None     # it answers from the first step on
-    task = JointTask(model, stage, FlowTask(dit, replace(net.flow, weights=FLOW_WEIGHTS['repa']), [VFM('tiny')]), perceive, discriminators=discriminators)
+    task = joint_task()
     return task, fit(task, loader(World(48), batch, 5, rank, n), how.pop('images', batch*steps), lr=1e-4, seed=7, **quiet, **how)
 
 

@@ -17,6 +17,9 @@ from vfmvae.images import to_pil
 from vfmvae.world import World
 from vfmvae.dit import DiT, DiTConfig, FAMILIES
 from vfmvae.extractors import bundled_extractor
+from vfmvae.flow import FLOW_WEIGHTS
+from vfmvae.flow_task import FlowTask
+from vfmvae.generation import JOINT, JointTask
 from vfmvae.statistics import compute_statistics
 from vfmvae.presets import FlowPreset
 from vfmvae.published import _tables, RENAMED_KEYS, SIGLIP_PREFIX
@@ -48,6 +51,20 @@ def small(p, step):
     if isinstance(c, VFMVAEConfig) and c.vfm != 'tiny': c = replace(F16D32, scale=c.scale, img_size=round(2*SIDE/c.scale), out_dims=(round(64/c.scale**2),)*3)
     if isinstance(c, ConvVAEConfig): c = replace(c, width=8, mults=(1,)*len(c.mults), blocks=1, decoder_blocks=1, img_size=SIDE, dim=DIM if c.vfm else c.dim)
     return replace(p, config=c, batch_size=step, patch_width=8, discriminator_size=SIDE, stages=tuple(replace(s, num_images=step) for s in p.stages))
+
+BASE = presets.FLOW_PRESETS['dit-conv-tiny-f8d16']
+JOINT_NET = replace(BASE, net=replace(BASE.net, hidden_size=32, depth=2, num_heads=2, z_dims=(128,), encoder_depth=1, projector_dim=32),
+                    flow=replace(BASE.flow, weights=FLOW_WEIGHTS['repa']), vfms=('tiny',))
+JOINT_STAGE = replace(JOINT, weights=dict(l1=1., repa=1.5), lr=1e-3)
+
+def joint_task(preset='conv-tiny-f8d16', stage=JOINT_STAGE, net=JOINT_NET, **how):
+    "A tokenizer and a small net that learn together; the net answers from its first step on, where a fresh one says 0 and nothing flows back through it."
+    torch.manual_seed(0)
+    model, judges, perceptual = recipes.build_training(presets.PRESETS[preset], [stage], discriminator='tiny')
+    dit = DiT(net.net)
+    for p in dit.parameters():
+        if p.requires_grad and not p.any(): torch.nn.init.normal_(p, std=.05)
+    return JointTask(model, stage, FlowTask(dit, net.flow, [vfm.VFM('tiny')]), perceptual, discriminators=judges, **how)
 
 def pictures(folder, n=16):
     "n pictures of the world, 80 px, in two class folders."

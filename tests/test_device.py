@@ -611,7 +611,7 @@ COMMANDS = {
     'train-tokenizer': lambda: ['--preset', 'conv-tiny-f8d16', '--num-images', '4', '--batch-size', '4', '--size', '32', '--out', 't.safetensors',
                                 '--held-out', pictures()],
     'train-flow': lambda: ['--n', '8', '--num-images', '8', '--batch-size', '4', '--cache', 'cache', '--out', 'n.safetensors'],
-    'reconstruct': lambda: ['--data', pictures()], 'encode': lambda: ['--data', pictures(), '--out', 'cache'],
+    'reconstruct': lambda: ['--data', pictures()], 'encode': lambda: ['--data', pictures(), '--out', f"cache-{len([*Path().glob('cache-*')])}"],
     'decode': lambda: ['--latents', str(cache_latents(tok(CPU), images(2), Path('z')).dir)],
     'generate': lambda: ['--n', '2', '--steps', '1'],
     'evaluate': lambda: ['--data', pictures()],

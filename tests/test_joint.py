@@ -5,16 +5,16 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import smoke
 import torch
 from torch import nn
 
 from fakecuda import clear, CUDA, cuda, SYNC
 from vfmvae.core import Draws, UserError
 from vfmvae.data import loader
-from vfmvae.dit import DiT
-from vfmvae.flow import FLOW_WEIGHTS, flow_loss, FlowTargets, interpolate, repa_loss, sample_t
-from vfmvae.flow_task import FlowTask, vfm_targets
-from vfmvae.generation import generate, JOINT, JointTask, open_net, train_jointly
+from vfmvae.flow import flow_loss, FlowTargets, interpolate, repa_loss, sample_t
+from vfmvae.flow_task import vfm_targets
+from vfmvae.generation import generate, JOINT, open_net, train_jointly
 from vfmvae.presets import FLOW_PRESETS, PRESETS
 from vfmvae.recipes import build_training, train_tokenizer
 from vfmvae.run import load_task_state, Run, task_state
@@ -26,20 +26,8 @@ from vfmvae.vfm import VFM
 from vfmvae.world import World
 
 quiet = dict(show=lambda h: None)
-BASE = FLOW_PRESETS['dit-conv-tiny-f8d16']
-NET = replace(BASE, net=replace(BASE.net, hidden_size=32, depth=2, num_heads=2, z_dims=(128,), encoder_depth=1, projector_dim=32),
-              flow=replace(BASE.flow, weights=FLOW_WEIGHTS['repa']), vfms=('tiny',))
-PLAIN = replace(JOINT, weights=dict(l1=1., repa=1.5), lr=1e-3)
-
-
-def task_of(preset='conv-tiny-f8d16', stage=PLAIN, net=NET, wake=True, **how):
-    torch.manual_seed(0)
-    model, judges, perceptual = build_training(PRESETS[preset], [stage], discriminator='tiny')
-    dit = DiT(net.net)
-    if wake:                                    # a fresh net says 0 everywhere, and nothing flows back through it
-        for p in dit.parameters():
-            if p.requires_grad and not p.any(): nn.init.normal_(p, std=.05)
-    return JointTask(model, stage, FlowTask(dit, net.flow, [VFM('tiny')]), perceptual, discriminators=judges, **how)
+BASE, NET, PLAIN = FLOW_PRESETS['dit-conv-tiny-f8d16'], smoke.JOINT_NET, smoke.JOINT_STAGE
+task_of = smoke.joint_task
 
 
 def batch_of(n=4, seed=3): return dict(World(n, seed=5).batch(range(n)), draws=Draws(seed, range(n)))
@@ -55,8 +43,7 @@ def test_each_half_moves_its_own_by_its_own_losses(preset):
     task.norm.running_var.uniform_(.5, 2, generator=torch.Generator().manual_seed(2))
     norm = nn.BatchNorm2d(16, eps=1e-4, momentum=.1, affine=False)
     norm.load_state_dict(task.norm.state_dict())
-    task.micro = [b]
-    terms = task._model_terms(0, b['image'], b['draws'].named('model'), len(b['label']))
+    terms = task._model_terms(0, b, b['draws'].named('model'), len(b['label']))
     terms['loss'].backward()
     model, net = task.nets['model'], task.nets['net']
     got = {k: p.grad.clone() for k, p in [*model.trainable().items(), *net.named_parameters()] if p.grad is not None}
@@ -85,10 +72,8 @@ def test_each_half_moves_its_own_by_its_own_losses(preset):
 
 
 def test_the_loss_of_the_flow_does_not_reach_the_tokenizer():
-    "A net that weighs REPA by nothing: then only the stage's REPA moves what decides the latent beside the pictures."
     task, b = task_of(), batch_of()
-    task.micro = [b]
-    own = task._model_terms(0, b['image'], None, 4)['net_loss']
+    own = task._model_terms(0, b, None, 4)['net_loss']
     assert torch.autograd.grad(own, [*task.nets['model'].trainable().values()], allow_unused=True) == (None,)*len(task.nets['model'].trainable())
 
 
@@ -139,7 +124,7 @@ def note_length(optimizer, into, name):
 def test_lengths_of_gradients_are_clipped_each_by_its_own():
     b, found = batch_of(), {}
     for clip in (None, 1e-3):
-        task = task_of(net=replace(NET, flow=replace(NET.flow, clip=clip)), wake=True)
+        task = task_of(net=replace(NET, flow=replace(NET.flow, clip=clip)))
         steps = {}
         for k, o in task.optimizers.items(): o.step = partial(note_length, o, steps, k)
         found[clip] = task.step([b], lambda loss: loss.backward(), plain_sync, 4), steps

@@ -106,11 +106,12 @@ def vfm_targets(vfm: VFM,             # frozen
     size = grid[0]*vfm.patch, grid[1]*vfm.patch
     return vfm.with_class(x if x.shape[2:] == size else resized(x, size, vfm.interpolation))
 
-def _flow_targets(vfms: Sequence[VFM], c: DiTConfig, batch: Mapping[str, Any], grid: tuple[int, int],
+def _flow_targets(vfms: Sequence[VFM], c: DiTConfig, batch: Mapping[str, Any], z: Tensor,
                   cls_noise: Tensor | None, spatial: float | None = None) -> FlowTargets:
     "Targets of REPA and REG from the images of a batch; REG: the first VFM's class token, also in front of its tokens."
     need(not vfms or 'image' in batch,
          'REPA and REG look at the images; give the cache its images: cache.with_images(data)')
+    grid = z.shape[2]//c.patch_size, z.shape[3]//c.patch_size
     found = [vfm_targets(v.to(batch['image'].device), batch['image'], grid) for v in vfms]
     if spatial is not None: found = [(k, spatial_norm(h, spatial)) for k, h in found]
     if not c.cls_dim: return FlowTargets(tokens=[h for _, h in found])
@@ -166,12 +167,13 @@ class _FlowNets:
 # %% ../nbs/41_flow_task.ipynb #bacc5e2b
 class _FlowTerms(_FlowNets):
     "The loss of a batch."
-    def _run(self, net: DiT, grid: tuple[int, int], z: Tensor) -> Callable:
+    def _run(self, net: DiT, z: Tensor) -> Callable:
         "The net, compiled if asked; its position tables are made before, so that they are constants."
         if net is not self.net or not self.compile: return net
         backend = self.compile if isinstance(self.compile, str) else 'inductor'
         if self._forward is None: self._forward = torch.compile(net, backend=backend)
-        net.position_tables(*grid, z.device, z.dtype)
+        p = net.config.patch_size
+        net.position_tables(z.shape[2]//p, z.shape[3]//p, z.device, z.dtype)
         return self._forward
     def _check(self, c: DiTConfig, z: Tensor, y: Condition) -> None:
         "UserError unless latents and labels fit the net; labels on a device are looked at once."
@@ -184,11 +186,16 @@ class _FlowTerms(_FlowNets):
              f'labels from {low} to {high} for a net of {c.num_classes} classes; build '
                                                'the net with num_classes for this data')
         self._labelled = True
+    def targets(self, batch: Batch, z: Tensor, # latents of these images
+                cls_noise: Tensor | None = None) -> FlowTargets:
+        "What the outputs of the net are compared with, by the VFMs."
+        return _flow_targets(self.vfms, self.net.config, batch, z, cls_noise, self.flow.spatial)
     def terms(self, batch: Batch,
               seen: int = 0,                 # images so far: decides the law of t
               net: DiT | None = None, # another net of the same shape, such as the average; None: that in training
               t: Tensor | None = None, noise: Tensor | None = None, # see `flow_loss`
-              cls_noise: Tensor | None = None # see `FlowTargets`
+              cls_noise: Tensor | None = None, # see `FlowTargets`
+              targets: FlowTargets | None = None # None: `targets` of the batch
              ) -> dict[str, Tensor]:
         "The loss terms of a batch, as `flow_loss` gives them. UserError on latents or labels that do not fit the net."
         net, f, draws = net or self.net, self.flow, batch.get('draws')
@@ -197,15 +204,13 @@ class _FlowTerms(_FlowNets):
         self._check(c, z, y)
         drops = net.training and c.label_dropout
         drop = uniforms_for(batch['label'], draws, 'label') < c.label_dropout if drops else None
-        grid = z.shape[2]//c.patch_size, z.shape[3]//c.patch_size
-        targets = _flow_targets(self.vfms, c, batch, grid, cls_noise, f.spatial)
-        run = self._run(net, grid, z)
+        run = self._run(net, z)
         def velocity(z_t: Tensor, t: Tensor, y: Condition, cls: Tensor | None = None
                     ) -> Tensor | tuple[Tensor, Tensor] | DiTOutput:
             with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
                 return run(z_t, t, y, cls, drop, layers=() if c.z_dims or c.base_depth else None)
         return flow_loss(velocity, z, y, f.weights, t, noise, draws, f.law(seen), f.path, f.predict, f.weighting,
-                         targets)
+                         targets or self.targets(batch, z, cls_noise))
 
 # %% ../nbs/41_flow_task.ipynb #6060144b
 class FlowTask(_FlowTerms):

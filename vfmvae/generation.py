@@ -39,6 +39,7 @@ from .extractors import Extractor
 from .statistics import Statistics
 from .evaluate import gfid, Record
 from .text import caption_table, Text, TEXT, text_encoder, TextEncoder
+from .flow import FlowTargets
 from .dit import Condition, DiT, save_net
 from .samplers import sample_latents, Sampler
 from .latents import cache_latents, cache_name, described, latent_digest, LatentCache
@@ -366,7 +367,7 @@ class _JointNets(TokenizerTask):
         need(not stage.equivariance, f'stage {stage.name!r} changes the size of latents, on which a net learns; leave '
                                      'equivariance out')
         need(not flow.net.config.text_dim, 'a net of captions learns on finished latents; give one of classes')
-        self.also, self.micro = dict(net=(flow.optimizers['net'], flow.flow.clip)), list[dict]()
+        self.also = dict(net=(flow.optimizers['net'], flow.flow.clip))
         super().__init__(model, stage, perceptual, **how)
         self.flow, self.norm = flow, nn.BatchNorm2d(model.channels, eps=1e-4, affine=False)
         self.nets |= dict(net=flow.net, net_average=flow.ema.net, norm=self.norm)
@@ -390,27 +391,24 @@ class _JointNets(TokenizerTask):
 class JointTask(_JointNets):
     """Trains a tokenizer by one `Stage` and a net on its latents, in one step, for `fit` (REPA-E, Leng et al. 2025).
     Batches hold `image` and `label`. The norm is of each micro-batch, over all processes."""
-    def _model_terms(self, i: int, x: Tensor, draws: Draws | None, seen: int, **net: Any) -> dict[str, Tensor]:
+    def _model_terms(self, i: int, b: dict, draws: Draws | None, seen: int, **net: Any) -> dict[str, Tensor]:
         "Terms of the tokenizer, and of the net as `net_...`; the sum `loss` moves each by its own."
         # both halves draw the same noise and noise levels
-        again = draws or Draws(int(torch.randint(2**31, ())), range(len(x)), x.device)
-        batch, latents = dict(self.micro[i], draws=again.named('net')), list[Tensor]()
+        again = draws or Draws(int(torch.randint(2**31, ())), range(len(b['image'])), b['image'].device)
+        batch, kept = dict(b, draws=again.named('net')), list[tuple[Tensor, FlowTargets]]()
         learning = [p for p in self.flow.net.parameters() if p.requires_grad]
         def terms(z: Tensor, learn: bool) -> dict[str, Tensor]:
-            return self.flow.terms(batch | dict(mean=self.normed(z.float(), learn), logvar=None), seen-self.start-1)
+            return self.flow.terms(batch | dict(mean=self.normed(z.float(), learn), logvar=None), seen-self.start-1,
+                                   targets=kept[0][1])
         def aligned(z: Tensor) -> Tensor:
-            latents.append(z.detach())
+            kept.append((z.detach(), self.flow.targets(batch, z)))
             with held_fixed(learning): return terms(z, False)['repa']
-        found = super()._model_terms(i, x, draws, seen, net=aligned)
-        own = {f'net_{k}': v for k, v in terms(latents[0], True).items() if not v.ndim}
+        found = super()._model_terms(i, b, draws, seen, net=aligned)
+        own = {f'net_{k}': v for k, v in terms(kept[0][0], True).items() if not v.ndim}
         return found | own | dict(loss=found['loss']+own['net_loss'])
     def _average(self, n: int, seen: int) -> None:
         super()._average(n, seen)
         self.flow.ema.update(self.flow.net, n, seen)
-    def step(self, micro: list[dict], backward: Callable, sync: Callable, seen: int) -> dict[str, float]:
-        "The discriminators' descent, that of tokenizer and net, the averages. Raises `NotFinite` as `TokenizerTask`."
-        self.micro = micro
-        return super().step(micro, backward, sync, seen)
     def finish(self) -> tuple[TrainableTokenizer, DiT]:
         "The averages, in eval mode; what normed the latents has become the tokenizer's `stats`."
         tok, s, n = self.ema.net.eval(), self.ema.net.stats, self.norm
@@ -420,7 +418,7 @@ class JointTask(_JointNets):
 # %% ../nbs/48_generation.ipynb #e77a33a6
 def train_jointly(preset: str | Preset,         # of the tokenizer: a key of PRESETS, or one's own
                   net: str | FlowPreset,        # of the net, with 'repa' among its losses
-                  data: Data = 'world',         # images, see `open_data`; REPA-E does not augment them
+                  data: Data = 'world',         # images, see `open_data`; not augmented
                   vfm: str | VFM | None = None, # the tokenizer's frozen VFM; None: the preset's
                   start: str | Path | None = None, # go on from a stage's folder or a finished tokenizer
                   stage: Stage = JOINT,         # of the tokenizer; its `num_images` is not looked at

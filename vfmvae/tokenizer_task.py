@@ -446,14 +446,15 @@ class _Descents(_Record):
         if key not in self.features:
             self.features[key] = self.model.vfm_features(x if key[1] == 1 else self.model.shrink(x, key[1]))
         return dict(warp=warp, features=self.features[key], draws=draws)
-    def _discriminator_terms(self, i: int, x: Tensor, draws: Draws | None) -> dict[str, Tensor]:
-        how = self._shared(i, x, draws)
+    def _discriminator_terms(self, i: int, b: dict, draws: Draws | None) -> dict[str, Tensor]:
+        x, how = b['image'], self._shared(i, b['image'], draws)
         with torch.no_grad(): _, _, images, target = forward_training(self.model, x, **how, noise=self.stage.noise)
         learning = {k: d for k, d in self.discriminators.items() if k not in self.without}
         return discriminator_losses(learning, target, images[0], draws)
-    def _model_terms(self, i: int, x: Tensor, draws: Draws | None, seen: int, **net: Any) -> dict[str, Tensor]:
-        return tokenizer_losses(self.model, x, self.stage, self.perceptual, seen, self.discriminators,
-                                without=self.without, loss_scale=self.loss_scale, **net, **self._shared(i, x, draws))
+    def _model_terms(self, i: int, b: dict, draws: Draws | None, seen: int, **net: Any) -> dict[str, Tensor]:
+        return tokenizer_losses(self.model, b['image'], self.stage, self.perceptual, seen, self.discriminators,
+                                without=self.without, loss_scale=self.loss_scale, **net,
+                                **self._shared(i, b['image'], draws))
 
     def _descend(self, name: str, terms: Callable, micro: list[dict], backward: Callable, sync: Callable,
                  average: Callable[[], object] | None = None) -> dict[str, float]:
@@ -461,9 +462,9 @@ class _Descents(_Record):
         of_model, losses, optimizer = name == 'model', list[dict[str, Tensor]](), self.optimizers[name]
         goal, scale, clip = ('loss', self.loss_scale, self.clip) if of_model else ('loss_d', 1., None)
         def compute(i: int, b: dict) -> dict[str, Tensor]:
-            x, draws = b['image'], b.get('draws')
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
-                return terms(i, x, None if draws is None else draws.named(_STREAMS[name]))
+            draws = b.get('draws')
+            with torch.autocast(b['image'].device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
+                return terms(i, b, None if draws is None else draws.named(_STREAMS[name]))
         optimizer.zero_grad(set_to_none=True)
         # pictures on another device are not looked at: there the losses name themselves
         dark = any(b['image'].device.type == 'cpu' and not b['image'].isfinite().all() for b in micro)
