@@ -225,6 +225,8 @@ class Still:
     "Stands for a frozen VFM in a training step: tokens of DINOv2-B's width, no work."
     name, patch, dim, interpolation = 'none', 14, 768, 'bicubic'
     def to(self, where: Any) -> 'Still': return self
+    def twin(self) -> 'Still': return self
+    def train(self, mode: bool = True) -> 'Still': return self
     def with_class(self, x: Any) -> tuple[Any, Any]:
         n = (x.shape[2]//self.patch)*(x.shape[3]//self.patch)
         return x.new_ones(len(x), self.dim), x.new_ones(len(x), n, self.dim)

@@ -134,7 +134,7 @@ class Box:
     def wait(self, ok, what: str, seconds: float) -> None:
         "As `until`; a failure says what the lab shows."
         try: until(self.page, ok, what, seconds)
-        except AssertionError as e: raise AssertionError(f'{e}: {self.box.inner_text()[-500:]}') from None
+        except AssertionError as e: raise AssertionError(f'{e}: {self.status()} {self.seen()[1][:700]}') from None
     def seen(self) -> tuple[str, str]:
         "(picture, words)"
         return self.box.locator('.vp').inner_html(), self.box.locator('[role=status]').inner_text()

@@ -189,7 +189,7 @@ class _ExplorerState(SetLab[ExplorerState]):
         check_fits(state.transform, state.strength, getattr(data, 'size', None) or self.session.size)
     def go(self, action: Mapping[str, object]) -> None:
         "As of any lab; a second click on a token lets it go."
-        self.set(**(dict(place=()) if action.get('place') == self.state.place else action))
+        self.set(**(dict(place=()) if action.get('place') == [*self.state.place] else action))
 
 # %% ../nbs/54_explorer.ipynb #dac15fa1
 _GRAPHS: dict[str, Callable] = dict(cknna=cknna, mutual_knn=mutual_knn)   # take a graph, which serves every k

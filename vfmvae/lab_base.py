@@ -6,7 +6,7 @@
 __all__ = ['LabState', 'Latest', 'Lab']
 
 # %% ../nbs/52_lab_base.ipynb #93d3300a
-import asyncio, html, inspect, itertools, json, math, re, time
+import asyncio, html, inspect, itertools, json, math, time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,7 +22,7 @@ from .core import DataclassLike, extra, nearest, need, PathLike, UserError
 from .files import write_atomic
 from .runtime import progress
 from .plots import save_figure
-from .pages import Page
+from .pages import clicked, Page
 from .lab_parts import as_field, Control, export_html, Job
 
 # %% ../nbs/52_lab_base.ipynb #0527d0bf
@@ -283,11 +283,10 @@ class _Mouse(_Rail[LabState]):
             self.dragged = made(source=self.picture, watched_events=[], wait=40)
             self.dragged.on_dom_event(self.touched)
     def touched(self, event: dict) -> None:
-        "A click on an element of class `go-3` makes the third change of the page."
+        "A click makes the changes that its element stands for, a mouse drawn over a chart chooses."
         # of a part of a drawing: an object
         names, kind = str((event.get('target') or {}).get('className')), event.get('type')
-        at, actions = re.search(r'\bgo-(\d+)\b', names), self._page.actions
-        if kind == 'click' and at and int(at[1]) < len(actions): self.attempt(self.go, actions[int(at[1])])
+        if kind == 'click' and (changes := clicked(names)): self.attempt(self.go, changes)
         if kind == 'mousedown' and 'pad' in names.split():
             self._line, self.dragged.watched_events = [(event['offsetX'], event['offsetY'])], ['mousemove']
             self._corner = event['clientX']-event['offsetX'], event['clientY']-event['offsetY']
@@ -474,7 +473,7 @@ class Lab(_Kept[LabState]):
             state = replace(self.state, **{k: v[i] for (k, v), i in zip(moved.items(), at, strict=True)})
             self.allow(state)
             page = self.page(state)
-            frames[','.join(map(str, at))] = [page.html(), page.words, page.actions]
+            frames[','.join(map(str, at))] = [page.html(), page.words]
             if page.sheet: sheets[page.sheet.css] = None
         slider = Control('slide', '')
         axes = [dict(name=k, values=[specs.get(k, slider).show(x) for x in v], start=v.index(getattr(self.state, k)),

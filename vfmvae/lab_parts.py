@@ -202,8 +202,8 @@ const c=a.box=l.appendChild(document.createElement(a.slide?'input':'select'));
 if(a.slide){{c.type='range';c.min=0;c.max=a.values.length-1;a.out=l.appendChild(document.createElement('output'))}}
 else a.values.forEach((v,j)=>c.add(new Option(v,j)));
 c.addEventListener('input',()=>{{at[i]=+c.value;moved()}})}});
-document.querySelector('#picture').addEventListener('click',e=>{{const m=/go-([0-9]+)/.exec(e.target.className);
-if(!m)return;const go=Object.entries(frames[at.join()][2][m[1]]),to=go.map(([n,v])=>{{
+document.querySelector('#picture').addEventListener('click',e=>{{const m=/go-(\\S+)/.exec(e.target.className);
+if(!m)return;const go=Object.entries(JSON.parse(decodeURIComponent(m[1]))),to=go.map(([n,v])=>{{
 const i=axes.findIndex(a=>a.name===n);return [i,i<0?-1:axes[i].raw.indexOf(JSON.stringify(v))]}});
 if(to.every(([i,j])=>j>=0)){{to.forEach(([i,j])=>at[i]=j);moved()}}}});
 addEventListener('hashchange',read);read();
@@ -213,6 +213,6 @@ addEventListener('hashchange',read);read();
 def _in_script(x: object) -> str: return json.dumps(x).replace('</', '<\\/')      # a name must not end the script
 
 def export_html(title: str, axes: Sequence[dict], frames: Mapping[str, Sequence], sheet: str) -> str:
-    """A page that shows `frames` ('0,2' -> [HTML, words, what clicks change]) by controls, one for each axis: `name`,
+    """A page that shows `frames` ('0,2' -> [HTML, words]) by controls, one for each axis: `name`,
     `values` in words, `raw` as JSON, `start`, `slide`. `sheet`: style sheets of all frames."""
     return _EXPORT.format(title=html.escape(title), axes=_in_script(axes), frames=_in_script(frames), sheet=sheet)
