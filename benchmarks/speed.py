@@ -278,8 +278,9 @@ def flow(a):
 
 
 def captions_row(batch=64, rounds=7, device='cpu'):
-    """A training step of a net of captions against that of a class net of its width and depth; beside them, what it takes to make numbers of
-    the words of its captions, and to look up the states of a language model of 384 channels that were made before."""
+    """A training step of a net of captions against that of a class net of its width and depth, and the ratio of their operations (`limit`);
+    beside them, what it takes to make numbers of the words of its captions, and to look up the states of a language model of 384 channels that
+    were made before."""
     p, c = (FLOW_PRESETS[f'{k}-vfmvae-tiny-f8d16'] for k in ('lumina', 'dit'))
     assert (p.net.hidden_size, p.net.depth, p.net.patch_size) == (c.net.hidden_size, c.net.depth, c.net.patch_size)
     said = [*dict.fromkeys(captions_of(World(4000, seed=3), None))]
@@ -291,7 +292,8 @@ def captions_row(batch=64, rounds=7, device='cpu'):
                 words=lambda: encode(some), table=lambda: table.text(rows))
     times = take_turns(runs, rounds)
     steps = {k: dict(images_per_s=batch/times[k]['wall'], **against(times, k, 'classes')) for k in ('captions', 'classes')}
-    return dict(preset='lumina-vfmvae-tiny-f8d16', batch=batch, table=len(table), **steps,
+    limit = forward_gflop(c.net, c.latent)/forward_gflop(p.net, p.latent)
+    return dict(preset='lumina-vfmvae-tiny-f8d16', batch=batch, table=len(table), **steps, limit=limit,
                 shares={k: 1/against(times, k, 'captions')['speedup'] for k in ('words', 'table')})
 
 
@@ -462,7 +464,7 @@ def told(rows):
     for name, r in rows.items() if isinstance(rows, dict) else ((f"{r.get('preset') or r['n']}", r) for r in rows):
         if 'p50' in r: text = ', '.join(f'{k} {r[k]*1e3:.0f} ms' for k in ('p50', 'p95', 'whole_p95', 'cpu') if k in r)
         elif 'shares' in r:
-            text = f"{r['captions']['images_per_s']:.4g} images/s, {r['captions']['speedup']:.2f} times a class net; " + ', '.join(
+            text = f"{r['captions']['images_per_s']:.4g} images/s, {r['captions']['speedup']:.2f} times a class net ({r['limit']:.2f} by operations); " + ', '.join(
                 f'{k} {v:.2%} of a step' for k, v in r['shares'].items())
         elif 'ratio_best' in r: text = ', '.join(f'{k} {r[k]:.3g}' for k in ('ratio', 'ratio_best', 'dense_ratio', 'extra_mib') if k in r)
         elif 'step_share' in r:
