@@ -251,7 +251,7 @@ def test_weights_of_others_come_in_through_one_door():
 def test_json_of_others_is_read_and_ours_is_written_at_one_place():
     # folders.py: a list of class names; evaluate.py: text inside an archive; run.py: lines of a log
     assert set(calls(r'\bjson\.loads?\(')) <= {'files.py', 'folders.py', 'evaluate.py', 'run.py'}
-    assert set(calls(r'\bjson\.dumps?\(')) <= {'files.py', 'lab_base.py', 'lab_parts.py', 'session.py'}
+    assert set(calls(r'\bjson\.dumps?\(')) <= {'files.py', 'lab_base.py', 'lab_parts.py', 'pages.py', 'session.py'}
 
 
 def asks_in_advance(tree: ast.AST) -> list[int]:

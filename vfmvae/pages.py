@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../nbs/49_pages.ipynb #bcb3beae
-from .files import digest
+from .files import digest, parse_json
 from .plots import blank, inches, paper_style
 
 # %% ../nbs/49_pages.ipynb #a7169fb2
@@ -161,16 +161,17 @@ def _painted(chart: Chart, width: float) -> tuple[str, tuple[float, float], tupl
     text = text.replace('#000000', 'currentColor').replace('#ffffff', 'var(--back)')
     return re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r'\1', text), (x0, 1-y0), (x1-x0, y0-y1)
 
-# %% ../nbs/49_pages.ipynb #9d192095
+# %% ../nbs/49_pages.ipynb #3535dd4d
 def _go(changes: Go) -> str: return f' go go-{quote(json.dumps(dict(changes)))}' if changes else ''
 
-def clicked(classes: str # of an element of `Page.html()`
+def clicked(names: str # classes of an element of `Page.html()`
            ) -> dict:
     """What a click on it changes in the state of a lab; {}: nothing. The element holds it itself, so a click on a page
     that is just being replaced means what was seen."""
-    at = re.search(r'\bgo-(\S+)', classes)
-    return json.loads(unquote(at[1])) if at else {}
+    at = re.search(r'\bgo-(\S+)', names)
+    return parse_json(unquote(at[1]), 'a place to click') if at else {}
 
+# %% ../nbs/49_pages.ipynb #9d192095
 class _Screen:
     "A page for a screen: its text."
     def __init__(self, page: 'Page'):
