@@ -16,7 +16,8 @@ test_browser.CELLS[:] = [
 
 
 def taken(box) -> Image.Image:
-    "The lab on white, without what stands below its picture."
+    "The lab on white, without what stands below its picture, once all its work is done."
+    box.wait(lambda: box.at_rest() and not box.box.locator('.widget-hprogress:visible').count(), 'a picture is not whole', 120)
     box.page.mouse.move(2, 2)
     box.page.wait_for_timeout(600)
     im = Image.open(io.BytesIO(box.box.screenshot())).convert('RGB')

@@ -358,7 +358,7 @@ class _Screen(_Box[LabState]):
         self._incomplete = False
         if isinstance(answer, Exception): return self.complain(answer)
         page, text, self._incomplete = answer
-        self.sheet.value = page.sheet.css if page.sheet else ''
+        self.sheet.value = page.style
         self.picture.value, self._page = text, page
         try: self.restore()       # what was opened meanwhile may offer more choices
         except Exception as e: return self.complain(e)
@@ -474,7 +474,7 @@ class Lab(_Kept[LabState]):
             self.allow(state)
             page = self.page(state)
             frames[','.join(map(str, at))] = [page.html(), page.words]
-            if page.sheet: sheets[page.sheet.css] = None
+            sheets[page.style] = None
         slider = Control('slide', '')
         axes = [dict(name=k, values=[specs.get(k, slider).show(x) for x in v], start=v.index(getattr(self.state, k)),
                      raw=[json.dumps(x) for x in v], slide=specs.get(k, slider).kind != 'choice')

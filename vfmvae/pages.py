@@ -177,7 +177,7 @@ class _Screen:
     def __init__(self, page: 'Page'):
         self.sheet = page.sheet
         parts = ''.join(map(self.section, page.sections))
-        self.text = f'<div class="vp" role="group" aria-label="{html.escape(page.words)}">{_STYLE}{parts}</div>'
+        self.text = f'<div class="vp" role="group" aria-label="{html.escape(page.words)}">{parts}</div>'
     def tile(self, t: Tile) -> str:
         glyph, colour = FRAMES.get(t.frame, ('', ''))
         words, sign = html.escape(t.caption), f'<span class="sign">{glyph}</span>' if glyph else ''
@@ -266,8 +266,12 @@ class Page:
         at = [(wide*(x0+dx*p.x), high*(y0+dy*p.y)) for p in s.chart.spots]
         return np.flatnonzero(Path([*line, line[0]]).contains_points(at)).tolist()
     def html(self) -> str:
-        "One element for a screen: no script, nothing loaded; `sheet.css` is apart. Equal pages give equal text."
+        "One element for a screen: no script, nothing loaded; `style` is apart. Equal pages give equal text."
         return self._screen.text
+    @property
+    def style(self) -> str:
+        "The style sheets of `html()`: apart, since many pages share them."
+        return _STYLE + (self.sheet.css if self.sheet else '')
     def figure(self, width: str | float = 'full' # 'column', 'full' (of a two-column paper) or inches
               ) -> 'Figure':
         "The page as one figure, its words and charts as vectors; `.data` are its rows."

@@ -171,7 +171,8 @@ class FeatureCache:
         def run(free: Callable, tick: Callable) -> None:
             todo = {str(self.key(s, view, seed)): (s, s.layers) for s in sources if self.get(s, view, seed) is None}
             images = _Yielding(self.images, free, tick)
-            found = extract_views(todo, images, [view] if view else (), batch_size=32, seed=seed, quiet=True,
+            # a picture waits for the batch that is on its way: of 32, for most of a second
+            found = extract_views(todo, images, [view] if view else (), batch_size=8, seed=seed, quiet=True,
                                   clean=view is None)
             for name, (s, layers) in todo.items():
                 key, made = self.key(s, view, seed), {k: found[view_name(view), name, k].features for k in layers}
