@@ -508,7 +508,8 @@ REASONS = {
         samplers.trajectory samplers.classifier_free samplers.internal_guidance samplers.velocity_field samplers.time_grid samplers.diffusion
         statistics.with_progress statistics.own_part statistics.own_statistics statistics.images_at_once""",
     'of rows that are there': '''diffusability.compare_diffusability diffusability.epochs_to probes.classes_of robustness.robustness_figure
-        robustness.layer_figure evaluate.compare_statistics evaluate.compare_judges''',
+        robustness.layer_figure evaluate.compare_statistics evaluate.compare_judges
+        metrics.difference metrics.verdict pages.clicked''',
     }
 ASIDE = {name: why for why, names in REASONS.items() for name in names.split()}
 LOOKED = ('features', 'views', 'align', 'robustness', 'similarity', 'probes', 'metrics', 'neighbours', 'extractors', 'statistics', 'evaluate',

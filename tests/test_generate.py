@@ -145,6 +145,20 @@ def test_names_that_are_none_are_refused(tmp_path, names):
     assert 'shard-00000.safetensors' in one_line(decode_latents, Grey(), tmp_path/'z', tmp_path/'out')
 
 
+def test_pictures_of_an_earlier_run_are_not_left_among_the_new_ones(tmp_path):
+    "Who measures the folder would measure both."
+    net, toy, out = net_of(), Toy(), tmp_path/'drawn'
+    generate(net, 4, tokenizer=toy, out=out, steps=1)
+    assert len(generate(net, 4, seed=5, tokenizer=toy, out=out, steps=1)) == 4                # all of them are written anew
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    assert 'holds 2 other pictures, such as 000002.png; empty it' in one_line(generate, net, 2, tokenizer=toy, out=out, steps=1)
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+    (tmp_path/'seen'/'a').mkdir(parents=True)
+    (tmp_path/'seen'/'a'/'old.png').write_bytes(b'')
+    cache = cache_latents(toy, World(3, seed=8, size=16), tmp_path/'latents')
+    assert 'holds 1 other pictures, such as a/old.png' in one_line(decode_latents, toy, cache, tmp_path/'seen')
+
+
 def test_where_no_name_is_known_there_are_numbers(tmp_path):
     spoil(cache_latents(Grey(), Named(['a', 'b', 'c']), tmp_path/'z', shard_size=2), '{}')
     assert [f.name for f in decode_latents(Grey(), tmp_path/'z', tmp_path/'out')] == ['000000.png', '000001.png', 'c.png']

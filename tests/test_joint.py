@@ -12,6 +12,7 @@ from torch import nn
 from fakecuda import clear, CUDA, cuda, SYNC
 from vfmvae.core import Draws, UserError
 from vfmvae.data import loader
+from vfmvae.files import data_dir
 from vfmvae.flow import flow_loss, FlowTargets, interpolate, repa_loss, sample_t
 from vfmvae.flow_task import vfm_targets
 from vfmvae.generation import generate, JOINT, open_net, train_jointly
@@ -163,6 +164,16 @@ def test_a_pair_is_read_again_and_belongs_together(pair, tmp_path):
     assert more.stats.fitted and math.isfinite(rows[-1]['loss'])
 
 
+def test_it_begins_where_the_preset_says(tmp_path):
+    "As the stages of a tokenizer do; images are those of whole steps."
+    begun, plain = (replace(PRESETS['conv-tiny-f8d16'], start=start) for start in ('conv-tiny-f8d16', None))
+    how = dict(stage=PLAIN, num_images=6, batch_size=4, **quiet)
+    _, net, rows = train_jointly(begun, NET, World(24, seed=100), **how)
+    given = train_jointly(plain, NET, World(24, seed=100), start=data_dir()/'weights'/'conv-tiny-f8d16.safetensors', **how)[2]
+    fresh = train_jointly(plain, NET, World(24, seed=100), **how)[2]
+    assert rows[-1]['l1'] == given[-1]['l1'] < .6*fresh[-1]['l1'] and net.meta['recipe']['images'] == 4
+
+
 @pytest.mark.parametrize('says, call', [
     ("weigh 'repa' in the stage", lambda: train_jointly('conv-tiny-f8d16', BASE, stage=PLAIN)),
     ("weigh 'repa' in the stage", lambda: train_jointly('conv-tiny-f8d16', NET, stage=replace(PLAIN, weights=dict(l1=1.)))),
@@ -172,6 +183,7 @@ def test_a_pair_is_read_again_and_belongs_together(pair, tmp_path):
                                                                num_images=4, batch_size=4, **quiet)),
     ('give one of classes', lambda: train_jointly('conv-tiny-f8d16', replace(FLOW_PRESETS['lumina-conv-tiny-f8d16'], flow=NET.flow, vfms=('tiny',),
                                      net=replace(FLOW_PRESETS['lumina-conv-tiny-f8d16'].net, z_dims=(128,), encoder_depth=1)), stage=PLAIN)),
+    ("stage is 'gan'; give a Stage", lambda: train_jointly('conv-tiny-f8d16', NET, stage='gan')),
     ('leave shard out', lambda: train_jointly('conv-tiny-f8d16', NET, stage=PLAIN, shard=True)),
     ('weighs repa, which is of a net', lambda: train_tokenizer(replace(PRESETS['conv-tiny-f8d16'], stages=(replace(PLAIN, num_images=8),)), World(8),
                                                               batch_size=4, **quiet)),

@@ -1,5 +1,5 @@
 "Captions: what is said is seen, whose caption it is, and what nets get of it."
-import io, itertools, tarfile, warnings
+import io, itertools, re, tarfile, warnings
 from collections import Counter
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from PIL import Image
 from fakecuda import CPU, CUDA, cuda
 from vfmvae.captions import (caption, captions_of, held_out, HUES, hue_of, hue_words, OPTIONAL, parse, read_prompts, split, TRAINED, VALUES, VOCABULARY,
                              WORDINGS, words_of, world_captions)
-from vfmvae.core import Notice, raises
+from vfmvae.core import Notice, raises, UserError
 from vfmvae.data import as_dataset, select_classes, Subset, take, TensorSet
 from vfmvae.files import load_weights, save_weights
 from vfmvae.folders import folder, photographs, shards
@@ -410,6 +410,63 @@ def test_encoders_are_loaded_by_name(tmp_path, kind):
     assert 'decoder' not in ' '.join(dict(got.model.named_parameters()))
     (tmp_path/'m'/'config.json').write_text('{}')
     with raises('no text encoder that can be loaded'): load_text(tmp_path/'m')
+
+
+def placed(kind, places=16):
+    "A model with few places."
+    torch.manual_seed(3)
+    size = dict(vocab_size=len(VOCAB), num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, pad_token_id=0,
+                max_position_embeddings=places)
+    if kind == 'gpt2':
+        return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=len(VOCAB), n_embd=32, n_layer=2, n_head=4, n_positions=places, bos_token_id=2, eos_token_id=3))
+    if kind == 'distilbert':
+        return hf.DistilBertModel(hf.DistilBertConfig(vocab_size=len(VOCAB), dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=places))
+    if kind == 'opt':
+        return hf.OPTModel(hf.OPTConfig(vocab_size=len(VOCAB), hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32,
+                                        max_position_embeddings=places))
+    if kind == 'whole clip':
+        seen = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=16)
+        return hf.CLIPModel(hf.CLIPConfig(text_config=dict(size, bos_token_id=2, eos_token_id=3), vision_config=seen))
+    return {'masked bert': lambda: hf.BertForMaskedLM(hf.BertConfig(**size)), 'masked roberta': lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**size)),
+            'qwen with a head': lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**size, num_key_value_heads=2))}[kind]()
+
+
+PLACED = ['masked bert', 'masked roberta', 'gpt2', 'distilbert', 'opt', 'whole clip', 'qwen with a head']
+
+
+@pytest.mark.parametrize('kind', PLACED)
+def test_whole_models_are_read_below_their_heads_and_never_beyond_their_places(kind):
+    net, many = placed(kind).eval(), 'ring '*40
+    encoder = HFText(net, tokenizer(), 'tiny')
+    core = net.text_model if kind == 'whole clip' else net.base_model
+    with pytest.warns(Notice, match='tiny: 1 captions have more than'): text = encoder(['a ring', many])
+    used = text.mask.sum(1).tolist()
+    assert used[0] == 4 and used[1] == encoder.max_tokens in (16, 15)                      # RoBERTa's kind begins to count behind its padding
+    with torch.no_grad(): want = core(input_ids=torch.tensor([tokenizer()('a ring')['input_ids']])).last_hidden_state[0]
+    assert (text.tokens[0, :4]-want).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize('kind', ['masked bert', 'masked roberta', 'gpt2', 'whole clip'])
+def test_the_files_of_a_model_give_one_fingerprint_and_lack_nothing(tmp_path, kind):
+    placed(kind).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    got, again = load_text(tmp_path), load_text(tmp_path)          # of masked ones the pooler, which nothing asks, is new each time
+    assert got.fingerprint() == again.fingerprint() and torch.equal(got(SOME[:2]).tokens, again(SOME[:2]).tokens)
+    tensors, _ = load_weights(tmp_path/'model.safetensors')
+    lost = [k for k in tensors if re.search(r'(q_proj|query|c_attn)\.weight$', k) and 'vision' not in k][0]
+    save_weights(tmp_path/'model.safetensors', {k: v for k, v in tensors.items() if k != lost}, dict(format='pt'))
+    with pytest.raises(UserError, match='lack 1 tensors, such as .*; copy them again'): load_text(tmp_path)
+
+
+def test_counts_and_queries_that_cannot_be_are_one_line():
+    net = placed('masked bert')
+    for bad in (0, 2, -3, 'a'):
+        with raises('max_tokens'): HFText(net, tokenizer(), max_tokens=bad)
+    with raises('queries are'): HFText(net, tokenizer(), queries=torch.zeros(3, 7))
+    with raises('no room for a caption'): HFText(net, tokenizer(), queries=torch.zeros(14, 32))
+    assert HFText(net, tokenizer(), queries=torch.zeros(8, 32))(['ring '*40]).tokens.shape == (1, 8, 32)
+    left, right = (HFText(net, tokenizer(**how), max_tokens=6)(['a red ring on a blue ground']).tokens for how in (dict(truncation_side='left'), {}))
+    assert torch.equal(left, right)
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch):

@@ -165,6 +165,24 @@ def test_both_layouts_are_read_strictly(tmp_path):
     with pytest.raises(UserError, match='base_tokens: 1 has no logarithm'): load_text_net(sd, base_sequence_length=1)
 
 
+@pytest.mark.parametrize('odd', [dict(data_time=False), dict(time_scale=1000.), dict(z_dims=(7,), encoder_depth=1),
+                                 dict(predict='data', data_time=False, text_projection=True, time_scale=1000.),
+                                 dict(text_projection=True), dict(text_projection=True, time_scale=1000., data_time=True)])
+def test_a_net_that_a_layout_would_bring_back_as_another_is_not_exported(odd):
+    net = net_of(**(dict(data_time=True) | odd))
+    with pytest.raises(UserError, match=r'^[^\n]*has no place in these layouts[^\n]*$'): export_text_net(net)
+
+
+@torch.no_grad()
+def test_what_is_exported_comes_back_as_it_was():
+    for how in (dict(data_time=True), dict(text_projection=True, time_scale=1000., data_time=False)):
+        net = net_of(**how)
+        again = load_net(export_text_net(net), 'lumina', patch_size=net.config.patch_size)
+        z, t, y = normal(3, net.config.in_channels, 8, 8), torch.rand(3, generator=gen(2)), captions(3)
+        want = net(z, t, y)
+        assert (again(z, t, y)-want).abs().max() < 1e-5*want.abs().max()
+
+
 @pytest.mark.parametrize('width,heads,kv,multiple', [(56, 7, 7, 1), (48, 6, 2, 1), (88, 11, 1, 5), (40, 5, 5, 32)])
 @torch.no_grad()
 def test_any_width_inside_is_read_off_the_file(width, heads, kv, multiple):
@@ -211,6 +229,12 @@ def test_training_resumes_to_the_bit_and_draws_what_is_said(trained):
     with pytest.raises(UserError, match="no word 'rign'.*nearest: ring.*line 2"): generate(net, [prompts[0], 'a rign on a red ground'])
     with pytest.raises(UserError, match='a sentence for each picture'): generate(net, 4)
     with pytest.raises(UserError, match='draws classes, not captions'): generate('dit-conv-tiny-f8d16', prompts)
+    for what in (dict(negative='a ring'), dict(encoder='bert')):
+        with pytest.raises(UserError, match='draws classes; leave negative and encoder out'): generate('dit-conv-tiny-f8d16', 2, steps=1, **what)
+    with pytest.raises(UserError, match='words of its own; leave the encoder out'): generate(net, prompts, steps=1, encoder='bert')
+    # each sentence is one line, however often it is drawn
+    with pytest.raises(UserError, match="no word 'rign'.*line 2"): generate(net, [prompts[0]]*9 + ['a rign on a red ground'])
+    with pytest.raises(UserError, match='holds 2 other pictures, such as 000001.png'): generate(net, prompts[:1], out=folder/'drawn', steps=1)
 
 
 def test_captions_of_an_epoch_depend_on_seed_epoch_and_image_alone(trained):
@@ -249,6 +273,18 @@ def test_another_encoder_is_asked_once_for_each_caption_and_no_other_is_taken(tr
     assert generate(net, ['ring'], steps=1, encoder=Letters()).images.shape == (1, 3, 64, 64)
     with pytest.raises(UserError, match='letters-1.*not of letters-2'): generate(net, ['ring'], steps=1, encoder=Letters('2'))
     with pytest.raises(UserError, match='give its encoder'): generate(net, ['ring'], steps=1)
+    # a run does not go on with another one; a caption that nobody can read is found before the first step
+    how = dict(data=kept, cache=folder/'latents', captions=said, batch_size=16, run=folder/'letters', show=lambda h: None)
+    train_flow(p, encoder=Letters(), num_images=32, **how)
+    with pytest.raises(UserError, match='another|other'): train_flow(p, encoder=Letters('2'), num_images=64, **how)
+    train_flow(p, encoder=Letters(), num_images=48, **how)
+    own = replace(PRESETS['lumina-conv-tiny-f8d16'], cosine=0)
+    steps = []
+    with pytest.raises(UserError, match=f"image 5 of {len(kept)}: no word 'wibble'"):
+        train_flow(own, kept, folder/'latents', captions=[*['a ring on a red ground']*5, 'a wibble', *['a ring on a red ground']*(len(kept)-6)],
+                   num_images=64, batch_size=16, show=steps.append)
+    assert not steps
+    with pytest.raises(UserError, match='words of its own; leave the encoder out'): train_flow(own, kept, folder/'latents', encoder=Letters(), num_images=64)
 
 
 def test_its_own_words_are_an_encoder_like_any_other():

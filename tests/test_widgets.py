@@ -289,6 +289,13 @@ def test_a_click_on_a_page_that_is_being_replaced_means_what_was_seen():
         assert lab.state == Number(number) and not lab.status.value.startswith('<')
 
 
+@pytest.mark.parametrize('odd', [None, 3, [], 'image', SamplerLab])
+def test_what_is_no_state_is_one_line(odd):
+    lab = ReconstructionLab(image=4)
+    with pytest.raises(UserError, match=r'^a state is a ReconstructionState or a dict of its fields[^\n]*$'): lab.state = odd
+    assert lab.state.image == 4
+
+
 def test_a_click_on_nothing_does_nothing():
     pytest.importorskip('ipywidgets')
     lab = Reader({0})
@@ -504,7 +511,7 @@ def test_paper_and_page(tmp_path):
     frames = json.loads(re.search(r'frames=(.*?),form=', page)[1].replace('<\\/', '</'))
     assert sorted(frames) == ['0,0', '1,0'] and all(picture.count('iVBOR') == 13 and words in picture for picture, words in frames.values())
     assert not re.search(r'https?:(?!//www.w3.org|//matplotlib)|src="(?!data)|@import|<link', page) and 'mask 1' in page
-    for bad in (dict(amount=[]), dict(image=range(999))):
+    for bad in (dict(amount=[]), dict(image=range(999)), dict(zzz=[1]), dict(image=3), dict(edit='mask')):
         with pytest.raises(UserError, match=r'^[^\n]+$'): lab.export(tmp_path/'no.html', **bad)
     with pytest.raises(UserError, match='no width'): lab.save(tmp_path/'x.pdf', 'wide')
 

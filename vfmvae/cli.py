@@ -244,6 +244,7 @@ def _generate(n: int = 16,               # how many
     said = vfmvae.captions.read_prompts(prompt) if prompt and prompt.lower().endswith('.txt') else [prompt]
     labels: Any = [k for k in said for _ in range(n)] if prompt else n if label is None else [label]*n
     folder, how = vfmvae.files.check_out(out), how | _sampling(**_take(how, _sampling))
+    vfmvae.core.need(tokenizer or not g_kwargs, '--g-kwargs describes a published tokenizer; give --tokenizer, too')
     tok = _tokenizer(tokenizer, g_kwargs, device) if tokenizer else None
     files = generate(labels=labels, out=folder, policy=policy, tokenizer=tok, seed=seed, device=device, **how)
     print(f'{len(files)} pictures in {folder.resolve()}')

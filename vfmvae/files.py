@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['home', 'data_dir', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json', 'parse_json', 'read_json',
-           'check_out', 'inside', 'digest', 'check_weights', 'check_state_dict', 'sidecar', 'tensors_at',
-           'save_weights', 'load_weights', 'halve', 'Table']
+           'check_out', 'check_pictures', 'inside', 'digest', 'check_weights', 'check_state_dict', 'sidecar',
+           'tensors_at', 'save_weights', 'load_weights', 'halve', 'Table']
 
 # %% ../nbs/01_files.ipynb #46ba2d1e
 import csv, hashlib, json, math, os, platform, shutil, tempfile, time, uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -170,6 +170,15 @@ def check_out(path: PathLike,             # to be written at the end
         with tempfile.TemporaryFile(dir=folder): pass
         if suffix and p.exists() and not os.access(p, os.W_OK): raise PermissionError(13, 'Permission denied')
     except OSError as e: raise _cannot(p, e) from None
+    return p
+
+def check_pictures(path: PathLike,       # a folder
+                   names: Collection[str] # of the PNG files that will be written into it
+                  ) -> Path:
+    "As `check_out`. UserError, too, where other pictures lie there: who measures the folder would measure a mixture."
+    p = check_out(path)
+    old = sorted({f.relative_to(p).as_posix() for f in p.rglob('*.png')} - {*names})
+    need(not old, f'{p} holds {len(old)} other pictures, such as {"".join(old[:1])}; empty it, or name another folder')
     return p
 
 def inside(folder: PathLike, # that may be written to

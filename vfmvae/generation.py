@@ -22,7 +22,7 @@ from torch import nn, Tensor
 
 # %% ../nbs/48_generation.ipynb #bdfc17c6
 from .core import build_config, Device, Draws, need, one_of, Registry, UserError, whole
-from .files import check_out, data_dir, to_json, write_atomic, write_json
+from .files import check_out, check_pictures, data_dir, to_json, write_atomic, write_json
 from .runtime import (average, device_of, make_accelerator, num_processes as num_together, progress, provenance,
                             rank as rank_of_this, seed_all)
 from .images import Dataset, to_pil
@@ -61,13 +61,17 @@ class Captioned:
     "Latents whose batches carry the captions of their images, as a net of captions takes them."
     def __init__(self, cache: LatentCache,
                  captions: Dataset | Sequence[str], # one for each latent; of a set: its own, a world's drawn each epoch
-                 encode: Callable[[Sequence[str]], Text]):
+                 encode: Callable[[Sequence[str]], Text],
+                 encoder: str = ''):                # fingerprint of a language model that `encode` is of
         ds = captions
         while isinstance(ds, Subset): ds = ds.ds
         texts = None if isinstance(ds, World) else captions_of(captions) if hasattr(captions, 'batch') else captions
         have = len(captions if texts is None else texts)
         need(have == len(cache), f'{have} captions for {len(cache)} images; give one for each, in their order')
-        self.cache, self.texts, self.encode = cache, texts, encode
+        for t, k in {t: k for k, t in reversed([*enumerate(texts or ())])}.items():
+            try: encode([t])      # now: a training would come to it hours from here
+            except UserError as e: raise UserError(f'image {k} of {have}: {e}') from None
+        self.cache, self.texts, self.encode, self.encoder = cache, texts, encode, encoder
         self.images: Any = captions
     def __len__(self) -> int: return len(self.cache)
     def captions(self, indices: Sequence[int], epoch: int = 0, seed: int = 0) -> list[str]:
@@ -80,7 +84,8 @@ class Captioned:
         return self.cache.batch(indices, epoch, seed, as_bytes) | {k: getattr(text, k) for k in TEXT}
     def fingerprint(self) -> str:
         "Of latents and captions, for `data.fingerprint`."
-        said = to_json([self.cache.fingerprint(), None if self.texts is None else [*self.texts]], None)
+        parts = [self.cache.fingerprint(), None if self.texts is None else [*self.texts], *filter(None, [self.encoder])]
+        said = to_json(parts, None)
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/48_generation.ipynb #7a863ed3
@@ -90,6 +95,7 @@ def encoder_of(net: DiT,
     "Captions to what this net takes. UserError: it takes none, or was trained on another encoder's."
     c, kept = net.config, net.meta.get('encoder')
     need(c.text_dim, 'this net draws classes, not captions; give class numbers')
+    need(not (c.vocabulary and encoder), 'this net has words of its own; leave the encoder out')
     if c.vocabulary: return net.y_embedder.words.numbers
     if encoder is None:
         raise UserError(f'the captions of this net are those of {kept or "a language model"}; give its encoder')
@@ -104,7 +110,8 @@ def _captioned(cache: LatentCache, ds: Dataset, captions: Sequence[str] | None, 
     "Latents and what is said of their images; what another encoder makes of a caption is made once."
     if encoder is None: return Captioned(cache, ds if captions is None else captions, encode)
     said = captions_of(ds, None, seed) if captions is None else captions
-    return Captioned(cache, said, caption_table(encoder, said).text)
+    table = caption_table(encoder, said)
+    return Captioned(cache, said, table.text, table.fingerprint)
 
 def _flow_task(p: FlowPreset, o: TrainOptions, classes: int, device: torch.device) -> FlowTask:
     "A net with fresh weights and all that its training needs."
@@ -257,20 +264,21 @@ def _labels(labels: int | Sequence[int] | Tensor, classes: int, policy: str, see
     return torch.from_numpy(y.astype(np.int64))
 
 # %% ../nbs/48_generation.ipynb #ec531729
-def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str, encoder: str | TextEncoder | None
+def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str | None, encoder: str | TextEncoder | None
           ) -> tuple[Condition, Tensor, tuple[str, ...]]:
     "(what the net is asked, the number of each sample, what the numbers mean)."
     texts = [labels] if isinstance(labels, str) else labels
     told = isinstance(texts, Sequence) and len(texts) and all(isinstance(k, str) for k in texts)
     if not net.config.text_dim:
         need(not told, 'this net draws classes, not captions; give class numbers')
+        need(negative is None and encoder is None, 'this net draws classes; leave negative and encoder out')
         y = _labels(labels, net.config.num_classes, policy, seed)
         return y, y, tuple(net.meta.get('classes', ()))
     need(told, 'this net draws captions; give a sentence for each picture')
-    every, number = encoder_of(net, encoder)([*texts, negative]), {k: i for i, k in enumerate(dict.fromkeys(texts))}
+    number = {k: i for i, k in enumerate(dict.fromkeys(texts))}          # each is encoded once, and counted as a line
+    every, at = encoder_of(net, encoder)([*number, negative or '']), torch.tensor([number[k] for k in texts])
     # what guidance leads away from stands where the empty caption is
-    text = Text(every.tokens[:-1], every.mask[:-1], every.tokens[-1], every.mask[-1])
-    return text, torch.tensor([number[k] for k in texts]), tuple(number)
+    return Text(every.tokens[at], every.mask[at], every.tokens[-1], every.mask[-1]), at, tuple(number)
 
 def _sampler(model: DiT, sampler: Sampler | None, given: dict[str, Any], device: torch.device
             ) -> tuple[Sampler, DiT | None]:
@@ -297,8 +305,8 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
              **how: object                      # fields of the `Sampler`: steps, guidance, interval, weak (a net) ...
             ) -> Any:
     """`Samples`, whose classes are the captions of a net of captions, or with `out` the paths of the PNG files.
-    UserError: no such net, another tokenizer, unknown labels, a
-    folder that cannot be written, samples that are not finite, several processes without a folder to share."""
+    UserError: no such net, another tokenizer, unknown labels, a folder that cannot be written or holds other pictures,
+    samples that are not finite, several processes without a folder to share."""
     group = num_together() if out is not None and num_processes is None else 1
     seed, batch_size = whole(seed, 'seed', -2**63, 2**63-1), whole(batch_size, 'batch_size', 1)
     num_processes = whole(group if num_processes is None else num_processes, 'num_processes', 1)
@@ -306,8 +314,8 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
     need(out is not None or num_processes == 1, f'{num_processes} processes share a folder of samples; give out')
     model = opened(net, open_net, device)
     tok = tokenizer_of(model, tokenizer)
-    asked, y, classes = _asked(model, labels, policy, seed, negative or '', encoder)
-    if out is not None: out = check_out(out)
+    asked, y, classes = _asked(model, labels, policy, seed, negative, encoder)
+    if out is not None: out = check_pictures(out, {f'{i:06d}.png' for i in range(len(y))})
     s, weak = _sampler(model, sampler, how, device_of(model))
     if weak: tokenizer_of(weak, tok)
     c, ema = model.config, ((model.meta.get('recipe') or {}).get('flow') or {}).get('ema')
@@ -420,19 +428,22 @@ def train_jointly(preset: str | Preset,         # of the tokenizer: a key of PRE
                   net: str | FlowPreset,        # of the net, with 'repa' among its losses
                   data: Data = 'world',         # images, see `open_data`; not augmented
                   vfm: str | VFM | None = None, # the tokenizer's frozen VFM; None: the preset's
-                  start: str | Path | None = None, # go on from a stage's folder or a finished tokenizer
+                  start: str | Path | None = None, # a stage's folder or a finished tokenizer; None: the preset's
                   stage: Stage = JOINT,         # of the tokenizer; its `num_images` is not looked at
                   discriminator: str | VFM | None = None, # VFM of the projected discriminator; None: the preset's
                   perceptual_loss: Callable[[Tensor, Tensor], Tensor] | None = None, # None: `default_perceptual_loss`
-                  **options: object             # of `TrainOptions`, None: of the net's preset; out: the net's,
-                                                # and beside it <name>-tokenizer.safetensors beside it
+                  **options: object             # of `TrainOptions`, None: of the net's preset; out: the net's, with
+                                                # <name>-tokenizer.safetensors beside it
                  ) -> tuple[Tokenizer, DiT, list[dict]]:
-    """Trains both (REPA-E); returns (the averaged tokenizer with its new scale, the averaged net, log rows). UserError:
-    an unknown preset or option, a stage or a net without REPA, data that cannot be opened."""
+    """Trains both (REPA-E) at constant learning rates; returns (the averaged tokenizer with its new scale, the averaged
+    net, log rows). UserError: an unknown preset or option, a stage or a net without REPA, data that cannot be
+    opened."""
     p, q, acc = get_preset(preset, Preset), get_preset(net, FlowPreset), make_accelerator()
     o = build_config(TrainOptions, options).checked(q.batch_size, acc.num_processes)
     need(not o.shard, 'a tokenizer and a net that learn together are not sharded; leave shard out')
     num_images, micro = o.num_images or q.num_images, o.batch_size//o.accumulate
+    need(isinstance(stage, Stage), f'stage is {stage!r}; give a Stage, such as JOINT')
+    start = start or p.start and data_dir()/'weights'/f'{p.start}.safetensors'
     model, judges, perceptual = build_training(p, [stage], vfm, start_size(start), discriminator, o.seed,
                                                perceptual_loss)
     ds = training_data(data, model.config.img_size, crop=q.crop)
@@ -444,7 +455,8 @@ def train_jointly(preset: str | Preset,         # of the tokenizer: a key of PRE
     rows = fit(task, batches, num_images, Run(o.run, o.keep) if o.run else None, None, o.seed, accelerator=acc,
                **o.loop())
     tok, done = task.finish()
-    recipe = dict(flow=asdict(flow.flow), stage=stage.config(), images=num_images, batch=o.batch_size, seed=o.seed,
+    seen = num_images//o.batch_size*o.batch_size
+    recipe = dict(flow=asdict(flow.flow), stage=stage.config(), images=seen, batch=o.batch_size, seed=o.seed,
                   precision=flow.precision, vfms=list(q.vfms), data=described(ds), fingerprint=fingerprint(ds))
     side = model.config.img_size//model.stride
     shape, scale = (tok.channels, side, side), (tok.stats.mean, tok.stats.std)

@@ -18,7 +18,7 @@ from typing import Any, Generic, Self, TYPE_CHECKING, TypeVar
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/52_lab_base.ipynb #4fe3e773
-from .core import DataclassLike, extra, nearest, need, PathLike, UserError
+from .core import DataclassLike, extra, nearest, need, one_of, PathLike, UserError
 from .files import write_atomic
 from .runtime import progress
 from .plots import save_figure
@@ -127,6 +127,8 @@ class _States(Generic[LabState]):
         return self._state
     @state.setter
     def state(self, new: LabState | Mapping[str, object]) -> None:
+        need(isinstance(new, Mapping | self.State),
+             f'a state is a {self.State.__name__} or a dict of its fields, not {new!r}')
         given = dict(new) if isinstance(new, Mapping) else {f.name: getattr(new, f.name) for f in fields(new)}
         self.set(**{f.name: f.default for f in fields(self.State)} | given)
     def set(self, **changes: object # fields of the state
@@ -462,6 +464,9 @@ class Lab(_Kept[LabState]):
         """Writes the lab as one HTML file that needs neither kernel nor network: a frame for every combination of
         the values. UserError beyond 300."""
         specs = self.panel(self.state)
+        for k, v in values.items():
+            one_of(k, [f.name for f in fields(self.State)], 'field of the lab')
+            need(isinstance(v, Sequence) and not isinstance(v, str), f'{k} = {v!r}; give a list of values')
         moved = {k: [*v] for k, v in values.items()} or {k: [*specs[k].options] for k in self.scrub if k in specs}
         for name, v in moved.items():
             need(v, f'no values for {name!r}; give a list of them')

@@ -70,6 +70,11 @@ def _turn(key: str, t: Tensor, c: DiTConfig, back: bool = False) -> Tensor:
 
 # %% ../nbs/44_published_text.ipynb #3d1c6f68
 _GIVEN = dict(linear_factor='rope_stretch', ntk_factor='rope_ntk', base_sequence_length='base_tokens')
+_TOLD = dict(z_dims=(), predict='velocity')      # of every net of these layouts
+
+def _time_of(projected: bool) -> dict[str, Any]:
+    "Which way the time of a net runs, and on which scale: BLIP3-o's, or the original's."
+    return dict(data_time=not projected, time_scale=1000. if projected else 1.)
 
 def _read_sizes(sd: Mapping[str, Tensor], layout: str, given: Mapping[str, Any]) -> DiTConfig:
     "The configuration that shapes and caller tell together."
@@ -91,8 +96,7 @@ def _read_sizes(sd: Mapping[str, Tensor], layout: str, given: Mapping[str, Any])
         TEXT_NET, in_channels=many, patch_size=patch, hidden_size=wide, depth=len(blocks), num_heads=heads,
         kv_heads=size('blocks.0.attn.k.weight', 0)*heads//wide, text_dim=text, text_projection=projected,
         cond_dim=size('t_embedder.mlp.0.weight', 0), mlp_ratio=(1.5*hidden+.75)/wide, learn_sigma=out == 2*many,
-        data_time=not projected, time_scale=1000. if projected else 1.,
-        **{k: given[g] for g, k in _GIVEN.items() if g in given}))
+        **_time_of(projected), **{k: given[g] for g, k in _GIVEN.items() if g in given}))
 
 # %% ../nbs/44_published_text.ipynb #a4beb851
 def load_text_net(source: Mapping | str | Path, # a state dict or a file
@@ -125,16 +129,20 @@ def load_text_net(source: Mapping | str | Path, # a state dict or a file
 def export_text_net(net: DiT,
                     layout: str = 'diffusers' # of TEXT_LAYOUTS
                    ) -> dict[str, Tensor]:
-    """Its tensors in a published layout. UserError: a net of labels or with words of its own, or for 'lumina' one whose
-    two query maps differ."""
+    """Its tensors in a published layout. UserError: a net of labels or with words of its own, one that these layouts
+    would bring back as another, or for 'lumina' one whose two query maps differ."""
     one_of(layout, TEXT_LAYOUTS, 'layout')
-    need(net.config.text_dim and not net.config.vocabulary,
+    c = net.config
+    need(c.text_dim and not c.vocabulary,
          'these layouts are of nets whose captions come from a language model; save this one with save_net')
-    need(layout == 'diffusers' or not net.config.text_projection,
+    need(layout == 'diffusers' or not c.text_projection,
          "a net with a projection of captions is BLIP3-o's; export it as 'diffusers'")
+    for k, v in (_TOLD | _time_of(c.text_projection)).items():
+        need(getattr(c, k) == v, f'{k} = {getattr(c, k)!r} has no place in these layouts, whose nets have {v!r}; save '
+                                 'this one with save_net')
     found: dict[str, Tensor] = {}
     for k, v in net.state_dict().items():
-        v = _turn(k, v.flatten(1) if k == 'x_embedder.proj.weight' else v, net.config, back=True)
+        v = _turn(k, v.flatten(1) if k == 'x_embedder.proj.weight' else v, c, back=True)
         for name, part in zip(names := _names(k, layout), v.chunk(len(names)), strict=True):
             need(name not in found or torch.equal(found[name], part),
                  f"{k} and the map of self-attention have drifted apart, and the original layout has one; export as "

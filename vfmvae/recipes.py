@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # %% ../nbs/47_recipes.ipynb #34abcb6c
 from .core import build_config, Device, nearest, need, notice, one_of, PathLike, real, UserError, whole
-from .files import (as_path, check_out, data_dir, home, inside, is_file, load_weights, read_json, sidecar,
-                          write_atomic)
+from .files import (as_path, check_out, check_pictures, data_dir, home, inside, is_file, load_weights, read_json,
+                          sidecar, write_atomic)
 from .runtime import best_device, device_of, make_accelerator, progress, provenance, seed_all
 from .plots import show_images
 from .images import Dataset, Images, SUFFIXES, to_pil
@@ -487,13 +487,13 @@ def decode_latents(tokenizer: str | Path | Tokenizer, # the one that made them
                    out: str | Path,                  # a folder
                    batch_size: int = 32) -> list[Path]:
     """Writes one PNG per latent into the folder, by the names of the images that were encoded; the mode, clamped.
-    UserError: another tokenizer made them, a name leaves the folder, a picture is not finite."""
+    UserError: another tokenizer made them, a name leaves the folder, which holds other pictures, one is not finite."""
     tok, batch_size = opened(tokenizer), whole(batch_size, 'batch_size', 1)
     cache = _still((latents if isinstance(latents, LatentCache) else LatentCache(latents)).bind(tok))
     names = cache.names()
     for name in names: inside(Path(out), name)              # before the name is changed
     files = [inside(Path(out), name) for name in _picture_names(names)]
-    check_out(out)
+    check_pictures(out, _picture_names(names))
     for i in progress(range(0, len(cache), batch_size), desc='decode'):
         at = range(i, min(i+batch_size, len(cache)))
         pictures = tok.decode(cache.batch(at)['mean'].to(device_of(tok))).cpu()

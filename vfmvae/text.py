@@ -127,24 +127,44 @@ def _states(model: Any, ids: Tensor, sizes: Tensor, queries: Tensor | None, laye
     h = (out.last_hidden_state if layer == -1 else out.hidden_states[layer]).float()
     return (h, mask) if queries is None else (h[line, at], torch.ones_like(at, dtype=torch.bool))
 
+# %% ../nbs/33_text.ipynb #8490fad2
+def _reading(model: Any) -> Any:
+    "The part of a model that reads text, below its head."
+    many = 'language_model', *['text_model']*hasattr(model.config, 'text_config')
+    for part in (*many, 'base_model'): model = getattr(model, part, model)
+    return model.get_encoder() if model.config.is_encoder_decoder else model
+
+def _room(model: Any, text_tokenizer: Any, max_tokens: int, queries: Tensor | None) -> int:
+    "How many tokens a caption may have: as it is asked, and as the model has places for; RoBERTa's kind uses not all."
+    q, wide = 0 if queries is None else len(queries), model.config.hidden_size
+    need(queries is None or queries.shape == (q, wide), f'queries are (q,{wide}) for this model, not of another shape')
+    tables = [m for k, m in model.named_modules() if k.endswith('position_embeddings') and isinstance(m, nn.Embedding)]
+    unused = [m.padding_idx+1 for m in tables if m.padding_idx is not None]
+    places = getattr(model.config, 'max_position_embeddings', 10**9) - sum(unused[:1]) - q
+    least = text_tokenizer.num_special_tokens_to_add()+1
+    need(places >= least, f'{q} queries leave no room for a caption; give fewer')
+    return min(whole(max_tokens, 'max_tokens', least), places)
+
 # %% ../nbs/33_text.ipynb #890d954c
 class HFText:
     """A language model of `transformers` as a text encoder, frozen: hidden states, float32. Of a model with a decoder
-    the encoder is taken, of one that sees the part that reads. UserError: no such layer."""
+    the encoder is taken, of one that sees the part that reads, of one with a head what is below it. UserError: no such
+    layer, a count that leaves no room for a caption, queries of another width."""
     def __init__(self, model: Any, text_tokenizer: Any,   # of `transformers`
                  name: str = 'text',
                  layer: int = -1,                         # of hidden_states; -1: last_hidden_state
-                 max_tokens: int = 256,                   # of the model; a longer caption loses its end
+                 max_tokens: int = 256,                   # at most the model's; a longer caption loses its end
                  template: str = '{}',                    # what is around a caption
                  skip: int = 0,                           # the first tokens, which are the template's
                  queries: Tensor | None = None            # (q,dim) put after the caption; their states count alone
                 ):
-        model = getattr(model, 'language_model', model)
-        self.model = (model.get_encoder() if model.config.is_encoder_decoder else model).eval()
-        depth = self.model.config.num_hidden_layers
+        self.model = _reading(model).eval()
+        depth, q = self.model.config.num_hidden_layers, 0 if queries is None else len(queries)
+        most = _room(self.model, text_tokenizer, max_tokens, queries)
+        text_tokenizer.truncation_side = 'right'
         self.name, self.text_tokenizer, self.layer = name, text_tokenizer, whole(layer, 'layer', -depth-1, depth)
         self.dim, self.template, self.skip, self.queries = self.model.config.hidden_size, template, skip, queries
-        self.max_tokens, self._most = max_tokens if queries is None else len(queries), max_tokens
+        self.max_tokens, self._most = q or most, most
 
     def _ids(self, captions: Sequence[str]) -> list[list[int]]:
         "Numbers of tokens, at least one each. A tokenizer's own padding and cutting, if its files say so, are off."
@@ -169,7 +189,9 @@ class HFText:
         return Text(h[:-1], mask[:-1], h[-1], mask[-1])
     def fingerprint(self) -> str:
         "16 hex digits of what the states depend on: weights, queries, tokenizer, layer, template."
-        weights = self.model.state_dict() | ({} if self.queries is None else {'queries': self.queries})
+        # a pooler is not asked, and of files without one it is new each time
+        weights = {k: v for k, v in self.model.state_dict().items() if not k.startswith('pooler.')}
+        if self.queries is not None: weights['queries'] = self.queries
         said = repr((digest(weights), _form(self.text_tokenizer), self.layer, self._most, self.template, self.skip))
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
@@ -182,10 +204,13 @@ def load_text(name: str, # on the hub, or a folder
     try:
         kind = type(hf.AutoConfig.from_pretrained(name))
         auto = hf.AutoModelForTextEncoding if kind in hf.MODEL_FOR_TEXT_ENCODING_MAPPING else hf.AutoModel
-        parts = auto.from_pretrained(name), hf.AutoTokenizer.from_pretrained(name)
+        model, told = auto.from_pretrained(name, output_loading_info=True)
+        text_tokenizer = hf.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f'{name} is no text encoder that can be loaded ({first_line(e)}); check the name') from None
-    return HFText(*parts, str(name), **how)
+    lost = sorted(k for k in told['missing_keys'] if not k.startswith('pooler.'))      # would be random
+    need(not lost, f'the files of {name} lack {len(lost)} tensors, such as {"".join(lost[:1])}; copy them again')
+    return HFText(model, text_tokenizer, str(name), **how)
 
 # %% ../nbs/33_text.ipynb #0517124d
 def text_encoder(encoder: str | TextEncoder # its name on the hub or folder, or itself
