@@ -1,8 +1,9 @@
 "Laws of the files: whole or absent, whoever else writes them."
 import importlib, os, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
+import numpy as np
 import pytest
-from vfmvae.core import Registry
+from vfmvae.core import numbers, Registry, rows
 from vfmvae.files import write_atomic
 
 
@@ -46,3 +47,10 @@ def test_threads_that_ask_a_registry_first_all_find_what_is_registered(start, tm
         return zoo['abc'[i % 3]], sorted(zoo)
     with ThreadPoolExecutor(6) as pool: found = [*pool.map(look, range(6))]
     assert found == [('abc'[i % 3], ['a', 'b', 'c']) for i in range(6)]
+
+
+@pytest.mark.parametrize('view', [lambda a: a[::-1], lambda a: a[:, ::-2], lambda a: a.astype('>f4'), lambda a: a.astype('>f8')[::-1],
+                                  lambda a: a.astype(np.longdouble), lambda a: (a*9).astype('>i4'), lambda a: np.asfortranarray(a), lambda a: a.T])
+def test_views_and_foreign_byte_orders_are_the_numbers_they_hold(view):
+    a = view(np.random.default_rng(3).standard_normal((6, 4)))
+    assert np.array_equal(numbers(a).numpy().astype(float), np.asarray(a, float)) and np.allclose(rows(a).numpy(), np.asarray(a, float), atol=1e-6)

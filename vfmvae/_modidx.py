@@ -223,6 +223,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'vfmvae.core._Words._word': ('core.html#_words._word', 'vfmvae/core.py'),
                              'vfmvae.core._check_types': ('core.html#_check_types', 'vfmvae/core.py'),
                              'vfmvae.core._fits': ('core.html#_fits', 'vfmvae/core.py'),
+                             'vfmvae.core._native': ('core.html#_native', 'vfmvae/core.py'),
                              'vfmvae.core._normal_rows': ('core.html#_normal_rows', 'vfmvae/core.py'),
                              'vfmvae.core._range': ('core.html#_range', 'vfmvae/core.py'),
                              'vfmvae.core._words': ('core.html#_words', 'vfmvae/core.py'),

@@ -373,12 +373,17 @@ def some_of(names: Sequence, most: int = 3 # that are named
     return ', '.join(map(shorten, names[:most])) + more
 
 # %% ../nbs/00_core.ipynb #e4ba87c3
+def _native(a: np.ndarray) -> np.ndarray:
+    "The same numbers as torch takes them: this machine's byte order, at most float64, no negative strides."
+    if a.dtype.kind == 'f': a = a.astype(a.dtype.newbyteorder('=') if a.dtype.itemsize <= 8 else np.float64, copy=False)
+    return a if a.dtype.isnative and min(a.strides, default=0) >= 0 else a.astype(a.dtype.newbyteorder('='))
+
 def numbers(x: ArrayLike | Tensor, # a tensor, an array, or nested lists (float64)
             name: str = 'features' # of what it is, for the message
            ) -> Tensor:
     """x as a dense tensor of real, finite numbers without gradients. UserError: complex, sparse, text, rows of
     different lengths, NaN."""
-    try: x = (x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))).detach()
+    try: x = (x if isinstance(x, Tensor) else torch.as_tensor(_native(np.asarray(x)))).detach()
     except (TypeError, ValueError, RuntimeError) as e:
         why = f'not text, objects or rows of different lengths ({first_line(e, 200)})'
         raise UserError(f'{name} must be real numbers, {why}') from None
