@@ -338,6 +338,8 @@ def test_a_word_that_would_be_ignored_is_refused(tmp_path, capsys):
     (tmp_path/'a.yaml').write_text('x: 1')
     for name in ('encode', 'reconstruct', 'evaluate', 'align'):
         assert '--g-kwargs' in one_line(capsys, name, '--data', 'world', '--g-kwargs', str(tmp_path/'a.yaml'))
+    for name in ('generate', 'train-flow'):         # these take the net's own tokenizer where none is named
+        assert 'give --tokenizer' in one_line(capsys, name, '--g-kwargs', str(tmp_path/'a.yaml'))
 
 
 def test_encode_and_train_flow_mean_the_same_images(tmp_path, capsys, monkeypatch):

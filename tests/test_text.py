@@ -465,6 +465,9 @@ def test_counts_and_queries_that_cannot_be_are_one_line():
     with raises('queries are'): HFText(net, tokenizer(), queries=torch.zeros(3, 7))
     with raises('no room for a caption'): HFText(net, tokenizer(), queries=torch.zeros(14, 32))
     assert HFText(net, tokenizer(), queries=torch.zeros(8, 32))(['ring '*40]).tokens.shape == (1, 8, 32)
+    odd = tokenizer(truncation_side='left')
+    HFText(net, odd)
+    assert odd.truncation_side == 'left'                                                   # it is somebody else's
     left, right = (HFText(net, tokenizer(**how), max_tokens=6)(['a red ring on a blue ground']).tokens for how in (dict(truncation_side='left'), {}))
     assert torch.equal(left, right)
 

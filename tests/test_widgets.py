@@ -301,7 +301,8 @@ def test_a_click_on_nothing_does_nothing():
     lab = Reader({0})
     lab.widget()
     for event in (dict(type='click', target=dict(className='vp')), dict(type='click', target=dict(className={})), dict(type='click'),
-                  dict(type='click', target=dict(className='go go-')), dict(type='mouseup', target=dict(className='chart pad')), {}): lab.touched(event)
+                  dict(type='click', target=dict(className='go go-99')), dict(type='click', target=dict(className='go go-')),
+                  dict(type='mouseup', target=dict(className='chart pad')), {}): lab.touched(event)
     assert lab.state == Number() and not lab.status.value
 
 

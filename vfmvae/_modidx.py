@@ -1226,6 +1226,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vfmvae.presets.FlowPreset.__post_init__': ('presets.html#flowpreset.__post_init__', 'vfmvae/presets.py'),
                                 'vfmvae.presets.Preset': ('presets.html#preset', 'vfmvae/presets.py'),
                                 'vfmvae.presets.Preset.num_images': ('presets.html#preset.num_images', 'vfmvae/presets.py'),
+                                'vfmvae.presets.Preset.start_file': ('presets.html#preset.start_file', 'vfmvae/presets.py'),
                                 'vfmvae.presets._baseline': ('presets.html#_baseline', 'vfmvae/presets.py'),
                                 'vfmvae.presets._light': ('presets.html#_light', 'vfmvae/presets.py'),
                                 'vfmvae.presets._photographs': ('presets.html#_photographs', 'vfmvae/presets.py'),

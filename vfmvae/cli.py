@@ -114,6 +114,7 @@ def _tokenizer(tokenizer: str = 'vfmvae-tiny-f8d16',
                      f'{tokenizer} is no published file, so --g-kwargs does not apply; leave it away')
     return vfmvae.tokenizer.opened(tokenizer, lambda name: vfmvae.open_tokenizer(name, g_kwargs), device)
 
+_ALONE = '--g-kwargs without the published file that it describes; give --tokenizer'
 def _pictures(tok: Any,
               data: str,
               size: int | None = None,  # pixels per side; None: the tokenizer's
@@ -183,8 +184,7 @@ def _train_flow(g_kwargs: str | None = None,
     p = vfmvae.recipes.get_preset(how['preset'], presets.FlowPreset)
     if dry_run: return print(f"{how['preset']}: {presets.cost_text(p)}")
     _kept(None, how['run'] or how['out'])
-    vfmvae.core.need(how['tokenizer'] or not g_kwargs,
-                     '--g-kwargs without the published file that it describes; give --tokenizer')
+    vfmvae.core.need(how['tokenizer'] or not g_kwargs, _ALONE)
     vfmvae.recipes.accelerator_on(device)
     if how['tokenizer']: how['tokenizer'] = _tokenizer(how['tokenizer'], g_kwargs, device)
     train_flow(**how)
@@ -244,7 +244,7 @@ def _generate(n: int = 16,               # how many
     said = vfmvae.captions.read_prompts(prompt) if prompt and prompt.lower().endswith('.txt') else [prompt]
     labels: Any = [k for k in said for _ in range(n)] if prompt else n if label is None else [label]*n
     folder, how = vfmvae.files.check_out(out), how | _sampling(**_take(how, _sampling))
-    vfmvae.core.need(tokenizer or not g_kwargs, '--g-kwargs describes a published tokenizer; give --tokenizer, too')
+    vfmvae.core.need(tokenizer or not g_kwargs, _ALONE)
     tok = _tokenizer(tokenizer, g_kwargs, device) if tokenizer else None
     files = generate(labels=labels, out=folder, policy=policy, tokenizer=tok, seed=seed, device=device, **how)
     print(f'{len(files)} pictures in {folder.resolve()}')

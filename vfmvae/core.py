@@ -375,8 +375,8 @@ def some_of(names: Sequence, most: int = 3 # that are named
 # %% ../nbs/00_core.ipynb #e4ba87c3
 def _native(a: np.ndarray) -> np.ndarray:
     "The same numbers as torch takes them: this machine's byte order, at most float64, no negative strides."
-    if a.dtype.kind == 'f': a = a.astype(a.dtype.newbyteorder('=') if a.dtype.itemsize <= 8 else np.float64, copy=False)
-    return a if a.dtype.isnative and min(a.strides, default=0) >= 0 else a.astype(a.dtype.newbyteorder('='))
+    wide = a.dtype.kind == 'f' and a.dtype.itemsize > 8
+    return a.astype(np.float64 if wide else a.dtype.newbyteorder('='), copy=min(a.strides, default=0) < 0)
 
 def numbers(x: ArrayLike | Tensor, # a tensor, an array, or nested lists (float64)
             name: str = 'features' # of what it is, for the message

@@ -176,9 +176,12 @@ def check_pictures(path: PathLike,       # a folder
                    names: Collection[str] # of the PNG files that will be written into it
                   ) -> Path:
     "As `check_out`. UserError, too, where other pictures lie there: who measures the folder would measure a mixture."
-    p = check_out(path)
-    old = sorted({f.relative_to(p).as_posix() for f in p.rglob('*.png')} - {*names})
-    need(not old, f'{p} holds {len(old)} other pictures, such as {"".join(old[:1])}; empty it, or name another folder')
+    p, old = check_out(path), list[str]()
+    for at, folders, files in os.walk(p):
+        folders[:] = [f for f in folders if not f.startswith('.')]      # of `write_atomic`, perhaps of another process
+        old += [n for f in files if f.endswith('.png') and (n := Path(at, f).relative_to(p).as_posix()) not in names]
+    need(not old, f'{p} holds {len(old)} other pictures, such as {min(old, default="")}; empty it, or name another '
+                  'folder')
     return p
 
 def inside(folder: PathLike, # that may be written to

@@ -68,8 +68,9 @@ class Captioned:
         texts = None if isinstance(ds, World) else captions_of(captions) if hasattr(captions, 'batch') else captions
         have = len(captions if texts is None else texts)
         need(have == len(cache), f'{have} captions for {len(cache)} images; give one for each, in their order')
-        for t, k in {t: k for k, t in reversed([*enumerate(texts or ())])}.items():
-            try: encode([t])      # now: a training would come to it hours from here
+        # now: a training would come to it hours from here; what a language model makes of captions is there already
+        for t, k in {t: k for k, t in reversed([*enumerate(() if encoder else texts or ())])}.items():
+            try: encode([t])
             except UserError as e: raise UserError(f'image {k} of {have}: {e}') from None
         self.cache, self.texts, self.encode, self.encoder = cache, texts, encode, encoder
         self.images: Any = captions
@@ -443,7 +444,7 @@ def train_jointly(preset: str | Preset,         # of the tokenizer: a key of PRE
     need(not o.shard, 'a tokenizer and a net that learn together are not sharded; leave shard out')
     num_images, micro = o.num_images or q.num_images, o.batch_size//o.accumulate
     need(isinstance(stage, Stage), f'stage is {stage!r}; give a Stage, such as JOINT')
-    start = start or p.start and data_dir()/'weights'/f'{p.start}.safetensors'
+    start = start or p.start_file
     model, judges, perceptual = build_training(p, [stage], vfm, start_size(start), discriminator, o.seed,
                                                perceptual_loss)
     ds = training_data(data, model.config.img_size, crop=q.crop)

@@ -168,7 +168,7 @@ def clicked(names: str # classes of an element of `Page.html()`
            ) -> dict:
     """What a click on it changes in the state of a lab; {}: nothing. The element holds it itself, so a click on a page
     that is just being replaced means what was seen."""
-    at = re.search(r'\bgo-(\S+)', names)
+    at = re.search(r'\bgo-(%7B\S+)', names)         # '{', quoted
     return parse_json(unquote(at[1]), 'a place to click') if at else {}
 
 # %% ../nbs/49_pages.ipynb #9d192095

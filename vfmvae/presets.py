@@ -7,6 +7,7 @@ __all__ = ['FLOW_PRESETS', 'PRESETS', 'FlowPreset', 'forward_gflop', 'flow_cost'
 
 # %% ../nbs/46_presets.ipynb #2c1ef9b2
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 # %% ../nbs/46_presets.ipynb #ea060703
@@ -14,6 +15,7 @@ import torch
 
 # %% ../nbs/46_presets.ipynb #3806f098
 from .core import check_fields
+from .files import data_dir
 from .captions import VOCABULARY
 from .vae import VFMVAEConfig
 from .baselines import ConvVAEConfig, RAEConfig
@@ -148,6 +150,10 @@ class Preset:
     def num_images(self) -> int:
         "Images of all stages together."
         return sum(s.num_images for s in self.stages)
+    @property
+    def start_file(self) -> Path | None:
+        "The weights of `start`."
+        return data_dir()/'weights'/f'{self.start}.safetensors' if self.start else None
 
 # %% ../nbs/46_presets.ipynb #a55f6fed
 _PIXELS, _DECODER = dict(l1=1., l2=2., multiscale=.1), ('ldm_adapter.post_quant', 'mapping', 'synthesis')

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/47_recipes.ipynb #34abcb6c
 from .core import build_config, Device, nearest, need, notice, one_of, PathLike, real, UserError, whole
-from .files import (as_path, check_out, check_pictures, data_dir, home, inside, is_file, load_weights, read_json,
+from .files import (as_path, check_out, check_pictures, home, inside, is_file, load_weights, read_json,
                           sidecar, write_atomic)
 from .runtime import best_device, device_of, make_accelerator, progress, provenance, seed_all
 from .plots import show_images
@@ -395,7 +395,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS, or one'
     todo = schedule_stages(p, o.num_images, o.lr, stages, o.batch_size or 1)
     parent = Run(o.run).dir if o.run else None
     folders = {s.name: parent and (parent/s.name if len(p.stages) > 1 else parent) for s in p.stages}
-    start = start or _before(p, todo[0], folders) or p.start and data_dir()/'weights'/f'{p.start}.safetensors'
+    start = start or _before(p, todo[0], folders) or p.start_file
     size = start_size(start) if size is None else size
     model, discriminators, perceptual_loss = build_training(p, todo, vfm, size, discriminator, o.seed, perceptual_loss)
     (state, seen), history = read_nets(start) if start else ({}, 0), list[dict]()
@@ -492,8 +492,9 @@ def decode_latents(tokenizer: str | Path | Tokenizer, # the one that made them
     cache = _still((latents if isinstance(latents, LatentCache) else LatentCache(latents)).bind(tok))
     names = cache.names()
     for name in names: inside(Path(out), name)              # before the name is changed
-    files = [inside(Path(out), name) for name in _picture_names(names)]
-    check_pictures(out, _picture_names(names))
+    pictures_of = _picture_names(names)
+    files = [inside(Path(out), name) for name in pictures_of]
+    check_pictures(out, {*pictures_of})
     for i in progress(range(0, len(cache), batch_size), desc='decode'):
         at = range(i, min(i+batch_size, len(cache)))
         pictures = tok.decode(cache.batch(at)['mean'].to(device_of(tok))).cpu()

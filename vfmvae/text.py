@@ -7,7 +7,7 @@ __all__ = ['TEXT', 'Text', 'TextEncoder', 'Words', 'HFText', 'load_text', 'text_
            'load_captions']
 
 # %% ../nbs/33_text.ipynb #3eb8da9a
-import hashlib
+import copy, hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -161,9 +161,10 @@ class HFText:
         self.model = _reading(model).eval()
         depth, q = self.model.config.num_hidden_layers, 0 if queries is None else len(queries)
         most = _room(self.model, text_tokenizer, max_tokens, queries)
-        text_tokenizer.truncation_side = 'right'
-        self.name, self.text_tokenizer, self.layer = name, text_tokenizer, whole(layer, 'layer', -depth-1, depth)
+        self.name, self.layer = name, whole(layer, 'layer', -depth-1, depth)
+        self.text_tokenizer = copy.copy(text_tokenizer)        # set below, and somebody else's
         self.dim, self.template, self.skip, self.queries = self.model.config.hidden_size, template, skip, queries
+        self.text_tokenizer.truncation_side = 'right'
         self.max_tokens, self._most = q or most, most
 
     def _ids(self, captions: Sequence[str]) -> list[list[int]]:
