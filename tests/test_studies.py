@@ -1,19 +1,25 @@
 """A study: runs that are shared, resumed and measured once, and a table that says of each number where it comes from."""
 import csv, json, os, shutil, subprocess, sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 import pytest
+import torch
 from filelock import FileLock
 from vfmvae import studies
 from vfmvae.core import build_config, Notice, UserError
 from vfmvae.dit import DiT
+from vfmvae.evaluate import compare_statistics
+from vfmvae.generation import generate, JOINT
+from vfmvae.images import from_uint8, to_uint8
 from vfmvae.presets import PRESETS
 from vfmvae.recipes import build_training, evaluate_tokenizer, open_data, schedule_stages
+from vfmvae.statistics import compute_statistics
 from vfmvae.studies import COLUMNS, study
-from vfmvae.trials import MEASURES, open_study, override, Panel, Pictures, plan
+from vfmvae.trials import joint_stage, MEASURES, open_study, override, Panel, Pictures, plan, trained_tokenizer
 from vfmvae.tokenizer import load_tokenizer
 from vfmvae.tokenizer_task import check_stage
 from vfmvae.vfm import VFM
+from vfmvae.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = dict(train=dict(path='world', n=200, seed=100), test=dict(path='world', n=48, seed=8), exam=dict(path='world', n=64, seed=9), vfm='tiny',
@@ -53,6 +59,37 @@ def test_the_numbers_are_those_of_the_functions(whole_study):
         assert {k: got[k] for k in ('psnr', 'ssim', 'l1')} == pytest.approx({k: want[k] for k in ('psnr', 'ssim', 'l1')}, rel=1e-5)
     pairs = [({r['metric']: r['value'] for r in table.where(tokenizer=t, switch='', net='')})['decoder_parameters'] for t in ('plain', 'ours')]
     assert max(pairs) < 1.05*min(pairs)
+
+
+TOGETHER = {'net.vfms': ['tiny'], 'net.net.encoder_depth': 1, 'net.net.z_dims': [128], 'net.flow.weights': dict(flow=1., cosine=1., repa=.5)}
+
+
+def test_a_tokenizer_and_its_net_learn_together_by_a_switch(tmp_path):
+    spec = dict(SPEC, tokenizers=dict(ours='vfmvae-photo-f8d16'), measures=['curve', 'finish'], net_images=32, latents=32,
+                common={**SPEC['common'], 'net.batch_size': 16}, switches={'REPA': TOGETHER, 'together': TOGETHER | {'joint.weights.gan': 0., 'joint.lr': 3e-3}})
+    table = study(spec, tmp_path/'runs', say=quiet)
+    assert (table.runs, table.done) == (3, 3)                                # one tokenizer, from which both nets begin
+    runs = {t.switch: t for t in plan(open_study(spec), tmp_path/'runs') if t.net}
+    plain, joint = (trained_tokenizer(runs[k]) for k in ('REPA', 'together'))
+    assert joint_stage(runs['REPA']) is None and joint_stage(runs['together']) == replace(JOINT, weights={**JOINT.weights, 'gan': 0.}, lr=3e-3)
+    x = World(4, seed=3).batch(range(4))['image']
+    assert (plain.encode(x).mode()-joint.encode(x).mode()).abs().max() > 1e-3             # it has moved, and what is measured is what moved
+    assert torch.equal(joint.stats.std, load_tokenizer(runs['together'].folder/'net-tokenizer.safetensors').stats.std) and not torch.equal(joint.stats.std, plain.stats.std)
+    net, images = DiT.load(str(runs['together'].out)), Panel(open_study(spec), open_study(spec).data['world'], 64, tmp_path/'seen')
+    drawn = compute_statistics(from_uint8(to_uint8(generate(net, 24, 0, joint, steps=2, guidance=1.).images)), images.judges['world'][0])
+    want = compare_statistics(drawn, images.judges['world'][1], pr_n=0)['fd']
+    found = {k: table.where(switch=k, metric='gfd', images=32, judge='world') for k in runs}
+    assert all(len(f) == 2 for f in found.values()) and found['together'][-1]['value'] == pytest.approx(want, rel=1e-6)
+    # at its first moment a net that learned alone is another one; of the other, the end alone is kept
+    assert {r['images'] for r in table.where(switch='together', metric='gfd')} == {32} < {r['images'] for r in table.where(switch='REPA', metric='gfd')}
+    costs = {r['run']: r['hours'] for r in study(spec, tmp_path/'new', dry_run=True, say=quiet)}
+    assert costs[runs['together'].folder.name] > costs[runs['REPA'].folder.name]          # a step of both, not of the net alone
+
+
+def test_the_runs_of_the_committed_table_are_those_of_its_file():
+    "A recipe that says something new must not make what is finished another run."
+    kept = json.loads((ROOT/'data/results/study.json').read_text(encoding='utf-8'))['folders']
+    assert kept and {*kept} <= {t.folder.name for t in plan(open_study(ROOT/'data/studies/main.json'), 'runs')}
 
 
 def test_a_second_call_trains_and_measures_nothing(whole_study, monkeypatch):

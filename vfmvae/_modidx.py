@@ -2077,6 +2077,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'vfmvae.trials.diffusable': ('trials.html#diffusable', 'vfmvae/trials.py'),
                                'vfmvae.trials.finish': ('trials.html#finish', 'vfmvae/trials.py'),
                                'vfmvae.trials.inside': ('trials.html#inside', 'vfmvae/trials.py'),
+                               'vfmvae.trials.joint_stage': ('trials.html#joint_stage', 'vfmvae/trials.py'),
                                'vfmvae.trials.measure': ('trials.html#measure', 'vfmvae/trials.py'),
                                'vfmvae.trials.open_study': ('trials.html#open_study', 'vfmvae/trials.py'),
                                'vfmvae.trials.override': ('trials.html#override', 'vfmvae/trials.py'),

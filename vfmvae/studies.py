@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # %% ../nbs/61_studies.ipynb #e92f6d9b
 import torch
@@ -21,13 +21,15 @@ from filelock import FileLock, Timeout
 from .core import first_line, need, notice, PathLike, UserError
 from .files import check_out, home, read_json, Table, write_json
 from .runtime import make_accelerator, provenance, rank
+from .data import take
 from .flow import flow_loss
 from .dit import DiT
 from .latents import cache_latents
-from .presets import FlowPreset
+from .presets import FlowPreset, Preset
 from .recipes import estimate, train_tokenizer
-from .generation import train_flow
-from .trials import MEASURES, open_study, Panel, plan, Row, rows_at, Study, trained_tokenizer, Trial, vfm_of
+from .generation import train_flow, train_jointly
+from .trials import (joint_stage, MEASURES, open_study, Panel, plan, Row, rows_at, Study, trained_tokenizer,
+                           Trial, vfm_of)
 
 # %% ../nbs/61_studies.ipynb #dcba11df
 def _cost(folder: Path, began: float, rows: list[dict] | None = None) -> float:
@@ -40,7 +42,7 @@ def train_trial(trial: Trial) -> None:
     s, d, folder, began = trial.study, trial.study.data[trial.dataset], trial.folder, time.process_time()
     acc = make_accelerator()
     p: Any = trial.preset
-    tok = trained_tokenizer(trial) if trial.net else None
+    tok, stage = trained_tokenizer(trial.before) if trial.net else None, joint_stage(trial)
     size = p.latent[1]*tok.stride if tok else p.config.img_size
     how: dict[str, Any] = dict(run=folder/'run', out=trial.out, seed=trial.seed, log_every=50,
                                show=partial(_cost, folder, began))
@@ -51,10 +53,14 @@ def train_trial(trial: Trial) -> None:
         p = replace(p, tokenizer=tok.name, net=replace(p.net, in_channels=tok.channels),
                     latent=(tok.channels, *p.latent[1:]))
         every, ds = max(1, s.net_images//p.batch_size//s.moments), d.train.open(size)
+        how |= dict(num_images=s.net_images, save_every=every, compile=s.compile)
+    if tok and stage:
+        start = trial.before
+        train_jointly(cast(Preset, start.preset), p, take(ds, s.latents), vfm_of(start), start.out, stage, precision=s.precision, keep=1, **how)
+    elif tok:
         with acc.main_process_first():       # the others find the latents there
             cache_latents(tok, ds, folder/'latents', s.latents, p.flips, rank=0, num_processes=1)
-        train_flow(p, ds, folder/'latents', tok, s.latents, num_images=s.net_images,
-                   save_every=every, keep=s.moments+1, compile=s.compile, **how)
+        train_flow(p, ds, folder/'latents', tok, s.latents, keep=s.moments+1, **how)
     hours = _cost(folder, began)
     acc.wait_for_everyone()
     if not acc.is_main_process: return
@@ -202,6 +208,10 @@ def price(study: Study,
         p = trial.preset
         if isinstance(p, FlowPreset):
             hours = s.net_images*_net_seconds(p)/3600
+            if stage := joint_stage(trial):
+                alone = replace(stage, weights={k: v for k, v in stage.weights.items() if k != 'repa'}, num_images=1)
+                hours += estimate(replace(cast(Preset, trial.before.preset), stages=(alone,)), vfm_of(trial.before),
+                                  s.net_images, precision=s.precision, say=str)[0]['hours']
             gb = 16e-9*s.moments*sum(v.numel() for v in DiT(p.net).parameters())
         else:
             stages = estimate(p, vfm_of(trial), s.tokenizer_images, precision=s.precision, say=str)
