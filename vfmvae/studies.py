@@ -56,7 +56,8 @@ def train_trial(trial: Trial) -> None:
         how |= dict(num_images=s.net_images, save_every=every, compile=s.compile)
     if tok and stage:
         start = trial.before
-        train_jointly(cast(Preset, start.preset), p, take(ds, s.latents), vfm_of(start), start.out, stage, precision=s.precision, keep=1, **how)
+        train_jointly(cast(Preset, start.preset), p, take(ds, s.latents), vfm_of(start), start.out, stage,
+                      precision=s.precision, keep=1, **how)
     elif tok:
         with acc.main_process_first():       # the others find the latents there
             cache_latents(tok, ds, folder/'latents', s.latents, p.flips, rank=0, num_processes=1)

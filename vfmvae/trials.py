@@ -408,7 +408,7 @@ def recognition(trial: Trial, panel: Panel) -> Iterator[Row]:
 
 # %% ../nbs/60_trials.ipynb #4f4a538b
 def _moments(trial: Trial) -> Iterator[tuple[int, DiT]]:
-    "(images seen, the averaged net then) of each checkpoint; of one that learned together with its tokenizer, of the end."
+    "(images seen, the averaged net then) of each checkpoint; of what learned together, of the end alone."
     done = DiT.load(str(trial.out))
     if joint_stage(trial): return (yield trial.study.net_images, done)
     for c in Run(trial.folder/'run', trial.study.moments+1).checkpoints():
