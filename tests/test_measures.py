@@ -415,3 +415,34 @@ BAD = torch.full((30, 14), math.nan)
 def test_bad_input_is_one_line(call, says):
     with pytest.raises(UserError) as e: call(*pair(n=30))
     assert says in str(e.value) and '\n' not in str(e.value)
+
+
+# of any scale --------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype, scale', [(torch.float64, s) for s in (1e-300, 1e-201, 1e-150, 1e150, 1e201, 1e300)] +
+                         [(torch.float32, s) for s in (1e-37, 1e-30, 1e30, 1e37)])
+def test_what_is_invariant_to_scale_is_so_at_every_scale(dtype, scale):
+    "Squares left float64: shares of 1, NaN, ZeroDivisionError and the like; linear_r2 said 1 of features of 1e-200."
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(40, 6, generator=g, dtype=torch.float64)
+    b = a@torch.randn(6, 6, generator=g, dtype=torch.float64)+torch.randn(40, 6, generator=g, dtype=torch.float64)
+    want = {(r['metric'], r['of']): r['value'] for r in compare(a, b)}
+    assert len(want) > len(similarity.METRICS)
+    for x, y in ((a*scale, b), (a, b*scale), (a*scale, b*scale)):
+        got = {(r['metric'], r['of']): r['value'] for r in compare(x.to(dtype), y.to(dtype))}
+        assert got.keys() == want.keys()
+        for k, v in want.items(): assert abs(got[k]-v) < (1e-5 if dtype == torch.float32 or k[0] == 'svcca' else 1e-9)*max(1, abs(v)), k
+    from sklearn.linear_model import LinearRegression
+    left = b.numpy()-LinearRegression().fit(a, b).predict(a)
+    assert abs(want['linear_r2', 'a -> b'] - (1 - (left**2).sum()/((b-b.mean(0))**2).sum().item())) < 1e-12
+
+
+@pytest.mark.parametrize('scale', [1e-160, 1e-40, 1., 1e40, 1e150])
+def test_a_penalty_has_the_unit_of_the_squares_of_the_first(scale):
+    from sklearn.linear_model import Ridge
+    g = torch.Generator().manual_seed(1)
+    a, b = torch.randn(30, 4, generator=g, dtype=torch.float64), torch.randn(30, 3, generator=g, dtype=torch.float64)
+    model = Ridge(alpha=2.5).fit(a, b)
+    r2 = 1 - ((b.numpy()-model.predict(a))**2).sum()/((b-b.mean(0))**2).sum().item()
+    assert abs(linear_r2(a*scale, b, 2.5*scale**2) - r2) < 1e-9 or scale == 1e-160        # 2.5e-320 has no digits left
+    assert linear_r2(a*1e-200, b, 1.) == 0 and abs(linear_r2(a*1e200, b, 1.) - linear_r2(a, b)) < 1e-12

@@ -5,7 +5,7 @@ import torch
 
 from vfmvae.core import UserError
 from vfmvae.losses import ssim_loss
-from vfmvae.metrics import (_inside, frechet, frechet_features, inception_score, moments, precision_recall, psnr, ssim,
+from vfmvae.metrics import (_inside, frechet, frechet_features, inception_score, kid, moments, precision_recall, psnr, ssim,
                             ssim_signed)
 
 
@@ -131,3 +131,20 @@ LOPSIDED = EYE + np.triu(np.full((3, 3), .1), 1)
 def test_bad_input_is_one_line(call, says):
     with pytest.raises(UserError) as e: call()
     assert says in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('scale', [1e-150, 1e-100, 1e-30, 1e-8, 1e-3])
+def test_small_features_have_a_kernel_distance(scale):
+    "They drowned in the 1 of the kernel: 0, or a rounding error, in silence."
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 5, generator=g, dtype=torch.float64), torch.randn(20, 5, generator=g, dtype=torch.float64)*1.5+.3
+    def linear(p, q): return ((p@q.T).sum()-(p*p).sum()*(p is q))/(len(p)*(len(q)-(p is q)))/5       # of (1+u)^3 the first term is 3u
+    want = 3*(linear(x, x) + linear(y, y) - 2*linear(x, y)).item()
+    got = kid(x*scale, y*scale)/scale/scale
+    assert abs(got-want) < abs(want)*max(1e-9, 50*scale**2)
+
+
+def test_large_features_have_a_line():
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double()
+    for scale in (1e80, 1e200):
+        with pytest.raises(UserError, match='kernel distance is beyond what float64 holds; scale'): kid(x*scale, torch.ones(8, 3))

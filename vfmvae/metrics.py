@@ -130,9 +130,12 @@ def kid(a: ArrayLike, # (n,d) features of one set
     x, y = _features(a, 'features'), _features(b, 'features')
     need(x.shape[1] == y.shape[1],
          f'features of {x.shape[1]} and {y.shape[1]} dimensions; use the same feature extractor for both')
-    mean = lambda p, q: sum(((r@q.T/p.shape[1]+1)**3).sum() for r in p.split(1024))/(len(p)*len(q))
-    within = sum((len(p)*mean(p, p) - (p.square().sum(1)/p.shape[1] + 1).pow(3).mean())/(len(p)-1) for p in (x, y))
-    return (within - 2*mean(x, y)).item()
+    cube = lambda u: u*(u*(u+3)+3)        # (u+1)^3 - 1: the 1 falls out, and small features would drown in it
+    mean = lambda p, q: sum(cube(r@q.T/p.shape[1]).sum() for r in p.split(1024))/(len(p)*len(q))
+    within = sum((len(p)*mean(p, p) - cube(p.square().sum(1)/p.shape[1]).mean())/(len(p)-1) for p in (x, y))
+    found = (within - 2*mean(x, y)).item()
+    need(math.isfinite(found), 'the kernel distance is beyond what float64 holds; scale the features down')
+    return found
 
 # %% ../nbs/29_metrics.ipynb #3526b862
 def inception_score(probs: ArrayLike, # (n,c) class probabilities, rows sum to 1

@@ -30,6 +30,10 @@ class _Set:
     "Rows (n,d) in float64 with what the measures need of them, each computed once."
     def __init__(self, x: ArrayLike, name: str = 'a'):
         self.x, self.name = rows_of(x, name, 2, torch.float64), name
+        # a fourth power must not leave float64; a power of two moves no digit
+        power = math.frexp(self.x.abs().max().item())[1]
+        self.scale = 2.**-max(-1000, min(power, 1000)) if abs(power) > 200 else 1.
+        if self.scale != 1: self.x = self.x*self.scale
     n = property(lambda self: self.x.shape[0], doc='Rows.')
     d = property(lambda self: self.x.shape[1], doc='Columns.')
     @cached_property
@@ -143,8 +147,8 @@ def linear_r2(a: ArrayLike,          # (n,d) raw rows: the predictor
     symmetric; lam = 0 allows any invertible map of a."""
     lam, (s, t) = real(lam, 'lam', low=0), _two(a, b)
     (U, S), y = s.basis, t.centred
-    if relative: lam = (lam*S.square().sum()/(s.n-1)/s.d).item()
-    kept = 1 - (lam/(S.square()+lam)).square()
+    root = (lam/(s.n-1)/s.d)**.5*S.norm() if relative else lam**.5*s.scale
+    kept = 1 - (1/(1 + (S/root).square())).square()
     return min(1., (kept@(U.T@y).square().sum(1)/y.square().sum()).item())
 
 # %% ../nbs/27_similarity.ipynb #4f648e2f
