@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'psnr', 'ssim', 'ssim_signed', 'moments', 'frechet', 'gaussian', 'frechet_features', 'frechet_interval',
-           'kid', 'inception_score', 'precision_recall', 'difference', 'verdict']
+           'kid', 'inception_score', 'precision_recall', 'share', 'difference', 'verdict']
 
 # %% ../nbs/29_metrics.ipynb #b1be09a8
 import math
+from statistics import NormalDist
 import torch
 import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 # %% ../nbs/29_metrics.ipynb #8498e13f
-from .core import at_least_float32, Moments, need, numbers, rows, UserError, whole
+from .core import at_least_float32, Moments, need, numbers, real, rows, UserError, whole
 from .images import check_images
 from .losses import structural_similarity
 
@@ -175,6 +176,14 @@ def precision_recall(real: ArrayLike, # (n,d) features
 
 # %% ../nbs/29_metrics.ipynb #4db2be52
 Estimate = tuple[float, float, float]    # a value and the ends of its interval
+
+def share(k: float, # of n
+          n: int    # trials
+         ) -> Estimate:
+    "k/n with its 95 % interval (Wilson 1927)."
+    z, p = NormalDist().inv_cdf(.975), real(k, 'k', 0, whole(n, 'n', 1))/n
+    middle, half = (p + z*z/2/n)/(1+z*z/n), z*(p*(1-p)/n + z*z/4/n/n)**.5/(1+z*z/n)
+    return p, max(middle-half, 0.), min(middle+half, 1.)
 
 def difference(a: Estimate, b: Estimate) -> Estimate:
     """a - b of two independent estimates, with its interval of the same level (Zou and Donner 2008; of two shares with

@@ -8,7 +8,7 @@ __all__ = ['READ', 'Reader', 'bundled_reader', 'score_words']
 # %% ../nbs/34_reader.ipynb #2937f697
 import random
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
+
 
 # %% ../nbs/34_reader.ipynb #de841381
 import torch
@@ -21,6 +21,7 @@ from .runtime import in_eval_mode, weights_at
 from .images import check_images
 from .captions import VALUES
 from .extractors import WorldNet
+from .metrics import share
 
 # %% ../nbs/34_reader.ipynb #25c05b96
 READ = VALUES | dict(paint=('', *VALUES['paint']))      # what a reader tells apart; '': no light paint is seen
@@ -55,11 +56,7 @@ def bundled_reader() -> Reader:
 
 # %% ../nbs/34_reader.ipynb #d85e0cae
 def _share(right: Sequence[bool]) -> dict[str, float]:
-    "The share with its 95 % interval (Wilson 1927)."
-    n, z = len(right), NormalDist().inv_cdf(.975)
-    p = sum(right)/n
-    middle, half = (p + z*z/2/n)/(1+z*z/n), z*(p*(1-p)/n + z*z/4/n/n)**.5/(1+z*z/n)
-    return dict(value=p, low=middle-half, high=middle+half, n=n)
+    return dict(zip(('value', 'low', 'high'), share(sum(right), len(right)), strict=True), n=len(right))
 
 def score_words(read: Sequence[Mapping[str, str]], # of each picture, see `Reader.words`
                 asked: Sequence[Mapping[str, str]] # of its caption; what a caption does not say is not judged
