@@ -334,6 +334,19 @@ def test_numbers_that_are_not_finite_are_null_and_no_success(capsys, monkeypatch
     assert found['psnr'] is found['l1'] is None and found['ssim'] == .5 and 'psnr, l1' in err
 
 
+def test_reconstruct_looks_at_its_folder_before_it_encodes(tmp_path, capsys, monkeypatch):
+    "It encoded the whole set first, hours of a large one."
+    import vfmvae.latents
+    mine, out = pictures(tmp_path/'mine', range(3), 64), pictures(tmp_path/'out', range(7, 8), 64)
+    for data in ('world', str(mine)):
+        assert main(['reconstruct', '--tokenizer', 'conv-f8d16', '--data', data, '--n', '3', '--out', str(tmp_path/data)]) == 0
+        assert main(['reconstruct', '--tokenizer', 'conv-f8d16', '--data', data, '--n', '3', '--out', str(tmp_path/data)]) == 0      # the same names
+    monkeypatch.setattr(vfmvae.latents, 'cache_latents', lambda *a, **k: pytest.fail('encoded before it looked'))
+    for data in ('world', str(mine)):
+        line = one_line(capsys, 'reconstruct', '--tokenizer', 'conv-f8d16', '--data', data, '--n', '3', '--out', str(out))
+        assert f'{out} holds 1 other pictures, such as' in line and 'empty it' in line
+
+
 def test_a_word_that_would_be_ignored_is_refused(tmp_path, capsys):
     (tmp_path/'a.yaml').write_text('x: 1')
     for name in ('encode', 'reconstruct', 'evaluate', 'align'):

@@ -160,6 +160,8 @@ def test_pictures_of_an_earlier_run_are_not_left_among_the_new_ones(tmp_path):
     (tmp_path/'seen'/'a'/'old.png').write_bytes(b'')
     cache = cache_latents(toy, World(3, seed=8, size=16), tmp_path/'latents')
     assert 'holds 1 other pictures, such as a/old.png' in one_line(decode_latents, toy, cache, tmp_path/'seen')
+    (tmp_path/'seen'/'a'/'old.png').rename(tmp_path/'seen'/'a'/'old.JPG')               # whoever measures the folder would read it, too
+    assert 'holds 1 other pictures, such as a/old.JPG' in one_line(decode_latents, toy, cache, tmp_path/'seen')
 
 
 def test_where_no_name_is_known_there_are_numbers(tmp_path):

@@ -266,6 +266,23 @@ def test_the_nearest_names_are_looked_for_when_something_is_wrong():
     assert {m: lines for m in MODULES if (lines := asks_in_advance(ast.parse((LIB/f'{m}.py').read_text(encoding='utf-8'))))} == {}
 
 
+def asks_for_capitals(tree: ast.AST) -> list[int]:
+    "Lines that compare the ending of a file as it is written: A.TAR and net.SAFETENSORS were not taken for what they are."
+    def ending(x: ast.AST) -> bool: return isinstance(x, ast.Attribute) and x.attr == 'suffix'
+    def dotted(c: ast.Call) -> bool:
+        words = [x.value for a in c.args for x in (a.elts if isinstance(a, ast.Tuple) else [a]) if isinstance(x, ast.Constant)]
+        return any(re.fullmatch(r'\.[a-z]+', str(w)) for w in words)
+    def lowered(x: ast.AST) -> bool: return isinstance(x, ast.Call) and isinstance(x.func, ast.Attribute) and x.func.attr == 'lower'
+    return ([n.lineno for n in ast.walk(tree) if isinstance(n, ast.Compare) and any(map(ending, (n.left, *n.comparators)))]
+            + [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == 'endswith'
+               and dotted(n) and not lowered(n.func.value)])
+
+
+def test_endings_of_files_are_compared_without_capitals():
+    assert asks_for_capitals(ast.parse("p.suffix == '.tar' or str(p).endswith(('.pt', '.pth')) or p.suffix.lower() == '.tar'")) == [1, 1]
+    assert {m: lines for m in MODULES if (lines := asks_for_capitals(ast.parse((LIB/f'{m}.py').read_text(encoding='utf-8'))))} == {}
+
+
 def test_n_of_a_set_is_taken_at_one_place():
     # slices such as `range(min(n, len(data)))` or `data[:n]` would be the first n of a set that is sorted by class
     bad = r'.*(?:range\(min\(n, len\((?:data|ds|images)\)\)|\b(?:data|ds|images)\[:n\]|range\(n\)\)\[.image.).*'

@@ -1,6 +1,7 @@
 "Laws of the explorer and its sisters: what they show is what the library computes, heavy work is done once, and bad input leaves them alive."
-import asyncio, copy, dataclasses, datetime, html, io, json, time
+import asyncio, copy, dataclasses, datetime, html, inspect, io, json, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields, replace
 import numpy as np
 import pytest
@@ -175,6 +176,17 @@ def test_whatever_a_field_is_given_the_answer_is_a_line_or_the_state_is_a_value(
             else: assert hash(lab.state) is not None and isinstance(getattr(lab.state, f.name), type(f.default) | int)
             lab.set(**{f.name: getattr(before, f.name)})
     with pytest.raises(UserError, match='steps'): SamplerLab(net(), TINY, steps=10**9)
+
+
+@pytest.mark.parametrize('Other', [Explorer, ReconstructionLab, NeighbourLab, LayerLab, EmbeddingLab, SamplerLab, PromptLab])
+def test_whatever_a_lab_is_made_with_the_answer_is_a_line(Other):
+    "Nets, states and images that are none ended in AttributeError and TypeError, some of them at the first move only."
+    makers = [vars(c)['__init__'] for c in Other.__mro__ if '__init__' in vars(c) and c.__module__.startswith('vfmvae.')]
+    known = {p.name: p for m in makers[::-1] for p in inspect.signature(m).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    for name in {*known} - {'self'} - ({'n'} if Other is ReconstructionLab else set()):
+        for bad in (5, object(), None):
+            if bad is None and known[name].default is None: continue
+            with pytest.raises(UserError, match=ONE_LINE) if name in ('images', 'nets', 'state', 'own') else suppress(UserError): Other(**{name: bad})
 
 
 def test_a_layer_counted_from_the_end_is_the_same_layer(lab):
@@ -372,6 +384,16 @@ def test_labs_that_need_the_same_features_all_come_to_their_end(tmp_path, monkey
     asyncio.run(all_at_once())
     for lab in labs: assert not open_(lab) and lab.readout.value.count(html.escape(lab.text())) == 1, lab
     assert len(list(tmp_path.rglob('*.safetensors'))) == 2 and not list(tmp_path.rglob('*.tmp'))
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    "An export of 300 frames, or a figure of a minute, was thrown away at its end."
+    lab = ReconstructionLab(size=64)
+    monkeypatch.setattr(lab, 'page', lambda *state: pytest.fail('worked before it looked'))
+    (tmp_path/'a.html').mkdir()
+    (tmp_path/'b').write_text('')
+    for path, ask in ((tmp_path/'a.html', lab.export), (tmp_path/'b'/'lab.html', lab.export), (tmp_path/'b'/'fig.pdf', lab.save)):
+        with pytest.raises(UserError, match=ONE_LINE): ask(path)
 
 
 def test_every_lab_has_pictures_words_and_controls():

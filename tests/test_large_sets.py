@@ -15,7 +15,8 @@ from vfmvae.files import to_json
 from vfmvae.images import random_crop_flip, to_tensor
 from vfmvae.world import World
 from vfmvae.folders import folder, shards
-from vfmvae.data import as_dataset, fingerprint, loader, stamps, Subset, take, TensorSet
+from vfmvae.data import as_dataset, fingerprint, fingerprints, loader, spread, stamps, Subset, take, TensorSet
+from vfmvae.run import run_identity
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
 import sets  # noqa: E402
@@ -443,7 +444,7 @@ def slow_fingerprint(ds, marks):
 @pytest.mark.parametrize('small', [True, False])
 def test_fingerprints_are_of_names_classes_and_stamps(two, tmp_path, monkeypatch, small):
     sets.make_files(tmp_path/'f', 30, 3)
-    if not small: monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces, times=True: self.__dict__.update(_times=times, _small=False))
+    if not small: monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(_small=False))
     for ds in (folder(tmp_path/'f', size=8), shards(two/'*.tar', size=8)):
         def mark(path, offset, length):
             s, f = os.stat(path), Path(path).read_bytes()
@@ -458,12 +459,30 @@ def test_fingerprints_are_of_names_classes_and_stamps(two, tmp_path, monkeypatch
 
 def test_a_shard_is_looked_at_once_for_all_its_images(two, monkeypatch):
     ds = shards(two/'*.tar')
-    monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces, times=True: self.__dict__.update(_times=times, _small=False))
+    monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(_small=False))
     looked, real = [], os.stat
     monkeypatch.setattr(os, 'stat', lambda *a, **k: (looked.append(a), real(*a, **k))[1])
     assert len(stamps(ds)) == 1200 and len(looked) == 2
     stamps(take(ds, 10))
     assert len(looked) == 4
+
+
+@pytest.mark.parametrize('small', [True, False])
+def test_both_fingerprints_take_one_walk(two, tmp_path, monkeypatch, small):
+    "A training asked for the one with times and the one without, and read every file twice."
+    sets.make_files(tmp_path/'f', 80, 3)
+    seen, real = Counter(), (open, os.stat)
+    monkeypatch.setattr('builtins.open', lambda *a, **k: (seen.update(opened=1), real[0](*a, **k))[1])
+    monkeypatch.setattr(os, 'stat', lambda *a, **k: (seen.update(looked=1), real[1](*a, **k))[1])
+    def cost(f, *a): return seen.clear() or (f(*a), Counter(seen))
+    if not small: monkeypatch.setattr(data._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(_small=False))
+    for ds in (folder(tmp_path/'f', size=8), Subset(folder(tmp_path/'f', size=8), range(70)), shards(two/'*.tar', size=8)):
+        for warm in (fingerprint, lambda ds: [ds.batch([i]) for i in spread(64, len(ds))]): warm(ds)       # modules are opened, too
+        was, once = cost(fingerprint, ds)
+        _, pixels = cost(lambda ds: [ds.batch([i]) for i in spread(64, len(ds))], ds)
+        identity, both = cost(run_identity, None, loader(ds, 4))
+        assert both == once + pixels and (once['opened'] == len(ds) if small else both['opened'] == pixels['opened'])
+        assert [identity[k] for k in ('data', 'sample')] == fingerprints(ds, True, False) == [was, fingerprint(ds, False)] and was != identity['sample']
 
 
 # bytes on the way -----------------------------------------------------------------------------------------------------------------------------------

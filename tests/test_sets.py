@@ -1,5 +1,5 @@
 "Sets of images: whose classes, which of them, still the same ones, nothing left out in silence, nobody else's set refused."
-import io, json, os, tarfile, warnings
+import io, json, os, shutil, tarfile, warnings
 import numpy as np
 import pytest
 import torch
@@ -9,7 +9,16 @@ from vfmvae.images import to_uint8
 from vfmvae.world import World
 from vfmvae.folders import folder, shards
 from vfmvae.data import as_dataset, fingerprint, spread, stamps, Subset, take, taken
+from vfmvae.checkpoints import read_checkpoint
 from vfmvae.features import Bank, banks, batches
+from vfmvae.files import check_out, data_dir
+from vfmvae.generation import open_net
+from vfmvae.recipes import open_data, start_size
+from vfmvae.run import read_nets
+from vfmvae.session import is_tokenizer
+from vfmvae.tokenizer import open_tokenizer, save_tokenizer
+from vfmvae.vfm import VFM
+from vfmvae.views import as_source, image_set
 
 CLASSES = ('ant', 'bee', 'cat')
 
@@ -95,6 +104,31 @@ def test_lists_of_pictures(root, make):
     assert torch.equal(torch.cat([b['image'] for b in batches(make([root/k for k in ours.keys]), 5)]), ours.batch(range(12))['image'])
 
 
+def test_an_ending_in_capitals_is_the_same_ending(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open('A.TAR', 'w') as t:
+        for p in sorted(root.rglob('*.*'))[:3]: t.add(p, p.name)
+    assert len(open_data('A.TAR', 24)) == len(open_data([tmp_path/'A.TAR'], 24)) == len(image_set('A.TAR')) == 3
+    for name, kind in (('conv-f8d16', open_tokenizer), ('dit-conv-f8d16', open_net), ('vfm-tiny', lambda f: VFM('tiny', f))):
+        for end in ('safetensors', 'json'):
+            if (f := data_dir()/'weights'/f'{name}.{end}').exists(): shutil.copy(f, f'{name}.{end.upper() if end == "safetensors" else end}')
+        kind(f'{name}.SAFETENSORS')
+    assert as_source('conv-f8d16.SAFETENSORS').name == 'conv-f8d16' and is_tokenizer('x.PTH') and start_size('conv-f8d16.SAFETENSORS') == 64
+    assert read_nets('conv-f8d16.SAFETENSORS')[0]['model'] and read_checkpoint('conv-f8d16.SAFETENSORS')
+    saved = save_tokenizer(check_out('MINE.SAFETENSORS', '.safetensors'), open_tokenizer('conv-f8d16'))
+    assert sorted(map(str, tmp_path.glob('MINE*'))) == sorted(map(str, (saved.absolute(), tmp_path/'MINE.json')))
+
+
+def test_a_shard_that_vanishes_is_said(root, tmp_path):
+    "FileNotFoundError, where a folder's picture had its line."
+    with tarfile.open(tmp_path/'a.tar', 'w') as t:
+        for p in sorted(root.rglob('*.*'))[:3]: t.add(p, p.name)
+    ds = shards(tmp_path/'a.tar', size=24)
+    ds.batch([0])
+    (tmp_path/'a.tar').unlink()
+    with pytest.raises(UserError, match=r'a.tar cannot be read any more \(No such file or directory\); open the data set again'): ds.batch([1])
+
+
 # classes by name ------------------------------------------------------------------------------------------------------------------------------
 
 def test_one_set_through_every_door_has_one_naming(root, tmp_path):
@@ -176,7 +210,7 @@ def test_two_folders_of_one_name_are_two_sets(tmp_path):
 def test_a_large_set_is_known_by_sizes_and_times(tmp_path, monkeypatch):
     import vfmvae.data as d
     for i in range(3): picture(0, i).save(tmp_path/f'{i}.png')
-    monkeypatch.setattr(d._FileStamps, '__init__', lambda self, pieces, times=True: self.__dict__.update(_times=times, _small=False))
+    monkeypatch.setattr(d._FileStamps, '__init__', lambda self, pieces: self.__dict__.update(_small=False))
     ds = folder(tmp_path, size=24)
     was, marks = fingerprint(ds), stamps(ds)
     assert fingerprint(folder(tmp_path, size=24)) == was

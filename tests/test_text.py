@@ -9,7 +9,7 @@ from fakecuda import CPU, CUDA, cuda
 from vfmvae.captions import (caption, captions_of, held_out, HUES, hue_of, hue_words, OPTIONAL, parse, read_prompts, split, TRAINED, VALUES, VOCABULARY,
                              WORDINGS, words_of, world_captions)
 from vfmvae.core import Notice, raises, UserError
-from vfmvae.data import as_dataset, select_classes, Subset, take, TensorSet
+from vfmvae.data import as_dataset, select_classes, stamps, Subset, take, TensorSet
 from vfmvae.files import load_weights, save_weights
 from vfmvae.folders import folder, photographs, shards
 from vfmvae.text import caption_table, CaptionTable, HFText, load_captions, load_text, Text, TextEncoder, Words
@@ -97,6 +97,17 @@ def test_bad_captions_are_one_line():
         with raises('no caption of the world'): parse(bad)
 
 
+@pytest.mark.parametrize('bad', [[None], ['a ring', 5], [b'a ring'], [['a ring']], None, 5, 'a ring', object()])
+def test_captions_that_are_no_texts_are_one_line(bad):
+    "They ended in AttributeError and TypeError; a single text was read letter by letter."
+    encoder, words = HFText(made('bert'), tokenizer()), Words()
+    for reads in (encoder, words.numbers, lambda c: caption_table(encoder, c, quiet=True)):
+        with raises('captions are ', 'give a list of texts'): reads(bad)
+    for reads in (split, parse):
+        if not isinstance(bad, str):
+            with raises('is no caption; give a text'): reads(bad)
+
+
 # worlds ----------------------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('seed,epoch,world', [(0, 0, 0), (3, 17, 1), (-5, 2, 9)])
@@ -163,7 +174,13 @@ def test_captions_beside_images(tmp_path, inner):
     texts, said = told(ds)
     assert texts == TOLD and '1 of 5 images lack a caption, 1 have an empty one' in said and str(tmp_path/'set') in said
     assert told(Subset(Subset(ds, [4, 3, 1, 0]), [3, 0, 2]), 0) == [TOLD[0], TOLD[4], TOLD[1]]
-    assert told(as_dataset([tmp_path/'set'/k for k in ds.keys]))[0] == TOLD
+    files = [tmp_path/'set'/k for k in ds.keys]
+    for given in (files, [(f, 'ring') for f in files], [[str(f), 3] for f in files], [dict(image=f, label=0) for f in files]):
+        pics = as_dataset(given, 16)
+        assert told(pics)[0] == TOLD and stamps(pics) == stamps(ds)
+    for f in files:
+        if f.with_suffix('.txt').exists(): f.with_suffix('.txt').rename(f.with_suffix('.TXT'))
+    assert told(ds)[0] == TOLD
     assert len(told(take(ds, 3))[0] if '' in [TOLD[i] for i in take(ds, 3).at] else told(take(ds, 3), 0)) == 3
 
 

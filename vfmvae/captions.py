@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'HUES', 'OPTIONAL', 'VALUES', 'WORDINGS', 'TRAINED', 'VOCABULARY', 'HELD_OUT', 'hue_of', 'hue_words',
-           'words_of', 'caption', 'split', 'parse', 'world_captions', 'held_out', 'captions_of', 'read_prompts']
+           'words_of', 'caption', 'check_captions', 'split', 'parse', 'world_captions', 'held_out', 'captions_of',
+           'read_prompts']
 
 # %% ../nbs/10_captions.ipynb #cebce224
 import itertools, math, re, tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -85,8 +86,16 @@ def caption(words: Mapping[str, str],           # of one image, see `words_of`; 
                     if {*re.findall(r'\{(\w+)\}', p)} <= {*said}).replace(' ,', ',')
 
 # %% ../nbs/10_captions.ipynb #36478c6b
+def check_captions(captions: Iterable[str]) -> list[str]: # one for each picture
+    "A list of texts. UserError: one text alone, no list, something else in it."
+    found: list = [*captions] if isinstance(captions, Iterable) and not isinstance(captions, str) else [None]
+    need(all(isinstance(c, str) for c in found),
+         f'captions are {shorten(captions)}; give a list of texts, one for each picture')
+    return found
+
 def split(text: str) -> list[str]:
     "The words of a caption, in lower case; commas, stops, brackets and quotes around them are no words."
+    need(isinstance(text, str), f'{shorten(text)!r} is no caption; give a text')
     return [w for w in (t.strip('.,;:!?"\'()') for t in text.lower().split()) if w]
 
 @cache
@@ -179,7 +188,8 @@ def captions_of(ds: Dataset,            # a world, a folder, shards, or some of 
     if isinstance(ds, World): return world_captions(ds, wording, seed, epoch, at)
     name, pieces, shard = getattr(ds, 'name', type(ds).__name__), getattr(ds, 'pieces', None), cache(_of_shard)
     # a piece without a length is a whole file
-    found = [_text_at(Path(path).with_suffix('.txt')) if length is None else shard(str(path)).get(start)
+    found = [next((t for end in ('.txt', '.TXT') if (t := _text_at(Path(path).with_suffix(end))) is not None), None)
+             if length is None else shard(str(path)).get(start)
              for path, start, length in (pieces[i] for i in at)] if pieces else []
     texts = [' '.join((t or '').split()) for t in found]
     need(any(texts), f'{name} has no captions; put name.txt beside each name.png, or into the shard')

@@ -106,7 +106,7 @@ def read_torch(path: PathLike # a file of `torch.save`
 def read_weights(path: PathLike) -> tuple[dict[str, Tensor], dict]:
     """(tensors, JSON beside) of a .safetensors file, or of a torch file read weights-only and unwrapped. UserError:
     neither."""
-    if Path(path).suffix == '.safetensors': return load_weights(path)
+    if Path(path).suffix.lower() == '.safetensors': return load_weights(path)
     sd = read_torch(path)
     for k in ('state_dict', 'model'):
         if isinstance(sd, dict) and isinstance(sd.get(k), dict): sd = sd[k]
@@ -138,7 +138,7 @@ def read_checkpoint(path: str | Path) -> dict: # .pth, .pt, .bin or .safetensors
     OrderedDicts, anything else unknown is a UserError."""
     path = as_path(path)
     need(path.is_file(), f'no checkpoint at {path}; check the path')
-    if path.suffix == '.safetensors': return load_weights(path)[0]
+    if path.suffix.lower() == '.safetensors': return load_weights(path)[0]
     try:
         check_pickle(path)
         names = _strangers(path)

@@ -50,7 +50,7 @@ def _one_of(kind: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         known, ends = bundled(kind), _FILES[kind]
         there = ends and (os.path.lexists(os.path.expanduser(_named(text)[:250])) or {*'*?[{'} & {*text})
-        if _named(text) in known or not known or text.endswith(ends) or there: return text
+        if _named(text) in known or not known or text.lower().endswith(ends) or there: return text
         near = ', '.join(difflib.get_close_matches(text, known, 3, .4))
         or_file = f"; or a file ({', '.join(ends)}) or folder"*bool(ends)
         if kind == 'data': or_file = f"; or {_written('recipes', 'LAYOUT').value}"
@@ -196,11 +196,12 @@ def _reconstruct(out: str = 'outputs/reconstruct', # folder
     "pictures -> latents -> pictures"
     from tempfile import TemporaryDirectory
     tok = _tokenizer(**_take(how, _tokenizer))
-    folder, data = vfmvae.files.check_out(out), vfmvae.data.take(_pictures(tok, **how), how['n'])
+    data = vfmvae.data.take(_pictures(tok, **how), how['n'])
+    vfmvae.recipes.picture_files(out, getattr(data, 'keys', None) or [x['key'] for x in data])   # now, not at the end
     with TemporaryDirectory() as d:
         vfmvae.latents.cache_latents(tok, data, Path(d), rank=0, num_processes=1)
-        made = vfmvae.recipes.decode_latents(tok, Path(d), folder)
-    print(f"{len(made)} reconstructions of {data.size} px in {folder.resolve()}")
+        made = vfmvae.recipes.decode_latents(tok, Path(d), out)
+    print(f"{len(made)} reconstructions of {data.size} px in {Path(out).resolve()}")
 
 def _encode(data: str,
             out: str | None = None,   # folder (default: by data and tokenizer in the cache of vfmvae)
@@ -309,7 +310,7 @@ def _evaluate_samples(samples: str | None = None,  # an .npz of ADM, a folder or
               'inception': eyes.Inception}
     judge = makers.get(extractor, lambda: eyes.VFMExtractor(vfmvae.VFM(extractor)))()
     judge = judge.to(vfmvae.runtime.best_device(device))
-    file, known = (samples or '').endswith('.npz'), reference.endswith('.npz')
+    file, known = (samples or '').lower().endswith('.npz'), reference.lower().endswith('.npz')
     how = how | _sampling(**_take(how, _sampling))
     if not samples:
         eyes.check_judge(judge, open_net(how['net']).meta.get('tokenizer'))
@@ -354,8 +355,7 @@ def _lab(data: str = 'clothes-val',
          dry_run: bool = False,    # only write the notebook
          jupyter: Sequence[str] = ()) -> int:
     "the alignment explorer in JupyterLab; what comes after -- is passed on to it"
-    import importlib.util
-    import subprocess
+    import importlib.util, subprocess
     missing = [m for m in ('jupyterlab', 'ipywidgets', 'ipyevents', 'ipykernel') if importlib.util.find_spec(m) is None]
     vfmvae.core.need(not missing, f"the lab needs {', '.join(missing)}: pip install jupyterlab ipywidgets ipyevents")
     where = data if data in bundled('data') else str(vfmvae.files.as_path(data, 'data').resolve())

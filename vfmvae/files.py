@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['home', 'data_dir', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json', 'parse_json', 'read_json',
-           'check_out', 'check_pictures', 'inside', 'digest', 'check_weights', 'check_state_dict', 'sidecar',
-           'tensors_at', 'save_weights', 'load_weights', 'halve', 'Table']
+           'check_out', 'inside', 'digest', 'check_weights', 'check_state_dict', 'sidecar', 'tensors_at',
+           'save_weights', 'load_weights', 'halve', 'Table']
 
 # %% ../nbs/01_files.ipynb #46ba2d1e
 import csv, hashlib, json, math, os, platform, shutil, tempfile, time, uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -160,7 +160,7 @@ def check_out(path: PathLike,             # to be written at the end
     """The path, once something could be written there. UserError: empty, of another ending, a folder for a file or the
     reverse, not writable."""
     p = as_path(path, 'what is written')
-    need(not suffix or p.suffix == suffix, f'cannot write to {p}; name a file that ends with {suffix}')
+    need(not suffix or p.suffix.lower() == suffix, f'cannot write to {p}; name a file that ends with {suffix}')
     try:
         need(not suffix or not p.is_dir(), f'{p} is a folder; name a file in it')
         need(suffix or not p.exists() or p.is_dir(), f'{p} is a file; name a folder')
@@ -170,18 +170,6 @@ def check_out(path: PathLike,             # to be written at the end
         with tempfile.TemporaryFile(dir=folder): pass
         if suffix and p.exists() and not os.access(p, os.W_OK): raise PermissionError(13, 'Permission denied')
     except OSError as e: raise _cannot(p, e) from None
-    return p
-
-def check_pictures(path: PathLike,       # a folder
-                   names: Collection[str] # of the PNG files that will be written into it
-                  ) -> Path:
-    "As `check_out`. UserError, too, where other pictures lie there: who measures the folder would measure a mixture."
-    p, old = check_out(path), list[str]()
-    for at, folders, files in os.walk(p):
-        folders[:] = [f for f in folders if not f.startswith('.')]      # of `write_atomic`, perhaps of another process
-        old += [n for f in files if f.endswith('.png') and (n := Path(at, f).relative_to(p).as_posix()) not in names]
-    need(not old, f'{p} holds {len(old)} other pictures, such as {min(old, default="")}; empty it, or name another '
-                  'folder')
     return p
 
 def inside(folder: PathLike, # that may be written to
@@ -245,7 +233,7 @@ def sidecar(path: PathLike) -> Path: # of tensors
     p = as_path(path)
     if os.path.isdir(p): return p/'config.json'
     need(p.name, f'{p} is no name of a file; give one')
-    return p.with_suffix('.json') if p.suffix == '.safetensors' else p.with_name(f'{p.name}.json')
+    return p.with_suffix('.json') if p.suffix.lower() == '.safetensors' else p.with_name(f'{p.name}.json')
 
 def tensors_at(path: PathLike) -> Path:
     "The file of tensors: in a folder of the hub `model.safetensors`, else the path itself."

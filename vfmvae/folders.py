@@ -242,9 +242,12 @@ def shards(pattern: PathLike | Sequence[PathLike], # 'train-{0000..1023}.tar', '
                                                     strict=True)])
     def read(i: int) -> Image.Image:
         path, offset, length = pieces[i]
-        with open(path, 'rb') as f:
-            f.seek(offset)
-            return open_image(io.BytesIO(f.read(length)), name=f'{names[i]} in {path}')
+        try:
+            with open(path, 'rb') as f:
+                f.seek(offset)
+                return open_image(io.BytesIO(f.read(length)), name=f'{names[i]} in {path}')
+        except OSError as e:
+            raise UserError(f'{path} cannot be read any more ({e.strerror}); open the data set again') from None
     stems = [Path(p).stem for p in paths]
     if len({*stems}) < len(stems): stems = [f'{s:05d}' for s in range(len(paths))]
     def full(a: int, b: int) -> list[str]: return [f'{stems[s]}/{k}' for s, k in zip(of(a, b), names[a:b], strict=True)]

@@ -22,13 +22,13 @@ from torch import nn, Tensor
 
 # %% ../nbs/48_generation.ipynb #bdfc17c6
 from .core import build_config, Device, Draws, need, one_of, Registry, UserError, whole
-from .files import check_out, check_pictures, data_dir, to_json, write_atomic, write_json
+from .files import check_out, data_dir, to_json, write_atomic, write_json
 from .runtime import (average, device_of, make_accelerator, num_processes as num_together, progress, provenance,
                             rank as rank_of_this, seed_all)
-from .images import Dataset, to_pil
+from .images import check_pictures, Dataset, to_pil
 from .world import World
 from .data import fingerprint, loader, Subset, take
-from .captions import captions_of
+from .captions import captions_of, check_captions
 from .vfm import VFM
 from .protocols import Tokenizer, TrainableTokenizer
 from .tokenizer import opened, save_tokenizer, tokenizers
@@ -65,7 +65,8 @@ class Captioned:
                  encoder: str = ''):                # fingerprint of a language model that `encode` is of
         ds = captions
         while isinstance(ds, Subset): ds = ds.ds
-        texts = None if isinstance(ds, World) else captions_of(captions) if hasattr(captions, 'batch') else captions
+        texts = (None if isinstance(ds, World) else captions_of(captions) if hasattr(captions, 'batch')
+                 else check_captions(captions))
         have = len(captions if texts is None else texts)
         need(have == len(cache), f'{have} captions for {len(cache)} images; give one for each, in their order')
         # now: a training would come to it hours from here; what a language model makes of captions is there already
@@ -161,7 +162,7 @@ def train_flow(preset: str | FlowPreset = 'dit-vfmvae-tiny-f8d16', # a key of PR
     need(channels == wanted, f'latents of {channels} channels for a net of {wanted}; choose the preset of {tok.name}')
     feed: Any = cache.with_images(ds) if p.vfms else cache
     task = _flow_task(p, o, len(cache.classes), acc.device)
-    if p.net.text_dim or captions or encoder:
+    if p.net.text_dim or captions is not None or encoder:
         feed = _captioned(feed, take(ds, n), captions, encoder_of(task.net, encoder), encoder, o.seed)
     schedule = warm_cosine(task.flow.lr, steps, min(200, steps//10+1), cycles=p.cosine) if p.cosine else None
     micro = o.batch_size//o.accumulate
@@ -192,7 +193,7 @@ def open_net(net: str | Path | DiT # a name of `nets`, or a file of `train_flow`
     """A trained net, in eval mode; `.meta` names the tokenizer of its latents. UserError: unknown name (with the
     nearest), a file that does not fit."""
     if isinstance(net, DiT): return net
-    if isinstance(net, str | Path) and Path(net).suffix == '.safetensors': return DiT.load(str(net))
+    if isinstance(net, str | Path) and Path(net).suffix.lower() == '.safetensors': return DiT.load(str(net))
     return nets[one_of(net, nets, 'net', '; or a .safetensors file of train_flow')]
 
 def tokenizer_of(net: DiT,

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Batch', 'Images', 'Set', 'SUFFIXES', 'FORMATS', 'PIXELS', 'CROPS', 'TRANSFORMS', 'Dataset', 'Loader', 'ImageItems',
-           'to_rgb', 'open_image', 'to_tensor', 'to_byte_tensor', 'from_uint8', 'to_uint8', 'to_pil', 'check_images',
-           'centre_crop', 'adm_crop', 'square_crop', 'GivenUniforms', 'random_crop_flip', 'Transform', 'transform',
-           'published_draw', 'published_noise']
+           'to_rgb', 'check_pictures', 'open_image', 'to_tensor', 'to_byte_tensor', 'from_uint8', 'to_uint8', 'to_pil',
+           'check_images', 'centre_crop', 'adm_crop', 'square_crop', 'GivenUniforms', 'random_crop_flip', 'Transform',
+           'transform', 'published_draw', 'published_noise']
 
 # %% ../nbs/05_images.ipynb #f7b5d0a8
 import io, math, os, random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable, TypeVar
 
 # %% ../nbs/05_images.ipynb #205efd42
@@ -24,6 +25,7 @@ from torch import Tensor
 # %% ../nbs/05_images.ipynb #5fd3d63f
 from .core import (at_least_float32, Draws, first_line, need, normal_like, PathLike, pick, real, resized,
                          UserError, whole)
+from .files import check_out
 
 # %% ../nbs/05_images.ipynb #473d1b4b
 Batch = dict[str, Any]  # image (b,3,H,W) in [-1,1], label (b,) int64, key: list of b names
@@ -80,6 +82,19 @@ def to_rgb(im: Image.Image, name: str, form: str | None) -> Image.Image:
 SUFFIXES = frozenset('.jpg .jpeg .png .webp .bmp .tif .tiff .ppm'.split())
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'PPM', 'GIF')   # others, such as EPS, start programs
 PIXELS = 2**26    # of a picture; a few kilobytes may declare billions, and a transparent pixel takes 16 bytes
+
+def check_pictures(path: PathLike,       # a folder
+                   names: Collection[str] # of the PNG files that will be written into it
+                  ) -> Path:
+    "As `check_out`. UserError, too, where other pictures lie there: who measures the folder would measure a mixture."
+    p, old = check_out(path), list[str]()
+    for at, folders, files in os.walk(p):
+        folders[:] = [f for f in folders if not f.startswith('.')]      # of `write_atomic`, perhaps of another process
+        old += [n for f in files
+                if Path(f).suffix.lower() in SUFFIXES and (n := Path(at, f).relative_to(p).as_posix()) not in names]
+    need(not old, f'{p} holds {len(old)} other pictures, such as {min(old, default="")}; empty it, or name another '
+                  'folder')
+    return p
 
 def open_image(path: PathLike | io.BytesIO,   # a file, or its bytes
                upright: bool = True,          # turn a photo the way its EXIF tag says; the published tools do not

@@ -19,7 +19,7 @@ if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/52_lab_base.ipynb #4fe3e773
 from .core import DataclassLike, extra, nearest, need, one_of, PathLike, UserError
-from .files import write_atomic
+from .files import check_out, write_atomic
 from .runtime import progress
 from .plots import save_figure
 from .pages import clicked, Page
@@ -112,6 +112,8 @@ class _States(Generic[LabState]):
     "The part of `Lab` that changes its state, and remembers where it was."
     State: Any = None                  # the class of the state
     def __init__(self, state: LabState | None = None): # None: the default
+        need(state is None or isinstance(state, self.State),
+             f'a state is a {self.State.__name__}, not {state!r}; give one, or name its fields')
         self._state: LabState = self.State() if state is None else state
         self.past, self.future = list[LabState](), list[LabState]()      # for `back` and `forward`
     def follow(self, changes: dict) -> dict:
@@ -446,7 +448,8 @@ class _Kept(_Filled[LabState]):
              width: str | float = 'full'        # as for `figure`
             ) -> list[Path]:
         "Writes the figure as vector PDF (Type 42 fonts) and PNG, and the numbers behind it as CSV; returns the paths."
-        stem = Path(path).with_suffix('') if Path(path).suffix in ('.pdf', '.png', '.csv') else Path(path)
+        stem = Path(path).with_suffix('') if Path(path).suffix.lower() in ('.pdf', '.png', '.csv') else Path(path)
+        check_out(stem.with_name(f'{stem.name}.png'), '.png')       # its heavy work may take minutes
         return save_figure(self.figure(width), stem)
 
 # %% ../nbs/52_lab_base.ipynb #c94ac5bf
@@ -463,7 +466,7 @@ class Lab(_Kept[LabState]):
               ) -> Path:
         """Writes the lab as one HTML file that needs neither kernel nor network: a frame for every combination of
         the values. UserError beyond 300."""
-        specs = self.panel(self.state)
+        specs, path = self.panel(self.state), check_out(path, Path(path).suffix.lower() or '.html')
         for k, v in values.items():
             one_of(k, [f.name for f in fields(self.State)], 'field of the lab')
             need(isinstance(v, Sequence) and not isinstance(v, str), f'{k} = {v!r}; give a list of values')
@@ -485,4 +488,4 @@ class Lab(_Kept[LabState]):
                      raw=[json.dumps(x) for x in v], slide=specs.get(k, slider).kind != 'choice')
                 for k, v in moved.items()]
         text = export_html(self.title, axes, frames, ''.join(sheets))
-        return write_atomic(Path(path), lambda p: p.write_text(text, encoding='utf-8'))
+        return write_atomic(path, lambda p: p.write_text(text, encoding='utf-8'))

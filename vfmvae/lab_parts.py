@@ -22,7 +22,6 @@ from torch import Tensor
 # %% ../nbs/51_lab_parts.ipynb #d8820250
 from .core import need, PathLike, real, UserError, whole
 from .images import check_images, Dataset, Images, transform, TRANSFORMS
-from .world import World
 from .data import spread, Subset
 from .features import FeatureSource
 from .protocols import Tokenizer
@@ -106,9 +105,9 @@ def files_of_set(images: Dataset, n: int) -> tuple[Path, ...]:
     return (*sorted(folders), *dict.fromkeys(Path(pieces[at[i]][0]) for i in spread(n, len(at))))
 
 # %% ../nbs/51_lab_parts.ipynb #317a831b
-def lab_images(images: Images | PathLike | None, size: int = 64) -> Dataset: # pixels of the square images
-    "The data set that `images` stands for, as `open_data` takes it; None: held-out images of the world."
-    made = World(seed=8) if images is None else open_data(images, size=size, n=10_000, seed=8)
+def lab_images(images: Images | PathLike, size: int = 64) -> Dataset: # pixels of the square images
+    "The data set that `images` stands for, as `open_data` takes it."
+    made = open_data(images, size=size, n=10_000, seed=8)
     return Subset(made, range(len(made))) if type(made).__hash__ is None else made
 
 def read_images(images: Dataset, at: Sequence[int]) -> dict:

@@ -11,7 +11,6 @@ __all__ = ['EDITS', 'UMAP_BUTTON', 'MORE', 'ALIKE', 'LET_GO', 'edit_latent', 'Re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 # %% ../nbs/56_labs.ipynb #4b87e865
@@ -21,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/56_labs.ipynb #69349ac8
-from .core import Device, extra, need, one_of, PathLike, real, whole
+from .core import Device, extra, need, one_of, PathLike, real, shorten, whole
 from .runtime import device_of
 from .plots import curves, heat, look, MARKERS, PALETTE
 from .images import Images
@@ -264,12 +263,13 @@ def _layer_names(source: FeatureSource) -> tuple[str, ...]:
 def _net_and_tokenizer(x: Any, device: Device) -> tuple[DiT, Tokenizer]:
     "Of a velocity net and its tokenizer, or of the net alone; objects, names or files."
     net, tok = x if isinstance(x, tuple | list) else (x, None)
-    net = opened(net, open_net, device) if isinstance(net, str | Path) else net
+    net = opened(net, open_net, device)
     return net, opened(tok, device=device) if tok is not None else tokenizer_of(net)
 
 class _LayerSources(SetLab[LayerState]):
     State = LayerState
     def __init__(self, state: LayerState | None = None, nets: Mapping[str, Any] | None = None, **more: Any):
+        need(isinstance(nets, Mapping | None), f'{shorten(nets)!r} names no nets; give {{name: net}}')
         self.nets = {str(n): _net_and_tokenizer(v, more.get('device')) for n, v in dict(nets or {}).items()}
         super().__init__(state, **more)
         for name, (net, _) in self.nets.items():

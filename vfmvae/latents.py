@@ -24,7 +24,7 @@ from .files import (as_path, check_out, home, inside, parse_json, read_json, swe
 from .runtime import device_of, num_processes as num_together, progress, provenance, rank as rank_of_this
 from .images import Dataset, Images
 from .world import World
-from .data import as_dataset, fingerprint, gives_bytes, take, taken
+from .data import as_dataset, fingerprint, fingerprints, gives_bytes, take, taken
 from .features import on_cpu
 from .protocols import LatentStats, Tokenizer
 from .tokenizer import net_digest, unfamiliar
@@ -279,8 +279,8 @@ def _check_images(c: LatentCache, images: Images) -> Dataset:
         _unknown(c.dir, 'of which images', 'their number')
         return every                        # earlier versions took the first ones
     same: Dataset = take(every, len(c))
-    now = fingerprint(same)
-    copied = c.manifest.get('sample') == fingerprint(same, False)            # such files have other times
+    now, sample = fingerprints(same, True, False)
+    copied = c.manifest.get('sample') == sample            # such files have other times
     need(now == have or copied, f"the latents in {c.dir} are of {c.manifest['data']} ({have}), not of these "
                                 f'{described(same)} ({now}): other files, or files that were changed since; give the '
                                 'data set that was encoded, or cache again')
@@ -374,11 +374,12 @@ def _begin(file: Path, want: dict) -> dict:
 def _description(tokenizer: Tokenizer, data: Dataset, flips: bool, shard_size: int, dtype: torch.dtype | None) -> dict:
     "The manifest of a cache that is to be."
     g, s, n = _encoded(tokenizer, data.batch([0])['image']), tokenizer.stats, len(data)
+    now, sample = fingerprints(data, True, False)
     shards = [[f'shard-{i//shard_size:05d}.safetensors', min(shard_size, n-i)] for i in range(0, n, shard_size)]
     return dict(tokenizer=tokenizer.name, n=n, shape=list(g.mean.shape[1:]), deterministic=g.logvar is None,
                 flips=bool(flips), dtype=None if dtype is None else str(dtype).split('.')[-1],
                 classes=[str(c) for c in getattr(data, 'classes', ('0',))], data=described(data), taken=taken(data),
-                fingerprint=fingerprint(data), sample=fingerprint(data, False), digest=latent_digest(tokenizer),
+                fingerprint=now, sample=sample, digest=latent_digest(tokenizer),
                 shards=shards, scale=dict(mean=s.mean.tolist(), std=s.std.tolist()) if s.fitted else None, stats=None)
 
 # %% ../nbs/39_latents.ipynb #cef4f64e
@@ -404,8 +405,8 @@ def cache_latents(tokenizer: Tokenizer,
     size = getattr(getattr(tokenizer, 'config', None), 'img_size', None)
     some: Dataset = take(as_dataset(data, size), n)
     need(len(some), 'no images to encode; give a data set that holds some')
-    folder, want = cache_folder(path), _description(tokenizer, some, flips, shard_size, dtype)
-    manifest = _manifest(check_out(folder), want)
+    folder = check_out(cache_folder(path))
+    manifest = _manifest(folder, _description(tokenizer, some, flips, shard_size, dtype))
     sweep(folder)
     mine = [(f, k, range(k*shard_size, k*shard_size+rows)) for k, (f, rows) in enumerate(manifest['shards'])
             if k % num_processes == rank and not _whole(folder, manifest, k)]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Data', 'LAYOUT', 'EQUIVARIANCE_TESTS', 'open_data', 'training_data', 'evaluate_tokenizer', 'evaluate_equivariance',
            'schedule_stages', 'default_perceptual_loss', 'get_preset', 'build_training', 'TrainOptions',
-           'accelerator_on', 'compile_decoder', 'start_size', 'train_tokenizer', 'estimate', 'decode_latents']
+           'accelerator_on', 'compile_decoder', 'start_size', 'train_tokenizer', 'estimate', 'picture_files',
+           'decode_latents']
 
 # %% ../nbs/47_recipes.ipynb #0f12c175
 import copy, math, os, time
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 # %% ../nbs/47_recipes.ipynb #34abcb6c
 from .core import build_config, Device, nearest, need, notice, one_of, PathLike, real, UserError, whole
-from .files import (as_path, check_out, check_pictures, home, inside, is_file, load_weights, read_json,
+from .files import (as_path, check_out, home, inside, is_file, load_weights, read_json,
                           sidecar, write_atomic)
 from .runtime import best_device, device_of, make_accelerator, progress, provenance, seed_all
 from .plots import show_images
-from .images import Dataset, Images, SUFFIXES, to_pil
+from .images import check_pictures, Dataset, Images, SUFFIXES, to_pil
 from .world import World
 from .folders import folder, photographs, PHOTOGRAPHS, shards
 from .data import as_dataset, fingerprint, loader, take
@@ -70,13 +71,13 @@ def open_data(spec: Data,            # 'world' or a key of PHOTOGRAPHS; a folder
     there = named and os.path.lexists(as_path(spec))
     if named and str(spec) == 'world': return World(n, seed, **sized)
     paths = bool(several) and all(isinstance(p, str | Path) for p in several)
-    need(not paths or len({str(p).endswith('.tar') for p in several}) == 1,
+    need(not paths or len({str(p).lower().endswith('.tar') for p in several}) == 1,
          'a list of shards (*.tar) and other files; give one kind')
     ds: Any
     if named and str(spec) in PHOTOGRAPHS:
         if there: notice(f'{spec} names bundled photographs; the folder of that name is {as_path(spec).resolve()}')
         ds = photographs(str(spec), **how, **sized)
-    elif paths and str(several[0]).endswith('.tar'): ds = shards(several, **how, **sized)
+    elif paths and str(several[0]).lower().endswith('.tar'): ds = shards(several, **how, **sized)
     elif named and Path(several[0]).suffix.lower() in SUFFIXES and is_file(as_path(several[0])):
         ds = as_dataset(several, size, **how)
     elif named:
@@ -347,7 +348,7 @@ def start_size(start: str | Path | None # as for `train_tokenizer`
     "Image side, pixels, that a finished tokenizer or a run's checkpoint was trained on; None where it does not say."
     if not start: return None
     path = as_path(start)
-    if path.suffix != '.safetensors':
+    if path.suffix.lower() != '.safetensors':
         path = next(reversed(checkpoints(path if path.is_dir() else home()/'runs'/path)), path)
     meta = read_json(side) if is_file(side := sidecar(path)) else load_weights(path)[1] if is_file(path) else {}
     config = c if isinstance(c := meta.get('config'), dict) else {}
@@ -468,9 +469,12 @@ def estimate(preset: str | Preset,
     return rows
 
 # %% ../nbs/47_recipes.ipynb #803501d4
-def _picture_names(names: Sequence[str]) -> list[str]:
-    """The file of a PNG for each name, class folders as they are: its image suffix is replaced, and a name that is
-    there already, capitals or not, gets -2, -3 ..."""
+def picture_files(out: PathLike,       # a folder
+                  names: Sequence[str] # of pictures that are to be written there
+                 ) -> list[Path]:
+    """The PNG file of each, class folders as they are: an image suffix is replaced, and a name that is there already,
+    capitals or not, gets -2, -3 ... UserError: a name leaves the folder, which holds other pictures."""
+    for name in names: inside(out, name)              # before the name is changed
     taken = {p.as_posix().casefold() for n in names for p in Path(n).parents}
     files = []
     for name in names:
@@ -479,7 +483,8 @@ def _picture_names(names: Sequence[str]) -> list[str]:
         while file.casefold() in taken: file, k = f'{stem}-{k+1}.png', k+1
         taken.add(file.casefold())
         files.append(file)
-    return files
+    check_pictures(out, {*files})
+    return [inside(out, file) for file in files]
 
 @torch.no_grad()
 def decode_latents(tokenizer: str | Path | Tokenizer, # the one that made them
@@ -491,10 +496,7 @@ def decode_latents(tokenizer: str | Path | Tokenizer, # the one that made them
     tok, batch_size = opened(tokenizer), whole(batch_size, 'batch_size', 1)
     cache = _still((latents if isinstance(latents, LatentCache) else LatentCache(latents)).bind(tok))
     names = cache.names()
-    for name in names: inside(Path(out), name)              # before the name is changed
-    pictures_of = _picture_names(names)
-    files = [inside(Path(out), name) for name in pictures_of]
-    check_pictures(out, {*pictures_of})
+    files = picture_files(out, names)
     for i in progress(range(0, len(cache), batch_size), desc='decode'):
         at = range(i, min(i+batch_size, len(cache)))
         pictures = tok.decode(cache.batch(at)['mean'].to(device_of(tok))).cpu()

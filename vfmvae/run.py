@@ -25,7 +25,7 @@ from .files import (as_path, check_out, check_weights, digest, home, inside, loa
                           sweep, to_json, write_atomic)
 from .runtime import num_processes, provenance, rank
 from .images import Loader
-from .data import fingerprint
+from .data import fingerprints
 
 # %% ../nbs/20_run.ipynb #eec3455d
 class Task(Protocol):
@@ -216,8 +216,8 @@ def run_identity(task: Task, loader: Loader, **settings: object) -> dict[str, ob
     looks through."""
     ds = getattr(loader, 'ds', None)
     frozen = {k: digest(m.state_dict()) for k, m in getattr(task, 'frozen', dict)().items()}
-    named = {k: None if ds is None else fingerprint(ds, k == 'data') for k in ('data', 'sample')}
-    return dict(settings, **named, frozen=frozen, start_weights=getattr(task, 'start_weights', None))
+    data, sample = (None, None) if ds is None else fingerprints(ds, True, False)
+    return dict(settings, data=data, sample=sample, frozen=frozen, start_weights=getattr(task, 'start_weights', None))
 
 def _differences(meta: dict, task: Task, loop: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """How a checkpoint's configuration and loop differ from those of now: what forbids to go on, and what is only a
@@ -343,7 +343,7 @@ def read_nets(path: str | Path # a run's folder, one of its checkpoints, or a fi
     """({name of a net or 'ema': its tensors}, images it has seen). UserError: no checkpoint, or a file of something
     else."""
     path = Path(path)
-    if path.suffix != '.safetensors':
+    if path.suffix.lower() != '.safetensors':
         found = checkpoints(path if path.is_dir() else home()/'runs'/path)
         need(found, f'no checkpoint in {path}; give the folder of a run (of several stages: of one stage) or a '
                     '.safetensors file')

@@ -10,7 +10,6 @@ import threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
 # %% ../nbs/55_sampler_lab.ipynb #fdf7c9ef
@@ -110,8 +109,7 @@ class _SamplerNets(Lab[Way]):
         "What stands side by side."
         name = state.net or next(iter(self.named))
         if name not in self.opened:
-            nets = {k: opened(v, by=open_net, device=self.device) if isinstance(v, str | Path) else v
-                    for k, v in self.named[name].items()}
+            nets = {k: opened(v, by=open_net, device=self.device) for k, v in self.named[name].items()}
             given = None if self.given is None else opened(self.given, device=self.device)
             self.opened[name] = [Stage(str(k), net, tokenizer_of(net, given)) for k, net in nets.items()]
         return self.opened[name]

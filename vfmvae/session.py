@@ -195,7 +195,7 @@ def find_layer(source: FeatureSource, layer: int | str) -> int | str:
 
 def is_tokenizer(name: str | Path) -> bool:
     "Does a name or a file stand for a tokenizer?"
-    return str(name) in tokenizers or Path(name).suffix in ('.safetensors', '.pth', '.pt', '.ckpt')
+    return str(name) in tokenizers or Path(name).suffix.lower() in ('.safetensors', '.pth', '.pt', '.ckpt')
 
 def claim_name(name: str, net: object, other: object) -> None:
     "UserError: another net of that name computes something else."

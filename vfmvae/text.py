@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .core import Device, extra, first_line, nearest, need, notice, PathLike, shorten, UserError, whole
 from .files import digest, load_weights, parse_json, save_weights
 from .runtime import device_of, progress
-from .captions import split, VOCABULARY
+from .captions import check_captions, split, VOCABULARY
 
 # %% ../nbs/33_text.ipynb #f496bce2
 TEXT = 'tokens', 'mask', 'empty', 'empty_mask'     # the fields of a `Text`, by which a batch of a loader holds them
@@ -89,7 +89,7 @@ class Words(nn.Module):
     def numbers(self, captions: Sequence[str]) -> Text:
         """Captions as numbers of words, (b,max_tokens) int64. Case, commas and stops do not matter. UserError: a word
         that is not in the vocabulary, too many words."""
-        rows = [split(c) for c in captions]
+        rows = [split(c) for c in check_captions(captions)]
         for i, row in enumerate(rows, 1):
             where = f'line {i}: {shorten(captions[i-1])!r}'
             if lost := [w for w in row if w not in self._number]:
@@ -181,7 +181,7 @@ class HFText:
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Text:
         "States (b,n,dim), right-padded with zeros to the longest."
-        rows, device = self._ids([*captions, '']), device_of(self.model)
+        rows, device = self._ids([*check_captions(captions), '']), device_of(self.model)
         ids = pad_sequence([torch.tensor(r) for r in rows], True, self.text_tokenizer.pad_token_id or 0).to(device)
         sizes = torch.tensor([[len(r)] for r in rows], device=device)
         h, mask = _states(self.model, ids, sizes, self.queries, self.layer)
@@ -261,7 +261,7 @@ class CaptionTable:
 def caption_table(encoder: TextEncoder, captions: Sequence[str], # repeats are one
                   batch_size: int = 64, quiet: bool = False) -> CaptionTable:
     "The states of all that is said, by a frozen encoder."
-    texts, states = [*dict.fromkeys(['', *captions])], list[Tensor]()
+    texts, states = [*dict.fromkeys(['', *check_captions(captions)])], list[Tensor]()
     with progress(total=len(texts), desc=encoder.name[:30], quiet=quiet) as bar:
         for i in range(0, len(texts), batch_size):
             b = encoder(some := texts[i:i+batch_size]).to('cpu')

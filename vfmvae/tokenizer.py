@@ -170,7 +170,7 @@ def _ours(path: Path) -> bool: # a file or a folder
     "Was this written by `save_weights`? What it holds is said by who opens it."
     from safetensors import SafetensorError, safe_open
     file = tensors_at(path)
-    if file.suffix != '.safetensors' or not is_file(file): return False
+    if file.suffix.lower() != '.safetensors' or not is_file(file): return False
     if is_file(side := sidecar(path)): return bool({'family', 'pair'} & {*read_json(side)})
     try:
         with safe_open(file, 'pt') as f: return bool({'pair', 'json'} & {*(f.metadata() or {})})
@@ -237,7 +237,7 @@ def open_tokenizer(name: str | Path | Tokenizer, # a bundled name, a file of `sa
     if hasattr(name, 'encode') and hasattr(name, 'decode') and not isinstance(name, str): return name
     need(isinstance(name, str | Path), f'{type(name).__name__} is no tokenizer; give a name, a file or a Tokenizer')
     path = Path(name)
-    file = path.suffix in ('.pth', '.pt', '.ckpt', '.safetensors') or path.is_dir()
+    file = path.suffix.lower() in ('.pth', '.pt', '.ckpt', '.safetensors') or path.is_dir()
     if file and name not in tokenizers: return load_tokenizer(path, vfm, g_kwargs=g_kwargs or None)
     return tokenizers[one_of(name, tokenizers, 'tokenizer', '; or a .safetensors or .pth file')]
 

@@ -112,13 +112,13 @@ def as_source(x: FeatureSource | Tokenizer | PathLike # also a name: of `tokeniz
     return LatentFeatures(source)
 
 def _named(name: str) -> Any:
-    if name.endswith('.safetensors'): return load_tokenizer(name)
+    if name.lower().endswith('.safetensors'): return load_tokenizer(name)
     need(name not in tokenizers or name not in vfms,
          f'{name!r} is a tokenizer and a VFM; give tokenizers[{name!r}] or VFM({name!r})')
     if name in tokenizers: return tokenizers[name]
     from timm import is_model
     if name in vfms or is_model(name.partition('.')[0]): return VFM(name)
-    need(Path(name).suffix not in ('.pt', '.pth', '.ckpt', '.bin'),
+    need(Path(name).suffix.lower() not in ('.pt', '.pth', '.ckpt', '.bin'),
          f'{name} is no file of save_tokenizer (*.safetensors); open published checkpoints with open_tokenizer')
     return one_of(name, [*tokenizers, *vfms], 'tokenizer or VFM', ", and timm's")
 
@@ -143,7 +143,7 @@ def image_set(images: Images | PathLike, # a set, or a folder or shards by path;
     "What stands for a set of images, as `extract_views` reads it. UserError: nothing that holds images, n of a stream."
     if isinstance(images, str | os.PathLike):
         path = as_path(images, 'images')
-        need(os.path.isdir(path) or path.suffix == '.tar',
+        need(os.path.isdir(path) or path.suffix.lower() == '.tar',
              f'no folder and no shard (*.tar) {images}; check the path, or open other sets with recipes.open_data')
         images = folder(path) if os.path.isdir(path) else shards(path)
     need(isinstance(images, Iterable) or hasattr(images, '__getitem__') or hasattr(images, 'batch'),
