@@ -41,6 +41,12 @@ def write_tar(path, members):
     return path
 
 
+def with_a_link(tar):
+    "The same archive behind a member that only `tarfile` can read."
+    (link := tarfile.TarInfo('link')).type, link.linkname = tarfile.SYMTYPE, 'x'
+    return link.tobuf() + tar
+
+
 @pytest.fixture
 def root(tmp_path):
     for k, c in enumerate(CLASSES):
@@ -127,6 +133,83 @@ def test_a_shard_that_vanishes_is_said(root, tmp_path):
     ds.batch([0])
     (tmp_path/'a.tar').unlink()
     with pytest.raises(UserError, match=r'a.tar cannot be read any more \(No such file or directory\); open the data set again'): ds.batch([1])
+
+
+@pytest.mark.parametrize('low', [0., -1.])
+def test_a_list_of_tensors_is_what_the_same_tensors_with_labels_are(low):
+    tensors = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i))*(1-low)+low for i in range(12)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        alone, sized, pairs = (as_dataset(x, size) for x, size in ((tensors, None), (tensors, 16), ([(t, 0) for t in tensors], None)))
+    assert len(said) == 3*(low == 0) and all('from 0 to 1' in str(w.message) for w in said)
+    want = torch.stack(tensors)*(2+low)-1-low           # of [0,1] 2x-1, of [-1,1] x
+    torch.testing.assert_close(alone.batch(range(12))['image'], want, atol=0, rtol=0)
+    for ds in (sized, pairs): torch.testing.assert_close(ds.batch(range(12))['image'], want, atol=.5/127.5+1e-6, rtol=0)
+
+
+def test_classes_are_found_below_any_parts_of_a_set(root):
+    from torch.utils.data import ConcatDataset, Subset as Part
+    from torchvision.datasets import ImageFolder
+    whole = ImageFolder(str(root))
+    splits = [Part(Part(whole, [5, 1, 11]), [1, 0]), ConcatDataset([Part(whole, [1]), whole]), Part(ConcatDataset([whole, whole]), [1, 17])]
+    try:
+        import datasets
+        splits.append(Part(datasets.Dataset.from_dict(dict(image=[str(root/'ant'/'1.png'), str(root/'bee'/'1.png')], label=[0, 1]),
+                           features=datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)))), [0, 1]))
+    except ImportError: pass
+    for some in splits:
+        ds = as_dataset(some)
+        assert ds.classes == CLASSES and ds.labels == [some[i][1] if isinstance(some[i], tuple) else some[i]['label'] for i in range(len(some))]
+    (root.parent/'b'/'dog').mkdir(parents=True)
+    picture(5, 5).save(root.parent/'b'/'dog'/'0.png')
+    assert as_dataset(ConcatDataset([whole, ImageFolder(str(root.parent/'b'))])).classes == ('0', '1', '2')       # nobody knows
+
+
+@pytest.mark.parametrize('kind', [int, str, np.int64, torch.tensor])
+def test_the_label_of_an_item_is_believed_before_a_list_beside_the_set(kind):
+    class View:
+        "Its own order of another set, whose list it keeps."
+        targets = [kind(k) if kind is not str else CLASSES[k] for k in (0, 1, 2, 1)]
+        def __len__(self): return 4
+        def __getitem__(self, i): return picture(0, 3-i), self.targets[3-i]
+    ds = as_dataset(View())
+    assert [ds.classes[k] for k in ds.labels] == ([CLASSES[k] for k in (1, 2, 1, 0)] if kind is str else ['1', '2', '1', '0'])
+
+
+def test_a_split_of_hugging_face_with_a_transform_undecoded_or_with_two_columns(root):
+    datasets = pytest.importorskip('datasets')
+    ours = folder(root, size=24)
+    kinds = datasets.Features(mask=datasets.Image(), image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)))
+    blank = picture(9, 9)
+    split = datasets.Dataset.from_dict(dict(mask=[blank]*12, image=[str(root/k) for k in ours.keys], label=ours.labels), features=kinds)
+    with pytest.warns(Notice, match='columns of pictures image, mask the first is taken'): assert same(as_dataset(split), ours)
+    one = split.remove_columns('mask')
+    renamed = one.with_transform(lambda rows: dict(pixel_values=[np.asarray(i) for i in rows['image']]))
+    for some in (renamed, one.with_format('torch'), one.with_format('numpy'), one.cast_column('image', datasets.Image(decode=False))):
+        assert same(as_dataset(some), ours)
+
+
+def test_what_a_foreign_set_raises_is_one_line_that_names_the_picture(tmp_path):
+    class Broken:
+        def __len__(self): return 9
+        def __getitem__(self, i):
+            if i == 5: raise KeyError('gone')
+            return picture(0, i)
+    with pytest.raises(UserError, match='images 5 cannot be read .KeyError: .gone'): as_dataset(Broken())
+    (tmp_path/'a.jpg').write_bytes(png(picture(0, 0, 64), 'JPEG')[:900])
+    lazy = as_dataset([picture(0, 1), Image.open(tmp_path/'a.jpg')], size=24)
+    with pytest.raises(UserError, match='images 000001 cannot be read .OSError: .*truncated'): lazy.batch([1])
+    with pytest.raises(UserError, match='images 000000 cannot be read'): as_dataset([(torch.rand(3, 0, 16), 0)])
+
+
+@pytest.mark.parametrize('head', [lambda b: b, with_a_link], ids=['plain', 'read by tarfile'])
+def test_images_behind_the_end_of_a_shard_are_not_left_out_in_silence(tmp_path, head):
+    one, two = (write_tar(tmp_path/f'{k}.tar', [(f'{k}{i}.png', png(picture(k, i))) for i in range(3)]).read_bytes() for k in (0, 1))
+    for name, after in (('cat', two), ('far', bytes(2**21) + two), ('noise', b'x')):
+        (tmp_path/f'{name}.tar').write_bytes(head(one) + after)
+        with pytest.raises(UserError, match=f'{name}.tar goes on after its end, 3 images'): shards(tmp_path/f'{name}.tar', size=24)
+    (tmp_path/'zeros.tar').write_bytes(head(one) + bytes(2**21))
+    assert len(shards(tmp_path/'zeros.tar', size=24)) == 3
 
 
 # classes by name ------------------------------------------------------------------------------------------------------------------------------

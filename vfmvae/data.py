@@ -10,7 +10,7 @@ __all__ = ['stamps', 'fingerprint', 'fingerprints', 'spread', 'Subset', 'take', 
 import hashlib, inspect, io, itertools, math, os
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% ../nbs/09_data.ipynb #95f2ce56
-from .core import need, notice, one_of, PathLike, shorten, UserError, whole
+from .core import first_line, need, notice, one_of, PathLike, shorten, UserError, whole
 from .files import digest
 from .images import (Batch, check_images, Dataset, from_uint8, ImageItems, Images, open_image, Set, to_pil,
                            to_rgb, to_uint8)
@@ -194,10 +194,12 @@ class TensorSet(ImageItems):
         return dict(image=x, label=torch.zeros(len(at), dtype=torch.int64), key=[self.keys[i] for i in at])
 
 # %% ../nbs/09_data.ipynb #6c32b486
+_PICTURES = 'image', 'img', 'jpg', 'jpeg', 'png', 'webp', 'pixel_values', 'bytes', 'path'
+
 def _parts(item: Any) -> tuple[Any, Any]:
     "(picture, label or None) of an item of somebody's set."
     if isinstance(item, Mapping):
-        picture = next((item[k] for k in ('image', 'img', 'jpg', 'png', 'pixel_values') if k in item), None)
+        picture = next((item[k] for k in _PICTURES if item.get(k) is not None), None)
         return picture, next((item[k] for k in ('label', 'labels', 'cls', 'class') if k in item), None)
     return (item[0], item[1]) if isinstance(item, tuple | list) and len(item) >= 2 else (item, None)
 
@@ -232,6 +234,22 @@ def _labels_of(x: Any) -> list | None:
         if whole_list and getattr(x, 'target_transform', None) is None: return [*v]
     return None
 
+def _class_names(x: Any) -> tuple[str, ...]:
+    "Names of the classes of a map-style set, or of all sets that it is made of; () where they differ or are unknown."
+    kinds = x.features if isinstance(getattr(x, 'features', None), Mapping) else {}
+    if own := getattr(x, 'classes', None) or next((f.names for f in kinds.values() if hasattr(f, 'names')), None):
+        return tuple(c if isinstance(c, str) else ', '.join(map(str, c)) for c in own)
+    inner = {_class_names(i) for i in ([x.dataset] if hasattr(x, 'dataset') else getattr(x, 'datasets', ()))}
+    return inner.pop() if len(inner) == 1 else ()
+
+def _readable(name: str, read: Callable[[], tuple | Image.Image]) -> Any:
+    "What `read` gives; UserError for whatever somebody's set or a damaged picture raises."
+    try: return read()
+    except UserError: raise
+    except Exception as e:
+        raise UserError(f'{name} cannot be read ({type(e).__name__}: {first_line(e)}); look at where it comes '
+                        'from') from e
+
 def _class(v: Any, name: str) -> int | str | None:
     if v is None or isinstance(v, str): return v
     v = v.item() if getattr(v, 'size', None) == 1 or (isinstance(v, Tensor) and v.numel() == 1) else v
@@ -247,14 +265,16 @@ def _hugging_face(x: Any) -> tuple[Any, Sequence | None, list[str] | None, str]:
     need(hasattr(x, '__len__'),
          'a stream of `datasets` has no places to come back to; load the split without streaming')
     kinds = {k: type(f).__name__ for k, f in x.features.items()}
-    pictures = [k for k, kind in kinds.items() if kind == 'Image']
+    pictures = sorted((k for k, kind in kinds.items() if kind == 'Image'), key=lambda k: k not in _PICTURES)
     need(pictures,
          f"no column of pictures among {', '.join(kinds)}; cast one with x.cast_column(name, datasets.Image())")
+    if len(pictures) > 1: notice(f"of the columns of pictures {', '.join(pictures)} the first is taken", 4)
     named = [k for k in ('label', 'labels', 'cls', 'class', 'fine_label') if k in kinds]
     column = next((k for k in kinds if kinds[k] == 'ClassLabel'), named[0] if named else None)
     names = getattr(x.features[column], 'names', None) if column else None
-    labels = None if column is None else list(x[column])
-    items = Column(len(x), lambda a, b: [x[i][pictures[0]] for i in range(a, b)])
+    # a transform or format of the set is for its pictures; it may even leave the labels out
+    labels = None if column is None else list(x.with_format(None)[column])
+    items = Column(len(x), lambda a, b: [(row := x[i]).get(pictures[0], row) for i in range(a, b)])
     return items, labels, names, getattr(x, '_fingerprint', '')
 
 # %% ../nbs/09_data.ipynb #bf834bf8
@@ -281,27 +301,33 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
         labels = _labels_of(x)
     n = len(items)
     need(n, f'{name}: no pictures; give at least one')
-    first = [_parts(items[i])[0] for i in spread(8, n)]
-    if isinstance(x, Sequence) and not isinstance(x, str) and size is None:
-        if all(isinstance(i, Tensor) and i.is_floating_point() and i.shape == first[0].shape for i in x):
-            return TensorSet(torch.stack([i for i in x if isinstance(i, Tensor)]), name)
-    floats = [i for i in first if isinstance(i, Tensor) and i.is_floating_point()]
+    def parts(i: int) -> tuple[Any, Any]:
+        return _readable(f'{name} {i}', lambda: _parts(items[i]))
+    some = {i: parts(i) for i in spread(8, n)}
+    stack = [i for i in x if isinstance(i, Tensor) and i.is_floating_point()] if isinstance(x, Sequence) else []
+    ready = size is None and len(stack) == n and len({i.shape for i in stack}) == 1
+    floats = [i for i in (stack if ready else [i for i, _ in some.values()])
+              if isinstance(i, Tensor) and i.is_floating_point() and i.numel()]
     zero_one = bool(floats) and all(i.min() >= 0 and i.max() <= 1 for i in floats)
     if zero_one:
         notice(f"{name}: tensors from 0 to 1 are taken for pictures of that range, as of torchvision's ToTensor")
-    told = (_parts(items[i])[1] for i in range(n)) if labels is None else labels
-    found = [_class(v, f'{name} {i}') for i, v in enumerate(told)]
-    known = names or getattr(x, 'classes', None) or getattr(getattr(x, 'dataset', None), 'classes', None)
-    known = known and [c if isinstance(c, str) else ', '.join(map(str, c)) for c in known]
-    numbers, classes = number_classes(found, known or None, name)
+    if ready: return TensorSet(torch.stack(stack)*2-1 if zero_one else torch.stack(stack), name)
+    # a set that gives its items in an order or with labels of its own may keep those of another beside them
+    if labels is not None and any((isinstance(v, int | str) or getattr(v, 'ndim', 1) == 0)
+                                  and v != _class(labels[i], f'{name} {i}') for i, (_, v) in some.items()): labels = None
+    found = [_class(v, f'{name} {i}')
+             for i, v in enumerate((parts(i)[1] for i in range(n)) if labels is None else labels)]
+    numbers, classes = number_classes(found, names or [*_class_names(x)] or None, name)
     # of a list alone: another sequence may open its pictures to show them
-    paths = [Path(p) for p, _ in (map(_parts, x) if isinstance(x, list | tuple) else ()) if isinstance(p, str | os.PathLike)]
+    listed = map(_parts, x) if isinstance(x, list | tuple) else ()
+    paths = [Path(p) for p, _ in listed if isinstance(p, str | os.PathLike)]
     keys = [p.as_posix() for p in paths] if len({*paths}) == n else [f'{i:06d}' for i in range(n)]
-    def read(i: int) -> Image.Image: return _picture(_parts(items[i])[0], f'{name} {keys[i]}', zero_one)
-    stamp = (lambda i: f'{version}-{i}') if version else None
-    pieces = [(p, 0, None) for p in paths] if len(paths) == n else None
-    return ImageSet(read, keys, numbers, classes, size or min(read(0).size), augment, crop, name, pieces=pieces,
-                    stamp=stamp)
+    def read(i: int) -> Image.Image:
+        called = f'{name} {keys[i]}'
+        return _readable(called, lambda: _picture(_parts(items[i])[0], called, zero_one))
+    return ImageSet(read, keys, numbers, classes, size or min(read(0).size), augment, crop, name,
+                    pieces=[(p, 0, None) for p in paths] if len(paths) == n else None,
+                    stamp=(lambda i: f'{version}-{i}') if version else None)
 
 # %% ../nbs/09_data.ipynb #a78b8266
 def gives_bytes(ds: Dataset) -> bool:

@@ -110,6 +110,12 @@ def _keyed(members: Iterable[Iterable[tuple[str, int, int, Any]]],
     return images, labels
 
 # %% ../nbs/07_tar.ipynb #40fbc6a7
+def _goes_on(path: str, end: int) -> bool:
+    "Whether anything but zeros follows the end of an archive, as where two were put together by `cat`."
+    with open(path, 'rb') as f:
+        f.seek(end)
+        return any(map(bytes.strip, iter(lambda: f.read(2**20), b''), itertools.repeat(b'\0')))
+
 def _by_tarfile(path: str, skipped: Counter) -> tuple[dict, dict]:
     "`_keyed` of any uncompressed tar. UserError: it is damaged."
     def files() -> Iterator[list]:
@@ -130,6 +136,8 @@ def _by_tarfile(path: str, skipped: Counter) -> tuple[dict, dict]:
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as e:
         raise UserError(f'{path[:300]} is no whole uncompressed tar ({first_line(e)}); copy it again') from None
     need(ended, f'{path} is cut off after {len(images)} images; copy it again')
+    need(not _goes_on(path, end), f'{path} goes on after its end, {len(images)} images in it; unpack all of it with tar '
+                                  '--ignore-zeros and write it again')
     return images, labels
 
 # %% ../nbs/07_tar.ipynb #ddfff309
@@ -177,7 +185,7 @@ def _plain_members(path: str) -> Iterator[Iterable[tuple[str, int, int, bytes]]]
                 row = window[at-begin:at-begin+1024]
                 try: size = int(row[124:135], 8)
                 except ValueError:
-                    if ended := row[:512] == bytes(512): break
+                    if (ended := row[:512] == bytes(512)) and not _goes_on(path, at): break
                     raise
                 rows.append(row)
                 offsets.append(at+512)
