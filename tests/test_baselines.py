@@ -108,6 +108,43 @@ def test_the_groups_come_from_a_config_or_from_latent_diffusions_names_and_else_
     torch.testing.assert_close(open_published(tmp_path/'pipe').encode(x).mean, want*net.config.scaling_factor, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_config_older_than_the_scale_means_that_of_diffusers(tmp_path):
+    diffusers_ = pytest.importorskip('diffusers')
+    net, x = kl((64, 64), norm_num_groups=16), torch.rand(1, 3, 16, 16)*2-1
+    net.save_pretrained(tmp_path)                                  # sd-vae-ft-mse is such a folder
+    told = json.loads((tmp_path/'config.json').read_text())
+    del told['scaling_factor']
+    (tmp_path/'config.json').write_text(json.dumps(told))
+    theirs = diffusers_.AutoencoderKL.from_pretrained(tmp_path)
+    want, raw = theirs.encode(x).latent_dist.mean*theirs.config.scaling_factor, net.encode(x).latent_dist.mean
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+    for source, how in ((tmp_path, {}), (tmp_path/'diffusion_pytorch_model.safetensors', {}), (net.state_dict(), dict(config=told))):
+        close(load_convvae(source, **how).encode(x).mean, want)
+    close(load_convvae(tmp_path, 1.).encode(x).mean, raw)
+    close(load_convvae(net.state_dict(), config={'norm_num_groups': 16}).encode(x).mean, raw)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('how', [{}, dict(variant='fp16'), dict(safe_serialization=False)], ids=str)
+def test_weights_in_several_files_are_those_in_one(tmp_path, how):
+    pytest.importorskip('diffusers')
+    net, x = kl((64, 64), norm_num_groups=16), torch.rand(1, 3, 16, 16)*2-1
+    net.save_pretrained(tmp_path/'one')
+    net.save_pretrained(tmp_path/'many', max_shard_size='200KB', **how)
+    index, = (tmp_path/'many').glob('*.index*.json')
+    want = open_published(tmp_path/'one').encode(x).mean
+    for source in (tmp_path/'many', index): assert torch.equal(open_published(source).encode(x).mean, want)
+    told = json.loads(index.read_text())
+    lost = sorted({*told['weight_map'].values()})[1]
+    for files, says in (({}, 'missing'), ({'a': index.name}, 'no index'), ([], 'no index'), (None, 'no index')):
+        if files != {}: (tmp_path/'many'/'odd.json').write_text(json.dumps(dict(weight_map=files)))
+        else: (tmp_path/'many'/'odd.json').write_text(json.dumps(dict(weight_map={k: v for k, v in told['weight_map'].items() if v != lost})))
+        with pytest.raises(UserError, match=says): load_convvae(tmp_path/'many'/'odd.json')
+    (tmp_path/'many'/lost).unlink()
+    with pytest.raises(UserError, match=f'no .*{lost}'): open_published(tmp_path/'many')
+
+
 @pytest.mark.parametrize('config, says', [
     (dict(norm_num_groups=3), 'not divided into 3'), (dict(norm_num_groups='4'), 'norm_num_groups'), (dict(norm_num_groups=0), 'norm_num_groups'),
     (dict(norm_num_groups=1e11), 'norm_num_groups'), (dict(norm_num_groups=None), 'norm_num_groups'), (FOUR | dict(act_fn='gelu'), 'act_fn'),

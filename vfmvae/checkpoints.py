@@ -19,7 +19,7 @@ from torch import nn, Tensor
 
 # %% ../nbs/03_checkpoints.ipynb #4bb94ed5
 from .core import first_line, need, PathLike, real, UserError
-from .files import as_path, check_state_dict, check_weights, load_weights
+from .files import as_path, check_state_dict, check_weights, load_weights, read_json
 
 # %% ../nbs/03_checkpoints.ipynb #5c1e7a90
 _CALLS = {'_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_tensor_v3', '_rebuild_parameter',
@@ -133,12 +133,18 @@ def _strangers(path: Path) -> list[str]:
     except ValueError: return ['argparse.Namespace']
 
 # %% ../nbs/03_checkpoints.ipynb #dbab9d56
-def read_checkpoint(path: str | Path) -> dict: # .pth, .pt, .bin or .safetensors
+def read_checkpoint(path: str | Path) -> dict: # .pth, .pt, .bin or .safetensors, or the .index.json of several
     """What the file holds. Nothing in it is executed and nothing larger than the file is made: dict subclasses become
     OrderedDicts, anything else unknown is a UserError."""
     path = as_path(path)
     need(path.is_file(), f'no checkpoint at {path}; check the path')
     if path.suffix.lower() == '.safetensors': return load_weights(path)[0]
+    if path.suffix.lower() == '.json':
+        files = read_json(path).get('weight_map')
+        need(isinstance(files, dict) and all(str(n).lower().endswith(('.safetensors', '.bin')) for n in files.values()),
+             f'{path} is no index of files of weights; give the weights')
+        return {k: v for n in sorted({Path(n).name for n in files.values()})
+                for k, v in read_checkpoint(path.with_name(n)).items()}
     try:
         check_pickle(path)
         names = _strangers(path)

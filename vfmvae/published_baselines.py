@@ -99,7 +99,8 @@ def _conv_config(sd: Mapping[str, Tensor], vfm: Any, config: Mapping | None, dif
 def _set_scale(stats: LatentStats, config: Mapping, factor: float | None) -> None:
     """Unit scale as diffusers means it: (raw - shift)*factor, or per channel (raw - latents_mean)*factor/latents_std.
     Raw latents without a factor."""
-    factor = config.get('scaling_factor') if factor is None else factor
+    # a config older than the setting means diffusers' default; a mapping that gives norm groups alone says nothing
+    factor = config.get('scaling_factor', .18215 if '_class_name' in config else None) if factor is None else factor
     if factor is None: return
     n, factor = len(stats.mean), real(factor, 'the scaling factor', above=0)
     def channels(k: str, default: float, above: float | None = None) -> Tensor:
@@ -117,7 +118,8 @@ def diffusers_folder(source: Any, config: Any) -> tuple[Any, Mapping | None]:
     if path is not None and path.is_dir():
         if (path/'vae'/'config.json').is_file(): path = path/'vae'        # of a whole pipeline
         found = [f for end in ('safetensors', 'bin')
-                 for f in (path/f'diffusion_pytorch_model.{end}', *sorted(path.glob(f'*.{end}'))) if f.is_file()]
+                 for f in (path/f'diffusion_pytorch_model.{end}', *sorted(path.glob(f'*.{end}.index*.json')),
+                           *sorted(path.glob(f'*.{end}'))) if f.is_file()]
         need(found, f'no weights in {path}; diffusers calls them diffusion_pytorch_model.safetensors')
         source = path = found[0]
     if isinstance(config, str | Path):
@@ -356,7 +358,7 @@ def _from_hf(sd: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 # %% ../nbs/43_published_baselines.ipynb #fc4ed1e6
 def vfm_from_hf_siglip(state_dict: Mapping[str, Tensor], # of a SiglipVisionModel (4.50), also below `vision_model.`
-                       num_heads: int | None = None,     # shapes cannot tell; None: width/64
+                       num_heads: int | None = None,     # shapes cannot tell; None: 16 (so400m, giant), else width/64
                        name: str = 'siglip'              # for legends and messages
                       ) -> VFM:
     """A VFM from Hugging Face named SigLIP weights: LayerNorm eps 1e-6, GELU tanh, mean = std = 0.5, position tables
@@ -373,7 +375,8 @@ def vfm_from_hf_siglip(state_dict: Mapping[str, Tensor], # of a SiglipVisionMode
     wanted = {k: torch.empty(s, device='meta') for k, s in shapes.items()}
     check_state_dict(wanted, sd, whose='a SigLIP vision tower', way_out='give the tower alone')
     check_weights(sd, name, wanted)
-    dim, heads = size['dim'], size['dim']//64 if num_heads is None else whole(num_heads, 'num_heads', 1)
+    guess = {1152: 16, 1536: 16}.get(dim := size['dim'], dim//64)
+    heads = guess if num_heads is None else whole(num_heads, 'num_heads', 1)
     need(heads and not dim % heads, f'{heads} heads do not divide a width of {dim}; give num_heads')
     side = isqrt(size['n'])*size['patch']
     net: Any = VisionTransformer(img_size=side, patch_size=size['patch'], embed_dim=dim, depth=size['depth'],
