@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+import timm
+from torchvision.transforms import Normalize
 
 from vfmvae.core import UserError
 from vfmvae.files import save_weights
@@ -189,6 +191,42 @@ def test_siglip_refuses_what_it_does_not_know():
                      ({}, 'not a SigLIP'), (tower(n=15), 'square')]:
         with pytest.raises(UserError, match=say): vfm_from_hf_siglip(bad, num_heads=4)
     with pytest.raises(UserError, match='give num_heads'): vfm_from_hf_siglip(tower(dim=32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dim, heads', [(768, 12), (1024, 16), (1152, 16), (1536, 16)])       # base, large, so400m, giant
+def test_every_published_width_of_siglip_has_its_heads(dim, heads):
+    transformers = pytest.importorskip('transformers')
+    c = transformers.SiglipVisionConfig(hidden_size=dim, num_attention_heads=heads, num_hidden_layers=1, intermediate_size=64, image_size=32, patch_size=16)
+    net = transformers.SiglipVisionModel(c).eval()
+    vfm, x = vfm_from_hf_siglip(net.state_dict()), image(32, 32)
+    assert vfm.heads == vfm.spec['num_heads'] == heads
+    torch.testing.assert_close(vfm(x), net(x).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_timms_hub_bring_their_preprocessing(tmp_path):
+    from timm.models._hub import save_config_for_hf
+    name, kw = 'vit_small_patch16_224', dict(depth=1, embed_dim=32, num_heads=2, img_size=32)
+    net = timm.create_model(name, **kw).eval()
+    save_weights(tmp_path/'alone'/'model.safetensors', net.state_dict(), {})
+    (tmp_path/'alone'/'config.json').write_text('{"model_type": "other"}')
+    own = VFM(name, tmp_path/'alone'/'model.safetensors', **kw)
+    net.pretrained_cfg |= dict(mean=(.485, .456, .406), std=(.229, .224, .225), interpolation='bilinear')
+    save_weights(tmp_path/'hub'/'model.safetensors', net.state_dict(), {})
+    save_config_for_hf(net, tmp_path/'hub'/'config.json')
+    vfm, x = VFM(name, tmp_path/'hub'/'model.safetensors', **kw), image(32, 32)
+    assert (vfm.mean, vfm.std, vfm.interpolation) == ((.485, .456, .406), (.229, .224, .225), 'bilinear')
+    assert vfm.mean != own.mean == VFM(name, False, **kw).mean                       # no other net of that name has changed
+    want = net.forward_features(Normalize(vfm.mean, vfm.std)(x/2+.5))[:, 1:]
+    torch.testing.assert_close(vfm(x), want.detach(), atol=1e-5, rtol=1e-5)
+    told = json.loads((tmp_path/'hub'/'config.json').read_text())
+    for k, bad in (('mean', [1, 2]), ('mean', 'x'), ('std', [0, 1, 1]), ('std', None), ('mean', ['a', 1, 1]), ('interpolation', [])):
+        (tmp_path/'hub'/'config.json').write_text(json.dumps(told | dict(pretrained_cfg=told['pretrained_cfg'] | {k: bad})))
+        with pytest.raises(UserError, match=f'config.json: {k} = '): VFM(name, tmp_path/'hub'/'model.safetensors', **kw)
+
+
+def test_patches_that_are_not_square_are_refused():
+    with pytest.raises(UserError, match='patches of 8 x 16 px'): VFM('vit_small_patch16_224', False, depth=1, embed_dim=32, num_heads=2, patch_size=(8, 16))
 
 def test_siglip_shrinks_its_table_without_antialiasing():
     vfm = vfm_from_hf_siglip(tower(n=64), num_heads=4)

@@ -10,6 +10,7 @@ import contextlib, copy, importlib, inspect, math, os, sys, threading, re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 # %% ../nbs/12_vfm.ipynb #7187326b
@@ -19,7 +20,7 @@ from torch import nn, Tensor
 
 # %% ../nbs/12_vfm.ipynb #bfc6e95a
 from .core import Device, first_line, nearest, need, PathLike, Registry, resized, to_grid, to_tokens, UserError
-from .files import check_state_dict, check_weights, data_dir
+from .files import check_state_dict, check_weights, data_dir, is_file, read_json
 from .runtime import hub_in_reach, weights_at
 from .checkpoints import read_weights
 from .images import check_images
@@ -113,17 +114,24 @@ def _fill(net: nn.Module, # a timm model without classifier
          ) -> dict:
     """Loads `path` into `net`, strictly (a classifier is dropped); the JSON beside it. UserError that lists what does
     not fit."""
-    (given, side), wanted = read_weights(path), net.state_dict()
+    (given, side), wanted, own = read_weights(path), net.state_dict(), getattr(net, 'pretrained_cfg', None) or {}
     translate = getattr(importlib.import_module(type(net).__module__), 'checkpoint_filter_fn', None)
     if translate and set(wanted) - set(given):
         with contextlib.suppress(Exception): given = translate(given, net)
-    ends = ((getattr(net, 'pretrained_cfg', None) or {}).get('classifier')) or ('head', 'head_dist')
+    ends = own.get('classifier') or ('head', 'head_dist')
     ends = {f'{k}.{end}' for k in ([ends] if isinstance(ends, str) else ends) for end in ('weight', 'bias')}
     given = {k: v for k, v in given.items() if k in wanted or k not in ends}
     check_state_dict(wanted, given, f'the weights in {path}', f'this {type(net).__name__}',
                      'give those of this very architecture')
     check_weights(given, path, wanted)
     net.load_state_dict(given)
+    # timm's own download: these weights want their images so, whatever others of this architecture want
+    cfg = read_json(told).get('pretrained_cfg') if is_file(told := Path(path).parent/'config.json') else None
+    for k in ('mean', 'std', 'interpolation') if isinstance(cfg, dict) else ():
+        own[k] = v = cfg.get(k, own.get(k))
+        need(isinstance(v, str) if k == 'interpolation' else isinstance(v, list | tuple) and len(v) == 3
+             and all(isinstance(i, int | float) and (k == 'mean' or i > 0) for i in v),
+             f'{told}: {k} = {v!r} is none of an image; copy it again')
     return side
 
 # %% ../nbs/12_vfm.ipynb #2275da1d
@@ -180,8 +188,8 @@ def _load(name: str, pretrained: bool | PathLike, **kwargs) -> tuple[Any, dict]:
              f"the bundled weights {pretrained} are missing; VFM('{name}', pretrained=False) has random ones")
     if pretrained is not True:
         side = _fill(net := _create(name, False, **kwargs), pretrained)
-        said = {k: side[k] for k in ('data', 'known') if k in side}
-        return net, {'source': side.get('source', str(pretrained)), 'licence': side.get('licence'), **said}
+        return net, {'source': side.get('source', str(pretrained)), 'licence': side.get('licence'),
+                     **{k: side[k] for k in ('data', 'known') if k in side}}
     try:
         with hub_in_reach(): net = _create(name, True, **kwargs)
     except UserError: raise
@@ -211,13 +219,14 @@ def _anatomy(net: Any,            # timm model
     stages = [(f['num_chs'], f['reduction']) for f in getattr(info, 'info', info)]
     if len({s for _, s in stages}) < 2:
         if not any(_plain(c.__module__) for c in type(net).__mro__): _refuse(type(net).__name__)
-        patch, grid = int(net.patch_embed.feat_ratio()), net.patch_embed.grid_size
+        (patch, wide), grid = map(int, net.patch_embed.feat_ratio(False)), net.patch_embed.grid_size
+        need(patch == wide, f'patches of {patch} x {wide} px are not supported; a VFM has square ones')
         return Anatomy(patch, (net.embed_dim,)*(len(net.blocks)+2), (grid[0]*patch, grid[1]*patch))
     if not hasattr(net, 'forward_intermediates') or any(s & (s-1) for _, s in stages): _refuse(type(net).__name__)
     stages.append((net.num_features, stages[-1][1]))
     widths = [c*max(1, _CELL//s)**2 for c, s in stages]
-    own = getattr(getattr(net, 'patch_embed', None), 'img_size', None)
-    made = own or ((made_for,)*2 if isinstance(made_for, int) else made_for) or net.pretrained_cfg['input_size'][1:]
+    made = (getattr(getattr(net, 'patch_embed', None), 'img_size', None)
+            or ((made_for,)*2 if isinstance(made_for, int) else made_for) or net.pretrained_cfg['input_size'][1:])
     return Anatomy(_CELL, tuple(widths), (made[0], made[1]), tuple(s for _, s in stages))
 
 # %% ../nbs/12_vfm.ipynb #2d77ed1f
