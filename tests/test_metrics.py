@@ -5,8 +5,12 @@ import torch
 
 from vfmvae.core import UserError
 from vfmvae.losses import ssim_loss
-from vfmvae.metrics import (_inside, frechet, frechet_features, inception_score, kid, moments, precision_recall, psnr, ssim,
+from vfmvae.evaluate import compare_statistics
+from vfmvae.metrics import (_inside, frechet, frechet_features, frechet_interval, inception_score, kid, moments, precision_recall, psnr, ssim,
                             ssim_signed)
+from vfmvae.plots import correlation, curves, scatter_fit
+from vfmvae.probes import knn_accuracy, share
+from vfmvae.statistics import Statistics
 
 
 def normal(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -97,6 +101,62 @@ def test_torch_fidelity_agrees():
     assert precision_recall(a, b) == pytest.approx(calculate_precision_recall_full(b, a), abs=1e-6)
     for splits in (1, 7): assert inception_score(a.softmax(1), splits) == pytest.approx(
         isc_features_to_metric(a, splits, shuffle=False)['inception_score_mean'], rel=1e-9)
+
+
+# what order a set has -----------------------------------------------------------------------------------------------------------------------
+
+ORDERS = dict(sorted=lambda n, k: torch.arange(n)*k//n, turns=lambda n, k: torch.arange(n) % k)
+
+@pytest.mark.parametrize('order', ORDERS)
+@pytest.mark.parametrize('classes', [16, 20, 100])
+def test_an_interval_is_as_wide_whatever_order_the_classes_have(order, classes):
+    "Samples walk through the classes in turn: every twentieth row was of one class, and the interval up to 14 times too wide."
+    label, places = ORDERS[order](1000, classes), normal(classes, 8, 1)*2
+    x, y = places[label]+normal(1000, 8, 2), (places+.3)[label[torch.randperm(1000, generator=torch.Generator().manual_seed(6))]]+normal(1000, 8, 3)
+    mixed = [torch.randperm(1000, generator=torch.Generator().manual_seed(s)) for s in (4, 5)]
+    wide = [high-low for low, high in (frechet_interval(x, y), frechet_interval(x[mixed[0]], y[mixed[1]]))]
+    assert .4 < wide[0]/wide[1] < 1.7
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_inception_score_and_precision_see_all_classes_of_an_ordered_set(order):
+    "Two parts of 5,000 sure answers of 8 classes, sorted: each part has 4, and the score was 4. The same of the first 200 features."
+    n, k = 10_000, 8
+    label = ORDERS[order](n, k)
+    probs, x = torch.eye(k)[label], (torch.eye(k)*40)[label].double() + normal(n, k)
+    of = lambda f: Statistics(*moments(f), n=n, features=f, probs=probs)
+    got = compare_statistics(of(x), of(x.flip(0)), pr_n=200)
+    assert got['is'] == pytest.approx(k, rel=.01) and min(got['precision'], got['recall']) > .7
+
+
+# shares and correlations --------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('n', [20, 100, 400])
+@pytest.mark.parametrize('p', [.5, .9, .98])
+def test_the_interval_of_a_share_holds_it_as_often_as_it_says(n, p):
+    "Exactly, by the binomial distribution; a bootstrap's interval held .98 of 20 in a third of all cases."
+    binom, every = pytest.importorskip('scipy.stats').binom, [share(k, n) for k in range(n+1)]
+    assert all(0 <= s.low <= s.value <= s.high <= 1 for s in every) and every[n].low < 1 and every[0].high > 0
+    assert sum(binom.pmf(k, n, p) for k, s in enumerate(every) if s.low <= p <= s.high) > .91
+
+
+def test_an_accuracy_of_one_is_not_certain():
+    x = torch.eye(2).repeat(10, 1)
+    got = knn_accuracy(torch.eye(2), [0, 1], x, [0, 1]*10, k=1)
+    assert got.value == got.high == 1 and got.low == pytest.approx(.8389, abs=1e-4)         # of statsmodels and scipy
+
+
+def test_a_correlation_of_what_never_varies_is_none_whatever_its_digits():
+    for n in (3, 7, 10): assert np.isnan(correlation([.1]*n, [.3]*n)).all() and np.isnan(correlation([.1]*n, [*range(n)])).all()
+    rise = np.array([1., 2., 4., 3.])
+    for unit in (1e-170, 1e-9, 1e200): assert correlation(rise*unit, rise) == pytest.approx((1, 1))
+    assert np.isnan(correlation([1, NAN, 3], [1, 2, 3])).all()
+
+
+def test_a_figure_keeps_the_numbers_that_it_was_given():
+    x = torch.tensor([1+1e-12, 1+2e-12, 1.1], dtype=torch.float64)
+    assert [r['y'] for r in curves({'a': x}, 'x', 'y').data] == x.tolist()
+    assert [r['label'] for r in scatter_fit([1, 2, 3], [1, 2, 3], labels=['one']).data] == ['one', '', '']
 
 
 EYE, NAN = np.eye(3), float('nan')

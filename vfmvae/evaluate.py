@@ -79,10 +79,10 @@ class Record:
 def compare_statistics(a: Statistics,            # judged
                        b: Statistics,            # reference
                        k: int = 3,               # neighbours of precision and recall (ADM: 3)
-                       pr_n: int = 10_000        # the first so many features of either set; 0: neither of the two
+                       pr_n: int = 10_000        # so many features of either set, drawn; 0: neither of the two
                       ) -> dict[str, float]:
     """fd, and where both sides have what it takes: sfid, is (of the judged; splits of about 5,000 as in ADM), precision
-    and recall.
+    and recall. What order a set has, such as by class, does not matter.
     UserError if extractor, dimensions or image sizes differ, or if a number is not finite."""
     need(None in (a.extractor, b.extractor) or a.extractor == b.extractor,
          f'statistics of {a.extractor} and of {b.extractor} cannot be compared; use one extractor for both')
@@ -93,14 +93,17 @@ def compare_statistics(a: Statistics,            # judged
     out = dict(fd=frechet(a.mu, a.sigma, b.mu, b.sigma))
     if a.mu_s is not None and a.sigma_s is not None and b.mu_s is not None and b.sigma_s is not None:
         out['sfid'] = frechet(a.mu_s, a.sigma_s, b.mu_s, b.sigma_s)
-    if a.probs is not None: out['is'] = inception_score(a.probs, _splits(len(a.probs)))
+    if a.probs is not None: out['is'] = inception_score(a.probs[_dealt(len(a.probs))], _splits(len(a.probs)))
     if pr_n and a.features is not None and b.features is not None and k < min(len(a.features), len(b.features), pr_n):
-        out['precision'], out['recall'] = precision_recall(b.features[:pr_n], a.features[:pr_n], k)
-    if bad := [k for k, v in out.items() if not math.isfinite(v)]:
-        raise UserError(f'{bad[0]} is not a finite number; look at the features')
+        some = lambda f: f[_dealt(len(f))[:pr_n]]
+        out['precision'], out['recall'] = precision_recall(some(b.features), some(a.features), k)
+    need(not (bad := ', '.join(k for k, v in out.items() if not math.isfinite(v))),
+         f'{bad} is not a finite number; look at the features')
     return out
 
 def _splits(n: int) -> int: return max(1, round(n/5000))
+
+def _dealt(n: int) -> Tensor: return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 def _record(kind: str, a: Statistics, b: Statistics, k: int, pr_n: int, **facts: Any) -> Record:
     metrics = compare_statistics(a, b, k, pr_n)

@@ -141,7 +141,8 @@ def from_uint8(x: Tensor # uint8, any shape
 
 def to_uint8(x: Tensor # any shape, [-1,1]; clamped
             ) -> Tensor:
-    "uint8 of the same shape, rounded to the nearest grey level (the published PNG export truncates)."
+    "uint8 of the same shape, rounded to the nearest grey level (the published PNG export truncates). UserError: integers."
+    need(x.is_floating_point(), f'a picture holds integers ({str(x.dtype)[6:]}), not numbers in [-1,1]; use x/127.5-1')
     return x.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 def to_pil(x: Tensor # (3,H,W) in [-1,1]; clamped
@@ -236,12 +237,11 @@ def transform(x: Tensor,         # (b,3,H,W) in [-1,1]
               seed: int = 0 # image i draws from seed+i: pass the index of the first image and batches of any size agree
              ) -> Tensor:
     """The transformed images in [-1,1]; `scale` alone (and a quarter turn of an oblong) changes H, W. UserError:
-    unknown name, strength out of range."""
+    unknown name, strength out of range, what `check_images` refuses."""
     t, strength = pick(name, TRANSFORMS, 'transform'), real(strength, f'the strength of {name}')
     seed = whole(seed, 'seed', -2**62, 2**62)
     need(t.low <= strength <= t.high, f'{name} takes strengths from {t.low} to {t.high} ({t.unit}), not {strength}')
-    need(x.ndim == 4 and x.shape[1] == 3,
-         f'transform takes images (b,3,H,W), not {tuple(x.shape)}; add the batch axis with x[None]')
+    x = check_images(x, 'images to transform')
     # half precision lacks some of these operations on a CPU, and is too coarse for others
     return x if strength == t.identity else t.apply(at_least_float32(x), strength, seed).to(x.dtype)
 
@@ -343,7 +343,7 @@ def published_draw(n: int, seed: int = 42 # image i draws from numpy's legacy st
                   ) -> list[dict]:
     """n dictionaries of `rotation` (degrees counter-clockwise) and `scale`, drawn in this order, as SE-CKNNA's tool
     draws them."""
-    streams = (np.random.RandomState(seed+i) for i in range(n))
+    streams = (np.random.RandomState((seed+i) % 2**32) for i in range(n))
     return [dict(rotation=int(r.choice([0, 90, 180, 270])), scale=float(r.choice([1, .75, .5, .25]))) for r in streams]
 
 def published_noise(image: np.ndarray, # uint8, any shape
@@ -352,5 +352,5 @@ def published_noise(image: np.ndarray, # uint8, any shape
                     seed: int = 42
                    ) -> np.ndarray:
     "uint8: image + N(0, level)*255, clipped, then truncated as the published tool does."
-    noise = np.random.RandomState(seed+index).normal(0, level, image.shape)*255
+    noise = np.random.RandomState((seed+index) % 2**32).normal(0, level, image.shape)*255
     return np.clip(image + noise, 0, 255).astype(np.uint8)

@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['Estimate', 'psnr', 'ssim', 'ssim_signed', 'moments', 'frechet', 'gaussian', 'frechet_features', 'frechet_interval',
-           'kid', 'inception_score', 'precision_recall', 'share', 'difference', 'verdict']
+           'kid', 'inception_score', 'precision_recall', 'difference', 'verdict']
 
 # %% ../nbs/29_metrics.ipynb #b1be09a8
 import math
-from statistics import NormalDist
 import torch
 import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 # %% ../nbs/29_metrics.ipynb #8498e13f
-from .core import at_least_float32, Moments, need, numbers, real, rows, UserError, whole
+from .core import at_least_float32, Moments, need, numbers, rows, UserError, whole
 from .images import check_images
 from .losses import structural_similarity
 
@@ -114,10 +113,13 @@ def frechet_interval(a: ArrayLike, # (n,d) features of one set, n >= 20
                      b: ArrayLike  # (m,d) of the other; of reconstructions in the order of a
                     ) -> tuple[float, float]:
     """(low, high): 95 % interval over images of `frechet_features`, by a jackknife of 20 groups. Rows at one place of
-    both sets are left out together. It surrounds the value at these counts, whose bias it does not know."""
+    both sets are left out together; which ones is drawn, since sets may be sorted by class, or walk through the classes
+    in turn. It surrounds the value at these counts, whose bias it does not know."""
     x, y = _features(a, 'features'), _features(b, 'features')
     need(min(len(x), len(y)) >= 20, f'{min(len(x), len(y))} rows give no interval; take at least 20')
-    kept = lambda v, k: v[torch.arange(len(v)) % 20 != k]
+    # each once among the first 20 rows, among the next 20 ...
+    group = torch.rand(-(-max(len(x), len(y))//20), 20, generator=torch.Generator().manual_seed(0)).argsort(1).flatten()
+    kept = lambda v, k: v[group[:len(v)] != k]
     far = torch.tensor([frechet_features(kept(x, k), kept(y, k)) for k in range(20)], dtype=torch.float64)
     value, half = frechet_features(x, y), 2.093*(19*far.var(correction=0)).sqrt().item()    # Student's t of 19 degrees
     return max(value-half, 0.), value+half
@@ -176,14 +178,6 @@ def precision_recall(real: ArrayLike, # (n,d) features
 
 # %% ../nbs/29_metrics.ipynb #4db2be52
 Estimate = tuple[float, float, float]    # a value and the ends of its interval
-
-def share(k: float, # of n
-          n: int    # trials
-         ) -> Estimate:
-    "k/n with its 95 % interval (Wilson 1927)."
-    z, p = NormalDist().inv_cdf(.975), real(k, 'k', 0, whole(n, 'n', 1))/n
-    middle, half = (p + z*z/2/n)/(1+z*z/n), z*(p*(1-p)/n + z*z/4/n/n)**.5/(1+z*z/n)
-    return p, max(middle-half, 0.), min(middle+half, 1.)
 
 def difference(a: Estimate, b: Estimate) -> Estimate:
     """a - b of two independent estimates, with its interval of the same level (Zou and Donner 2008; of two shares with

@@ -164,14 +164,15 @@ def blank(width: float, height: float # inches
 # %% ../nbs/04_plots.ipynb #c8845820
 def _array(x: Any) -> np.ndarray:
     "Anything array-like, torch tensors of any device and type included, as numpy."
-    return x.detach().cpu().float().numpy() if hasattr(x, 'detach') else np.asarray(x)
+    return x.detach().cpu().double().numpy() if hasattr(x, 'detach') else np.asarray(x)
 
 def _pixels(image: Any) -> np.ndarray:
     "(3,H,W), (1,H,W) or (H,W) in [-1,1] to (H,W,3) in [0,1], clamped; NaN becomes black."
     a = np.nan_to_num(_array(image).astype(np.float32), nan=-1)
     if a.ndim == 2: a = a[None]
-    if a.ndim != 3 or a.shape[0] not in (1, 3):
-        raise UserError(f'an image is (3,H,W) or (1,H,W), not {tuple(a.shape)}; pick channels first')
+    if 'int' in (kind := str(getattr(image, 'dtype', ''))) or a.ndim != 3 or a.shape[0] not in (1, 3):
+        raise UserError(f'an image is (3,H,W) or (1,H,W) in [-1,1], not {kind} {tuple(a.shape)}; pick channels first, '
+                        'convert integers with x/127.5-1')
     return np.repeat((a/2+.5).clip(0, 1).transpose(1, 2, 0), 3//a.shape[0], 2)
 
 # %% ../nbs/04_plots.ipynb #645f1fc4
@@ -311,11 +312,12 @@ def _cell_numbers(ax: 'Axes', m: np.ndarray, fmt: str, norm: Any) -> None:
 # %% ../nbs/04_plots.ipynb #4bc57dee
 def correlation(x: 'Array', y: 'Array' # (n,) each
                ) -> tuple[float, float]:
-    "(Pearson r, Spearman rho), ranks averaged over ties; nan when either side is constant."
+    "(Pearson r, Spearman rho), ranks averaged over ties; nan when either side is constant or has a NaN."
     def pearson(a, b):
-        a, b = a-a.mean(), b-b.mean()
+        # equal numbers are exactly 0 then, in any unit
+        a, b = ((w := (u := v-v[:1])/(abs(u).max(initial=0) or 1)) - w.mean() for v in (a, b))
         return float(a@b/math.sqrt(d)) if (d := (a@a)*(b@b)) > 0 else math.nan
-    def ranks(a): return (a[:, None] > a).sum(1) + ((a[:, None] == a).sum(1)-1)/2
+    def ranks(a): return np.where(a == a, (a[:, None] > a).sum(1) + ((a[:, None] == a).sum(1)-1)/2, math.nan)
     a, b = (_array(v).astype(float) for v in (x, y))
     return pearson(a, b), pearson(ranks(a), ranks(b))
 
@@ -338,7 +340,7 @@ def scatter_fit(x: 'Array', y: 'Array',              # (n,) each, n >= 2
         for n, p, q in zip(labels or (), a, b, strict=False):
             ax.annotate(n, (p, q), xytext=(3, 3), textcoords='offset points', fontsize=6.5)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title or f'r = {r:.2f}, rho = {rho:.2f}, n = {len(a)}')
-    names = labels or ['']*len(a)
+    names = [*(labels or ()), *['']*len(a)]
     _keep(fig, [dict(label=names[i], x=float(p), y=float(q)) for i, (p, q) in enumerate(zip(a, b, strict=True))])
     return fig
 

@@ -9,7 +9,6 @@ __all__ = ['READ', 'Reader', 'bundled_reader', 'score_words']
 import random
 from collections.abc import Mapping, Sequence
 
-
 # %% ../nbs/34_reader.ipynb #de841381
 import torch
 from torch import nn, Tensor
@@ -20,8 +19,8 @@ from .files import data_dir, load_weights, Table
 from .runtime import in_eval_mode, weights_at
 from .images import check_images
 from .captions import VALUES
+from .probes import share
 from .extractors import WorldNet
-from .metrics import share
 
 # %% ../nbs/34_reader.ipynb #25c05b96
 READ = VALUES | dict(paint=('', *VALUES['paint']))      # what a reader tells apart; '': no light paint is seen
@@ -55,9 +54,6 @@ def bundled_reader() -> Reader:
     return net.eval().requires_grad_(False)
 
 # %% ../nbs/34_reader.ipynb #d85e0cae
-def _share(right: Sequence[bool]) -> dict[str, float]:
-    return dict(zip(('value', 'low', 'high'), share(sum(right), len(right)), strict=True), n=len(right))
-
 def score_words(read: Sequence[Mapping[str, str]], # of each picture, see `Reader.words`
                 asked: Sequence[Mapping[str, str]] # of its caption; what a caption does not say is not judged
                ) -> Table:
@@ -70,9 +66,9 @@ def score_words(read: Sequence[Mapping[str, str]], # of each picture, see `Reade
         if not pairs: continue
         seen, said = ([p[i] for p in pairs] for i in (0, 1))
         chance = sum(seen.count(v)*said.count(v) for v in {*said})/len(pairs)**2
-        rows.append(dict(word=k, **_share([r == a for r, a in pairs]), chance=chance))
+        rows.append(dict(word=k, **share(sum(r == a for r, a in pairs), len(pairs))._asdict(), n=len(pairs), chance=chance))
     def right(r: Mapping[str, str], a: Mapping[str, str]) -> bool: return all(r[k] == v for k, v in a.items() if v)
     deal = random.Random(0).sample
     moved = [right(r, a) for _ in range(32) for r, a in zip(read, deal(list(asked), n), strict=True)]
-    every = _share([right(r, a) for r, a in zip(read, asked, strict=True)])
-    return Table([*rows, dict(word='all', **every, chance=sum(moved)/len(moved))])
+    every = share(sum(right(r, a) for r, a in zip(read, asked, strict=True)), n)._asdict()
+    return Table([*rows, dict(word='all', **every, n=n, chance=sum(moved)/len(moved))])

@@ -37,7 +37,7 @@ from .tokenizer_task import Stage
 from .neighbours import prepare
 from .views import extract_views, ResizePadVFM, view_name, views
 from .align import cknna, score_banks, summarize
-from .probes import probe
+from .probes import probe, share
 from .metrics import frechet_interval, psnr, ssim
 from .extractors import bundled_extractor, check_judge, Extractor, EXTRACTORS, VFMExtractor
 from .statistics import compute_statistics, Statistics
@@ -330,19 +330,19 @@ def measure(kind: str # 'tokenizer' or 'net'
 def _row(metric: str, value: float, n: int, judge: str = '', **more: Any) -> Row:
     return dict(more, metric=metric, value=value, n=n, judge=judge)
 
-def _with_ends(metric: str, low: float, value: float, high: float, n: int, judge: str = '', **more: Any
+def _with_ends(metric: str, value: float, low: float, high: float, n: int, judge: str = '', **more: Any
               ) -> Iterator[Row]:
     for end, v in (('', value), ('_low', low), ('_high', high)): yield _row(metric+end, v, n, judge, **more)
 
 def _mean(metric: str, of: Tensor, judge: str = '', **more: Any) -> Iterator[Row]:
     "The mean over images with its 95 % interval."
     mean, half = of.double().mean().item(), 1.96*of.double().std().item()/len(of)**.5
-    yield from _with_ends(metric, mean-half, mean, mean+half, len(of), judge, **more)
+    yield from _with_ends(metric, mean, mean-half, mean+half, len(of), judge, **more)
 
 def _distance(metric: str, found: Statistics, real: Statistics, judge: str, **more: Any) -> Iterator[Row]:
     low, high = frechet_interval(*(s.features for s in (found, real) if s.features is not None))
     fd = compare_statistics(found, real, pr_n=0)['fd']
-    yield from _with_ends(metric, low, fd, high, found.n or 0, judge, **more)
+    yield from _with_ends(metric, fd, low, high, found.n or 0, judge, **more)
 
 # %% ../nbs/60_trials.ipynb #c332e130
 @measure('tokenizer')
@@ -374,10 +374,10 @@ def alignment(trial: Trial, panel: Panel) -> Iterator[Row]:
     banks = panel.banks | panel.seen(own)
     for r in summarize(score_banks(banks, [(('latent', 'latent'), (k, -1)) for k in others])):
         for k, short in (('clean', 'cknna'), ('mean', 'se_cknna'), ('change', 'se_change')):
-            yield from _with_ends(short, r[f'{k}_low'], r[k], r[f'{k}_high'], r['n'], r['reference'])
+            yield from _with_ends(short, r[k], r[f'{k}_low'], r[f'{k}_high'], r['n'], r['reference'])
     for r in score_banks(banks, [((k, at[0]),)*2 for k, (_, at) in own.items()], reference_state='clean'):
         metric = f"invariance_{r['source'].replace(' ', '_')}_{r['transform'].replace(' ', '')}"
-        if r['axis'] != 'clean': yield from _with_ends(metric, r['low'], r['value'], r['high'], r['n'])
+        if r['axis'] != 'clean': yield from _with_ends(metric, r['value'], r['low'], r['high'], r['n'])
 
 # %% ../nbs/60_trials.ipynb #f3e618e0
 class _Rebuilt:
@@ -404,7 +404,7 @@ def recognition(trial: Trial, panel: Panel) -> Iterator[Row]:
     for what, source, layer, judge in asked:
         r = probe(source, half[0], half[1], [layer], k=10)[0]
         for k in ('linear', 'knn'):
-            yield from _with_ends(f'{k}_{what}', r[f'{k}_low'], r[k], r[f'{k}_high'], len(half[1]), judge)
+            yield from _with_ends(f'{k}_{what}', r[k], r[f'{k}_low'], r[f'{k}_high'], len(half[1]), judge)
 
 # %% ../nbs/60_trials.ipynb #4f4a538b
 def _moments(trial: Trial) -> Iterator[tuple[int, DiT]]:
@@ -427,7 +427,8 @@ def _judged(trial: Trial, panel: Panel, tok: Tokenizer, net: DiT, n: int, names:
         found = compute_statistics(images, judge)
         yield from _distance('gfd', found, real, name, images=seen)
         if found.probs is not None and found.probs.shape[1] == len(samples.classes):
-            yield from _mean('accuracy', found.probs.argmax(1) == samples.labels, name, images=seen)
+            right = found.probs.argmax(1) == samples.labels
+            yield from _with_ends('accuracy', *share(right.sum().item(), len(right)), len(right), name, images=seen)
 
 @measure('net')
 def curve(trial: Trial, panel: Panel) -> Iterator[Row]:
