@@ -507,7 +507,7 @@ REASONS = {
         neighbours.warn_of_copies neighbours.graph_of neighbours.two_graphs metrics.gaussian losses.structural_similarity
         samplers.trajectory samplers.classifier_free samplers.internal_guidance samplers.velocity_field samplers.time_grid samplers.diffusion
         statistics.with_progress statistics.own_part statistics.own_statistics statistics.images_at_once""",
-    'of rows that are there': '''diffusability.compare_diffusability diffusability.epochs_to probes.classes_of robustness.robustness_figure
+    'of rows that are there': '''diffusability.compare_diffusability diffusability.epochs_to probes.classes_of probes.share robustness.robustness_figure
         robustness.layer_figure evaluate.compare_statistics evaluate.compare_judges
         metrics.difference metrics.verdict pages.clicked''',
     }
