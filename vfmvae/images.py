@@ -141,7 +141,8 @@ def from_uint8(x: Tensor # uint8, any shape
 
 def to_uint8(x: Tensor # any shape, [-1,1]; clamped
             ) -> Tensor:
-    "uint8 of the same shape, rounded to the nearest grey level (the published PNG export truncates). UserError: integers."
+    """uint8 of the same shape, rounded to the nearest grey level (the published PNG export truncates). UserError:
+    integers."""
     need(x.is_floating_point(), f'a picture holds integers ({str(x.dtype)[6:]}), not numbers in [-1,1]; use x/127.5-1')
     return x.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
