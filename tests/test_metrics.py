@@ -110,7 +110,7 @@ ORDERS = dict(sorted=lambda n, k: torch.arange(n)*k//n, turns=lambda n, k: torch
 @pytest.mark.parametrize('order', ORDERS)
 @pytest.mark.parametrize('classes', [16, 20, 100])
 def test_an_interval_is_as_wide_whatever_order_the_classes_have(order, classes):
-    "Samples walk through the classes in turn: every twentieth row was of one class, and the interval up to 14 times too wide."
+    "Samples walk through the classes in turn: every twentieth row was of few classes, and the interval several times too wide."
     label, places = ORDERS[order](1000, classes), normal(classes, 8, 1)*2
     x, y = places[label]+normal(1000, 8, 2), (places+.3)[label[torch.randperm(1000, generator=torch.Generator().manual_seed(6))]]+normal(1000, 8, 3)
     mixed = [torch.randperm(1000, generator=torch.Generator().manual_seed(s)) for s in (4, 5)]
