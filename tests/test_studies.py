@@ -66,7 +66,8 @@ TOGETHER = {'net.vfms': ['tiny'], 'net.net.encoder_depth': 1, 'net.net.z_dims': 
 
 def test_a_tokenizer_and_its_net_learn_together_by_a_switch(tmp_path):
     spec = dict(SPEC, tokenizers=dict(ours='vfmvae-photo-f8d16'), measures=['curve', 'finish'], net_images=32, latents=32,
-                common={**SPEC['common'], 'net.batch_size': 16}, switches={'REPA': TOGETHER, 'together': TOGETHER | {'joint.weights': dict(l1=1., repa=1.5), 'joint.lr': 3e-3}})
+                common={**SPEC['common'], 'net.batch_size': 16},
+                switches={'REPA': TOGETHER, 'together': TOGETHER | {'joint.weights': dict(l1=1., repa=1.5), 'joint.lr': 3e-3}})
     table = study(spec, tmp_path/'runs', say=quiet)
     assert (table.runs, table.done) == (3, 3)                                # one tokenizer, from which both nets begin
     runs = {t.switch: t for t in plan(open_study(spec), tmp_path/'runs') if t.net}
@@ -74,7 +75,8 @@ def test_a_tokenizer_and_its_net_learn_together_by_a_switch(tmp_path):
     assert joint_stage(runs['REPA']) is None and joint_stage(runs['together']) == replace(JOINT, weights=dict(l1=1., repa=1.5), lr=3e-3)
     x = World(4, seed=3).batch(range(4))['image']
     assert (plain.encode(x).mode()-joint.encode(x).mode()).abs().max() > 1e-3             # it has moved, and what is measured is what moved
-    assert torch.equal(joint.stats.std, load_tokenizer(runs['together'].folder/'net-tokenizer.safetensors').stats.std) and not torch.equal(joint.stats.std, plain.stats.std)
+    kept = load_tokenizer(runs['together'].folder/'net-tokenizer.safetensors')
+    assert torch.equal(joint.stats.std, kept.stats.std) and not torch.equal(joint.stats.std, plain.stats.std)
     net, images = DiT.load(str(runs['together'].out)), Panel(open_study(spec), open_study(spec).data['world'], 64, tmp_path/'seen')
     drawn = compute_statistics(from_uint8(to_uint8(generate(net, 24, 0, joint, steps=2, guidance=1.).images)), images.judges['world'][0])
     want = compare_statistics(drawn, images.judges['world'][1], pr_n=0)['fd']

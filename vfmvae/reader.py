@@ -66,7 +66,8 @@ def score_words(read: Sequence[Mapping[str, str]], # of each picture, see `Reade
         if not pairs: continue
         seen, said = ([p[i] for p in pairs] for i in (0, 1))
         chance = sum(seen.count(v)*said.count(v) for v in {*said})/len(pairs)**2
-        rows.append(dict(word=k, **share(sum(r == a for r, a in pairs), len(pairs))._asdict(), n=len(pairs), chance=chance))
+        found = share(sum(r == a for r, a in pairs), len(pairs))._asdict()
+        rows.append(dict(word=k, **found, n=len(pairs), chance=chance))
     def right(r: Mapping[str, str], a: Mapping[str, str]) -> bool: return all(r[k] == v for k, v in a.items() if v)
     deal = random.Random(0).sample
     moved = [right(r, a) for _ in range(32) for r, a in zip(read, deal(list(asked), n), strict=True)]
