@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # %% ../nbs/09_data.ipynb #480c8531
 import torch
@@ -223,6 +223,7 @@ def _picture(x: Any, name: str, zero_one: bool) -> Image.Image:
     raise UserError(f'{name} is {kind}, no picture; give PIL images, paths, uint8 arrays (H,W,3) or (picture, '
                     f'label) pairs')
 
+# %% ../nbs/09_data.ipynb #db088fb9
 def _labels_of(x: Any) -> list | None:
     "The labels that a map-style set keeps beside its pictures; None if only its items tell."
     if hasattr(x, 'indices') and hasattr(x, 'dataset'):
@@ -290,19 +291,17 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
         raise UserError(f'{shorten(x, 200)} is a path; open it with folder(path), shards(pattern) or '
                         'vfmvae.recipes.open_data')
     if isinstance(x, Tensor): return TensorSet(x, name)
-    items: Any = x
-    labels, names, version = None, None, ''
+    items, labels, names, version = cast(Any, x), None, None, ''
     if type(x).__module__.partition('.')[0] == 'datasets': items, labels, names, version = _hugging_face(x)
     elif isinstance(x, Dataset): return x
     else:
         need(hasattr(x, '__len__') and hasattr(x, '__getitem__') and not isinstance(x, Mapping),
-             f'a {type(x).__name__} is no '
-             'data set; give a folder, shards, a torchvision set, a split of `datasets`, or a list of pictures')
+             f'a {type(x).__name__} is no data set; give a folder, shards, a torchvision set, a split of `datasets`, '
+             'or a list of pictures')
         labels = _labels_of(x)
     n = len(items)
     need(n, f'{name}: no pictures; give at least one')
-    def parts(i: int) -> tuple[Any, Any]:
-        return _readable(f'{name} {i}', lambda: _parts(items[i]))
+    parts = lambda i: _readable(f'{name} {i}', lambda: _parts(items[i]))
     some = {i: parts(i) for i in spread(8, n)}
     stack = [i for i in x if isinstance(i, Tensor) and i.is_floating_point()] if isinstance(x, Sequence) else []
     ready = size is None and len(stack) == n and len({i.shape for i in stack}) == 1
@@ -314,7 +313,8 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
     if ready: return TensorSet(torch.stack(stack)*2-1 if zero_one else torch.stack(stack), name)
     # a set that gives its items in an order or with labels of its own may keep those of another beside them
     if labels is not None and any((isinstance(v, int | str) or getattr(v, 'ndim', 1) == 0)
-                                  and v != _class(labels[i], f'{name} {i}') for i, (_, v) in some.items()): labels = None
+                                  and v != _class(labels[i], f'{name} {i}') for i, (_, v) in some.items()):
+        labels = None
     found = [_class(v, f'{name} {i}')
              for i, v in enumerate((parts(i)[1] for i in range(n)) if labels is None else labels)]
     numbers, classes = number_classes(found, names or [*_class_names(x)] or None, name)

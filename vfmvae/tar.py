@@ -111,7 +111,7 @@ def _keyed(members: Iterable[Iterable[tuple[str, int, int, Any]]],
 
 # %% ../nbs/07_tar.ipynb #40fbc6a7
 def _goes_on(path: str, end: int) -> bool:
-    "Whether anything but zeros follows the end of an archive, as where two were put together by `cat`."
+    "Does anything but zeros follow the end of an archive, as where two were put together by `cat`?"
     with open(path, 'rb') as f:
         f.seek(end)
         return any(map(bytes.strip, iter(lambda: f.read(2**20), b''), itertools.repeat(b'\0')))
@@ -136,8 +136,8 @@ def _by_tarfile(path: str, skipped: Counter) -> tuple[dict, dict]:
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as e:
         raise UserError(f'{path[:300]} is no whole uncompressed tar ({first_line(e)}); copy it again') from None
     need(ended, f'{path} is cut off after {len(images)} images; copy it again')
-    need(not _goes_on(path, end), f'{path} goes on after its end, {len(images)} images in it; unpack all of it with tar '
-                                  '--ignore-zeros and write it again')
+    need(not _goes_on(path, end), f'{path} goes on after its end, {len(images)} images in it; unpack all of it with '
+                                  'tar --ignore-zeros and write it again')
     return images, labels
 
 # %% ../nbs/07_tar.ipynb #ddfff309

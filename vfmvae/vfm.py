@@ -50,10 +50,8 @@ class ConvStem(nn.Module):
         if img_size is not None: self.img_size = tuple(img_size)
         self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = math.prod(self.grid_size)
-
     def feat_ratio(self, as_scalar=True): return 8 if as_scalar else (8, 8)
     def dynamic_feat_size(self, img_size): return img_size[0]//8, img_size[1]//8
-
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(self.convs(x)).permute(0, 2, 3, 1)
         return x.flatten(1, 2) if self.flatten else x
@@ -90,16 +88,14 @@ ALIASES = {
     'dinov3-s': 'vit_small_patch16_dinov3.lvd1689m',       'dinov3-b': 'vit_base_patch16_dinov3.lvd1689m',
     'dinov3-l': 'vit_large_patch16_dinov3.lvd1689m',       'mae-b': 'vit_base_patch16_224.mae',
     'mae-l': 'vit_large_patch16_224.mae',                  'clip-l': 'vit_large_patch14_clip_224.openai',
-    'eva02-l': 'eva02_large_patch14_224.mim_m38m',         'pe-l': 'vit_pe_core_large_patch14_336.fb',
-}
+    'eva02-l': 'eva02_large_patch14_224.mim_m38m',         'pe-l': 'vit_pe_core_large_patch14_336.fb'}
 
 # %% ../nbs/12_vfm.ipynb #1a942e92
 # the published tokenizer's resize modes
 _PUBLISHED = {'siglip': 'bilinear', 'mae': 'bilinear', 'dino': 'bicubic', 'eva': 'bicubic', 'qwen': 'bicubic'}
 
 def _family(architecture: str) -> str:
-    """The family of `_PUBLISHED` that timm's `arch.tag` belongs to ('' if none): one of its words, perhaps with a
-    version."""
+    "The family of `_PUBLISHED` that timm's `arch.tag` names, perhaps with a version; '' if none."
     words = (re.fullmatch(r'(siglip|mae|dino|eva|qwen)v?[\d]*', w) for w in re.split(r'[._-]', architecture.lower()))
     return next((m[1] for m in words if m), '')
 
@@ -113,7 +109,7 @@ def _fill(net: nn.Module, # a timm model without classifier
           path: PathLike  # file of its weights
          ) -> dict:
     """Loads `path` into `net`, strictly (a classifier is dropped); the JSON beside it. UserError that lists what does
-    not fit."""
+    not fit. What timm's config.json beside it says of images is true of these weights, whatever others want."""
     (given, side), wanted, own = read_weights(path), net.state_dict(), getattr(net, 'pretrained_cfg', None) or {}
     translate = getattr(importlib.import_module(type(net).__module__), 'checkpoint_filter_fn', None)
     if translate and set(wanted) - set(given):
@@ -125,13 +121,11 @@ def _fill(net: nn.Module, # a timm model without classifier
                      'give those of this very architecture')
     check_weights(given, path, wanted)
     net.load_state_dict(given)
-    # timm's own download: these weights want their images so, whatever others of this architecture want
     cfg = read_json(told).get('pretrained_cfg') if is_file(told := Path(path).parent/'config.json') else None
     for k in ('mean', 'std', 'interpolation') if isinstance(cfg, dict) else ():
         own[k] = v = cfg.get(k, own.get(k))
-        need(isinstance(v, str) if k == 'interpolation' else isinstance(v, list | tuple) and len(v) == 3
-             and all(isinstance(i, int | float) and (k == 'mean' or i > 0) for i in v),
-             f'{told}: {k} = {v!r} is none of an image; copy it again')
+        need(isinstance(v, str) if k == 'interpolation' else isinstance(v, list | tuple) and len(v) == 3 and all(
+            isinstance(i, int | float) and (k == 'mean' or i > 0) for i in v), f'{told}: {k} = {v!r}; copy it again')
     return side
 
 # %% ../nbs/12_vfm.ipynb #2275da1d
@@ -292,8 +286,7 @@ def _tokens(net: Any, x: Tensor, wanted: Collection[int], cls: bool = False) -> 
     last: Any
     blocks, final = sorted({i for i in wanted if 0 < i <= depth}), depth+1 in wanted
     take = dict(indices=[i-1 for i in blocks] or [0], output_fmt='NLC', stop_early=not final,
-                intermediates_only=not final,
-                return_prefix_tokens=cls)
+                intermediates_only=not final, return_prefix_tokens=cls)
     with _ONE_AT_A_TIME:
         hook = getattr(net, 'norm_pre', net.blocks[0]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try: out = net.forward_intermediates(x, **take)
@@ -493,8 +486,7 @@ class VFM(_TokenReader):
     _besides_weights = 'mean', 'std', 'interpolation', 'pos_antialias', 'heads'
     def __init__(self, name: str,                    # 'tiny', a name of `vfms`, or of timm: see `check_vfm`
                  # True: bundled or hub; False: random; a path: its weights, strictly
-                 pretrained: bool | PathLike = True,
-                 *,
+                 pretrained: bool | PathLike = True, *,
                  net: nn.Module | None = None,       # a timm model made elsewhere, instead of building one
                  pos_antialias: bool = True,         # position tables shrink with timm's filter; False: as Hugging Face
                  spec: Mapping | None = None,        # facts that the weights cannot tell, added to `.spec`
