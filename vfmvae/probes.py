@@ -42,11 +42,11 @@ def _bootstrap(stat: Callable[[Tensor], Tensor], # counts (r,n) of each test ima
     low, high = torch.cat([stat(draw()) for _ in range(times)]).quantile(one.new_tensor([.025, .975])).tolist()
     return Score(stat(one).item(), low, high)
 
-def share(k: float, # of n
-          n: int    # trials
+def share(k: int, # of n
+          n: int  # trials
          ) -> Score:
     "k/n with its 95 % interval (Wilson 1927); a bootstrap would call 20 right of 20 certain: [1, 1]."
-    z, p = NormalDist().inv_cdf(.975), real(k, 'k', 0, whole(n, 'n', 1))/n
+    z, p = NormalDist().inv_cdf(.975), whole(k, 'k', 0, whole(n, 'n', 1))/n
     middle, half = (p + z*z/2/n)/(1+z*z/n), z*(p*(1-p)/n + z*z/4/n/n)**.5/(1+z*z/n)
     return Score(p, max(0., min(p, middle-half)), min(1., max(p, middle+half)))      # whatever rounding says
 
