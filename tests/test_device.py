@@ -487,8 +487,8 @@ REASONS = {
         trials.open_study trials.override trials.plan trials.rows_at evaluate.labels_of trials.measure trials.decoder_parameters
         studies.table_of align.check_enough align.with_layer latents.as_scale latents.all_finite
         views.view_name views.views views.image_set views.images_seen features.layer_index features.as_images features.batches generation.sample_labels
-        recipes.open_data recipes.picture_files recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described
-        tokenizer.check_config tokenizer.check_sides protocols.check_trainable extractors.vfm_root extractors.check_judge
+        recipes.open_data recipes.training_data recipes.start_size recipes.schedule_stages recipes.get_preset losses.sample_equivariance latents.described
+        recipes.picture_files tokenizer.check_config tokenizer.check_sides protocols.check_trainable extractors.vfm_root extractors.check_judge
         samplers.methods presets.cost_text presets.flow_cost presets.forward_gflop
         lab_parts.slider_values lab_parts.transform_controls lab_parts.default_strength explorer.layer_name
         lab_parts.as_field explorer.lab_notebook

@@ -1,5 +1,6 @@
 "Sets of images: whose classes, which of them, still the same ones, nothing left out in silence, nobody else's set refused."
 import io, json, os, shutil, tarfile, warnings
+from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
@@ -145,6 +146,19 @@ def test_a_list_of_tensors_is_what_the_same_tensors_with_labels_are(low):
     want = torch.stack(tensors)*(2+low)-1-low           # of [0,1] 2x-1, of [-1,1] x
     torch.testing.assert_close(alone.batch(range(12))['image'], want, atol=0, rtol=0)
     for ds in (sized, pairs): torch.testing.assert_close(ds.batch(range(12))['image'], want, atol=.5/127.5+1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('size', [None, 8])
+def test_a_sequence_that_opens_its_pictures_is_asked_for_few_of_them(size):
+    "Whether all are tensors was asked of all, before a picture was needed."
+    class Lazy(Sequence):
+        targets, opened = [0]*200, 0
+        def __len__(self): return 200
+        def __getitem__(self, i):
+            Lazy.opened += 1
+            return picture(0, [*range(200)][i])
+    as_dataset(Lazy(), size)
+    assert Lazy.opened <= 12
 
 
 def test_classes_are_found_below_any_parts_of_a_set(root):

@@ -194,9 +194,12 @@ def test_siglip_refuses_what_it_does_not_know():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('dim, heads', [(768, 12), (1024, 16), (1152, 16), (1536, 16)])       # base, large, so400m, giant
-def test_every_published_width_of_siglip_has_its_heads(dim, heads):
+@pytest.mark.parametrize('dim, heads, theirs', [(768, 12, 'vit_base_patch16_siglip_256'), (1024, 16, 'vit_large_patch16_siglip_256'),
+                                                (1152, 16, 'vit_so400m_patch16_siglip_256'), (1536, 16, 'vit_giantopt_patch16_siglip_256')])
+def test_every_published_width_of_siglip_has_its_heads(dim, heads, theirs):
     transformers = pytest.importorskip('transformers')
+    with torch.device('meta'): timms = timm.create_model(theirs)
+    assert (timms.embed_dim, timms.blocks[0].attn.num_heads) == (dim, heads)
     c = transformers.SiglipVisionConfig(hidden_size=dim, num_attention_heads=heads, num_hidden_layers=1, intermediate_size=64, image_size=32, patch_size=16)
     net = transformers.SiglipVisionModel(c).eval()
     vfm, x = vfm_from_hf_siglip(net.state_dict()), image(32, 32)
@@ -220,6 +223,8 @@ def test_weights_of_timms_hub_bring_their_preprocessing(tmp_path):
     want = net.forward_features(Normalize(vfm.mean, vfm.std)(x/2+.5))[:, 1:]
     torch.testing.assert_close(vfm(x), want.detach(), atol=1e-5, rtol=1e-5)
     told = json.loads((tmp_path/'hub'/'config.json').read_text())
+    (tmp_path/'hub'/'config.json').write_text(json.dumps(told | dict(architecture='vit_base_patch16_224')))      # a folder may hold several nets
+    assert VFM(name, tmp_path/'hub'/'model.safetensors', **kw).mean == own.mean
     for k, bad in (('mean', [1, 2]), ('mean', 'x'), ('std', [0, 1, 1]), ('std', None), ('mean', ['a', 1, 1]), ('interpolation', [])):
         (tmp_path/'hub'/'config.json').write_text(json.dumps(told | dict(pretrained_cfg=told['pretrained_cfg'] | {k: bad})))
         with pytest.raises(UserError, match=f'config.json: {k} = '): VFM(name, tmp_path/'hub'/'model.safetensors', **kw)

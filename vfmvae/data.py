@@ -303,14 +303,15 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
     need(n, f'{name}: no pictures; give at least one')
     parts = lambda i: _readable(f'{name} {i}', lambda: _parts(items[i]))
     some = {i: parts(i) for i in spread(8, n)}
-    stack = [i for i in x if isinstance(i, Tensor) and i.is_floating_point()] if isinstance(x, Sequence) else []
-    ready = size is None and len(stack) == n and len({i.shape for i in stack}) == 1
-    floats = [i for i in (stack if ready else [i for i, _ in some.values()])
+    first = next(iter(some.values()))[0]        # all are looked at only while they are such tensors
+    ready = size is None and isinstance(x, Sequence) and all(
+        isinstance(i, Tensor) and i.is_floating_point() and i.shape == first.shape for i in x)
+    floats = [i for i in (items if ready else [i for i, _ in some.values()])
               if isinstance(i, Tensor) and i.is_floating_point() and i.numel()]
     zero_one = bool(floats) and all(i.min() >= 0 and i.max() <= 1 for i in floats)
     if zero_one:
         notice(f"{name}: tensors from 0 to 1 are taken for pictures of that range, as of torchvision's ToTensor")
-    if ready: return TensorSet(torch.stack(stack)*2-1 if zero_one else torch.stack(stack), name)
+    if ready: return TensorSet(torch.stack([i*2-1 for i in items] if zero_one else [*items]), name)
     # a set that gives its items in an order or with labels of its own may keep those of another beside them
     if labels is not None and any((isinstance(v, int | str) or getattr(v, 'ndim', 1) == 0)
                                   and v != _class(labels[i], f'{name} {i}') for i, (_, v) in some.items()):
@@ -318,8 +319,7 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
     found = [_class(v, f'{name} {i}')
              for i, v in enumerate((parts(i)[1] for i in range(n)) if labels is None else labels)]
     numbers, classes = number_classes(found, names or [*_class_names(x)] or None, name)
-    # of a list alone: another sequence may open its pictures to show them
-    listed = map(_parts, x) if isinstance(x, list | tuple) else ()
+    listed = map(_parts, x) if isinstance(x, list | tuple) else ()      # another sequence may open its pictures
     paths = [Path(p) for p, _ in listed if isinstance(p, str | os.PathLike)]
     keys = [p.as_posix() for p in paths] if len({*paths}) == n else [f'{i:06d}' for i in range(n)]
     def read(i: int) -> Image.Image:

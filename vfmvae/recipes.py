@@ -473,7 +473,7 @@ def picture_files(out: PathLike,       # a folder
                   names: Sequence[str] # of pictures that are to be written there
                  ) -> list[Path]:
     """The PNG file of each, class folders as they are: an image suffix is replaced, and a name that is there already,
-    capitals or not, gets -2, -3 ... UserError: a name leaves the folder, which holds other pictures."""
+    capitals or not, gets -2, -3 ... UserError: a name that leaves the folder, or other pictures in it."""
     for name in names: inside(out, name)              # before the name is changed
     taken = {p.as_posix().casefold() for n in names for p in Path(n).parents}
     files = []

@@ -54,14 +54,14 @@ def train_trial(trial: Trial) -> None:
                     latent=(tok.channels, *p.latent[1:]))
         every, ds = max(1, s.net_images//p.batch_size//s.moments), d.train.open(size)
         how |= dict(num_images=s.net_images, save_every=every, compile=s.compile)
-    if tok and stage:
-        start = trial.before
-        train_jointly(cast(Preset, start.preset), p, take(ds, s.latents), vfm_of(start), start.out, stage,
-                      precision=s.precision, keep=1, **how)
-    elif tok:
-        with acc.main_process_first():       # the others find the latents there
-            cache_latents(tok, ds, folder/'latents', s.latents, p.flips, rank=0, num_processes=1)
-        train_flow(p, ds, folder/'latents', tok, s.latents, keep=s.moments+1, **how)
+        if stage:
+            start = trial.before
+            train_jointly(cast(Preset, start.preset), p, take(ds, s.latents), vfm_of(start), start.out, stage,
+                          precision=s.precision, keep=1, **how)
+        else:
+            with acc.main_process_first():       # the others find the latents there
+                cache_latents(tok, ds, folder/'latents', s.latents, p.flips, rank=0, num_processes=1)
+            train_flow(p, ds, folder/'latents', tok, s.latents, keep=s.moments+1, **how)
     hours = _cost(folder, began)
     acc.wait_for_everyone()
     if not acc.is_main_process: return

@@ -67,8 +67,7 @@ def _stem_vit(name: str, dim: int, depth: int) -> nn.Module:
     return net
 
 def tiny_vit() -> nn.Module:
-    """The architecture of `VFM('tiny')`, random: 4 blocks of 128 channels, stride 8, any multiple of 8 px; 0.9 M
-    parameters."""
+    "The architecture of `VFM('tiny')`, random: 4 blocks of 128 channels, stride 8, multiples of 8 px; 0.9 M numbers."
     return _stem_vit('tiny', 128, 4)
 
 def photo_vit() -> nn.Module:
@@ -121,7 +120,8 @@ def _fill(net: nn.Module, # a timm model without classifier
                      'give those of this very architecture')
     check_weights(given, path, wanted)
     net.load_state_dict(given)
-    cfg = read_json(told).get('pretrained_cfg') if is_file(told := Path(path).parent/'config.json') else None
+    said = read_json(told) if is_file(told := Path(path).parent/'config.json') else {}
+    cfg = said.get('pretrained_cfg') if said.get('architecture') == own.get('architecture') else None    # another's
     for k in ('mean', 'std', 'interpolation') if isinstance(cfg, dict) else ():
         own[k] = v = cfg.get(k, own.get(k))
         need(isinstance(v, str) if k == 'interpolation' else isinstance(v, list | tuple) and len(v) == 3 and all(
