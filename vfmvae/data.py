@@ -243,9 +243,9 @@ def _class_names(x: Any) -> tuple[str, ...]:
     inner = {_class_names(i) for i in ([x.dataset] if hasattr(x, 'dataset') else getattr(x, 'datasets', ()))}
     return inner.pop() if len(inner) == 1 else ()
 
-def _readable(name: str, read: Callable[[], tuple | Image.Image]) -> Any:
+def _readable(name: str, read: Callable[[str], tuple | Image.Image]) -> Any:
     "What `read` gives; UserError for whatever somebody's set or a damaged picture raises."
-    try: return read()
+    try: return read(name)
     except UserError: raise
     except Exception as e:
         raise UserError(f'{name} cannot be read ({type(e).__name__}: {first_line(e)}); look at where it comes '
@@ -301,7 +301,7 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
         labels = _labels_of(x)
     n = len(items)
     need(n, f'{name}: no pictures; give at least one')
-    parts = lambda i: _readable(f'{name} {i}', lambda: _parts(items[i]))
+    parts = lambda i: _readable(f'{name} {i}', lambda _: _parts(items[i]))
     some = {i: parts(i) for i in spread(8, n)}
     first = next(iter(some.values()))[0]        # all are looked at only while they are such tensors
     ready = size is None and isinstance(x, Sequence) and all(
@@ -323,8 +323,7 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
     paths = [Path(p) for p, _ in listed if isinstance(p, str | os.PathLike)]
     keys = [p.as_posix() for p in paths] if len({*paths}) == n else [f'{i:06d}' for i in range(n)]
     def read(i: int) -> Image.Image:
-        called = f'{name} {keys[i]}'
-        return _readable(called, lambda: _picture(_parts(items[i])[0], called, zero_one))
+        return _readable(f'{name} {keys[i]}', lambda called: _picture(_parts(items[i])[0], called, zero_one))
     return ImageSet(read, keys, numbers, classes, size or min(read(0).size), augment, crop, name,
                     pieces=[(p, 0, None) for p in paths] if len(paths) == n else None,
                     stamp=(lambda i: f'{version}-{i}') if version else None)

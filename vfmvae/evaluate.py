@@ -93,17 +93,17 @@ def compare_statistics(a: Statistics,            # judged
     out = dict(fd=frechet(a.mu, a.sigma, b.mu, b.sigma))
     if a.mu_s is not None and a.sigma_s is not None and b.mu_s is not None and b.sigma_s is not None:
         out['sfid'] = frechet(a.mu_s, a.sigma_s, b.mu_s, b.sigma_s)
-    if a.probs is not None: out['is'] = inception_score(a.probs[_dealt(len(a.probs))], _splits(len(a.probs)))
+    if a.probs is not None: out['is'] = inception_score(_dealt(a.probs), _splits(len(a.probs)))
     if pr_n and a.features is not None and b.features is not None and k < min(len(a.features), len(b.features), pr_n):
-        some = lambda f: f[_dealt(len(f))[:pr_n]]
-        out['precision'], out['recall'] = precision_recall(some(b.features), some(a.features), k)
+        out['precision'], out['recall'] = precision_recall(_dealt(b.features, pr_n), _dealt(a.features, pr_n), k)
     need(not (bad := ', '.join(k for k, v in out.items() if not math.isfinite(v))),
          f'{bad} is not a finite number; look at the features')
     return out
 
 def _splits(n: int) -> int: return max(1, round(n/5000))
 
-def _dealt(n: int) -> Tensor: return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+def _dealt(x: Tensor, n: int | None = None) -> Tensor:  # rows, in an order that is drawn
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n]]
 
 def _record(kind: str, a: Statistics, b: Statistics, k: int, pr_n: int, **facts: Any) -> Record:
     metrics = compare_statistics(a, b, k, pr_n)

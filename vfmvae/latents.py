@@ -405,8 +405,8 @@ def cache_latents(tokenizer: Tokenizer,
     size = getattr(getattr(tokenizer, 'config', None), 'img_size', None)
     some: Dataset = take(as_dataset(data, size), n)
     need(len(some), 'no images to encode; give a data set that holds some')
-    folder = check_out(cache_folder(path))
-    manifest = _manifest(folder, _description(tokenizer, some, flips, shard_size, dtype))
+    folder, want = check_out(cache_folder(path), make=False), _description(tokenizer, some, flips, shard_size, dtype)
+    manifest = _manifest(check_out(folder), want)
     sweep(folder)
     mine = [(f, k, range(k*shard_size, k*shard_size+rows)) for k, (f, rows) in enumerate(manifest['shards'])
             if k % num_processes == rank and not _whole(folder, manifest, k)]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, IO
 
 # %% ../nbs/07_tar.ipynb #ea02cc5c
 import numpy as np
@@ -110,11 +110,12 @@ def _keyed(members: Iterable[Iterable[tuple[str, int, int, Any]]],
     return images, labels
 
 # %% ../nbs/07_tar.ipynb #40fbc6a7
-def _goes_on(path: str, end: int) -> bool:
-    "Does anything but zeros follow the end of an archive, as where two were put together by `cat`?"
-    with open(path, 'rb') as f:
-        f.seek(end)
-        return any(map(bytes.strip, iter(lambda: f.read(2**20), b''), itertools.repeat(b'\0')))
+def _goes_on(f: IO[bytes], end: int) -> bool:
+    "Does another archive follow the end of this one, as where two were put together by `cat`?"
+    f.seek(end)
+    block = next((b for b in iter(lambda: f.read(512), b'') if b.strip(b'\0')), b'')
+    try: return bool(tarfile.TarInfo.frombuf(block, 'utf-8', 'surrogateescape'))
+    except tarfile.HeaderError: return False
 
 def _by_tarfile(path: str, skipped: Counter) -> tuple[dict, dict]:
     "`_keyed` of any uncompressed tar. UserError: it is damaged."
@@ -130,13 +131,13 @@ def _by_tarfile(path: str, skipped: Counter) -> tuple[dict, dict]:
             end = tar.offset
         with open(path, 'rb') as f:
             f.seek(end)
-            ended = f.read(512) == bytes(512)
+            ended, more = f.read(512) == bytes(512), _goes_on(f, end)
     except UserError: raise
     except FileNotFoundError: raise UserError(f'no shard {path}; check the pattern') from None
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as e:
         raise UserError(f'{path[:300]} is no whole uncompressed tar ({first_line(e)}); copy it again') from None
     need(ended, f'{path} is cut off after {len(images)} images; copy it again')
-    need(not _goes_on(path, end), f'{path} goes on after its end, {len(images)} images in it; unpack all of it with '
+    need(not more, f'{path} goes on after its end, {len(images)} images in it; unpack all of it with '
                                   'tar --ignore-zeros and write it again')
     return images, labels
 
@@ -185,7 +186,7 @@ def _plain_members(path: str) -> Iterator[Iterable[tuple[str, int, int, bytes]]]
                 row = window[at-begin:at-begin+1024]
                 try: size = int(row[124:135], 8)
                 except ValueError:
-                    if (ended := row[:512] == bytes(512)) and not _goes_on(path, at): break
+                    if (ended := row[:512] == bytes(512)) and not _goes_on(f, at): break
                     raise
                 rows.append(row)
                 offsets.append(at+512)
