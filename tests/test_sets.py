@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from vfmvae.core import Notice, UserError
-from vfmvae.images import to_uint8
+from vfmvae.images import to_pil, to_uint8
 from vfmvae.world import World
 from vfmvae.folders import folder, shards
 from vfmvae.data import as_dataset, fingerprint, spread, stamps, Subset, take, taken
@@ -146,6 +146,25 @@ def test_a_list_of_tensors_is_what_the_same_tensors_with_labels_are(low):
     want = torch.stack(tensors)*(2+low)-1-low           # of [0,1] 2x-1, of [-1,1] x
     torch.testing.assert_close(alone.batch(range(12))['image'], want, atol=0, rtol=0)
     for ds in (sized, pairs): torch.testing.assert_close(ds.batch(range(12))['image'], want, atol=.5/127.5+1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('shape, size', [((40, 40), 16), ((40, 56), 40), ((24, 30), 48)])
+@pytest.mark.parametrize('low', [0., -1.])
+def test_a_tensor_of_images_has_the_size_that_was_asked_for(shape, size, low):
+    "Of one tensor `size` was passed over in silence; and one tensor is in [-1,1], dark pictures or not."
+    x = torch.rand(3, 3, *shape, generator=torch.Generator().manual_seed(0))*(1-low)+low
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='.*enlarged')
+        got, want = (as_dataset(i, size).batch(range(3))['image'] for i in (x, [to_pil(i) for i in x]))
+    assert got.shape == (3, 3, size, size) and torch.equal(got, want)
+    assert torch.equal(as_dataset(x).batch(range(3))['image'], x)
+
+
+def test_numbers_that_name_few_of_many_classes_are_noticed():
+    with pytest.warns(Notice, match='2 numbers up to 90000 are taken for 90,001 classes'): as_dataset([(picture(0, 0), 7), (picture(0, 1), 90_000)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert len(as_dataset([(picture(0, 0), 7), (picture(0, 1), 999)]).classes) == 1000
 
 
 @pytest.mark.parametrize('size', [None, 8])

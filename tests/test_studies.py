@@ -314,6 +314,7 @@ def test_an_override_of_nothing_is_refused(path, said):
     (dict(tokenizers=dict(a='conv-f8d17')), 'conv-f8d16'), (dict(switches={'': {}, 'x': {'tokeniser.config.channels': 8}}), "part of a switch.*tokenizer"),
     (dict(eyes=dict(eye=dict(vfm='photo'), world=dict(vfm='tiny'))), "'world' hides the bundled judge"),
     (dict(switches={'x': 3}), "'x' in switches is 3"), (dict(tokenizers=dict(a=3)), "'a' in tokenizers is 3"),
+    (dict(tokenizers=dict(a={'preset': 'conv-f8d16', 'joint.weights.repa': 1.})), "no part of a tokenizer named 'joint'"),
     (dict(switches={'': {}, 'x': {'tokenizer.stages.*.noise.scale': 1.}}), "has no 'scale'"), (dict(common={'tokenizer.config.channels.x': 1}), "has no 'x'"),
     (dict(common={'tokenizer.stages.*.weights.vf.x': 1}), "has no 'x'"), (dict(data={}), 'no data'), (dict(tokenizers={}), 'no tokenizers')])
 def test_what_a_study_says_wrongly_is_refused_before_anything_is_trained(change, said, tmp_path, monkeypatch):

@@ -290,7 +290,8 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
     if isinstance(x, str | os.PathLike):
         raise UserError(f'{shorten(x, 200)} is a path; open it with folder(path), shards(pattern) or '
                         'vfmvae.recipes.open_data')
-    if isinstance(x, Tensor): return TensorSet(x, name)
+    if isinstance(x, Tensor) and not augment and (size is None or x.shape[-2:] == (size, size)):
+        return TensorSet(x, name)
     items, labels, names, version = cast(Any, x), None, None, ''
     if type(x).__module__.partition('.')[0] == 'datasets': items, labels, names, version = _hugging_face(x)
     elif isinstance(x, Dataset): return x
@@ -308,7 +309,7 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
         isinstance(i, Tensor) and i.is_floating_point() and i.shape == first.shape for i in x)
     floats = [i for i in (items if ready else [i for i, _ in some.values()])
               if isinstance(i, Tensor) and i.is_floating_point() and i.numel()]
-    zero_one = bool(floats) and all(i.min() >= 0 and i.max() <= 1 for i in floats)
+    zero_one = not isinstance(x, Tensor) and bool(floats) and all(i.min() >= 0 and i.max() <= 1 for i in floats)
     if zero_one:
         notice(f"{name}: tensors from 0 to 1 are taken for pictures of that range, as of torchvision's ToTensor")
     if ready: return TensorSet(torch.stack([i*2-1 for i in items] if zero_one else [*items]), name)

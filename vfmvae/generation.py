@@ -87,8 +87,7 @@ class Captioned:
     def fingerprint(self) -> str:
         "Of latents and captions, for `data.fingerprint`."
         parts = [self.cache.fingerprint(), None if self.texts is None else [*self.texts], *filter(None, [self.encoder])]
-        said = to_json(parts, None)
-        return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(to_json(parts, None).encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/48_generation.ipynb #7a863ed3
 def encoder_of(net: DiT,

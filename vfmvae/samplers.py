@@ -115,8 +115,7 @@ def diffusion(t: Tensor | float,   # noise level
              ) -> Tensor:
     """w(t) of dz = (velocity - w score) dt + sqrt(2 w) dW (Ma et al. 2024, section 2; 'linear' on any path is REPA's
     and REG's). Float64 for a float."""
-    known = DIFFUSION_COEFFICIENTS
-    return pick(form, known, 'diffusion form')(noise_level(t), norm, path)
+    return pick(form, DIFFUSION_COEFFICIENTS, 'diffusion form')(noise_level(t), norm, path)
 
 class ImageNoise:
     """Normal numbers from one stream for each image, so that an image does not depend on the batch it is drawn in: call

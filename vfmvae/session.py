@@ -368,8 +368,7 @@ class _Choices(Lab[LabState]):
         return min(self.session.n, len(self.data))-1
     def vfm_names(self) -> tuple[str, ...]:
         "VFMs to choose from."
-        own = self.session.own.items()
-        mine = (n for n, o in own if hasattr(o, 'patch'))
+        mine = (n for n, o in self.session.own.items() if hasattr(o, 'patch'))
         return tuple(dict.fromkeys(['photo', 'efficientnet-lite0', *mine, *BUNDLED]))
     def tokenizer_names(self) -> tuple[str, ...]:
         "Tokenizers to choose from."

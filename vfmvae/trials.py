@@ -199,6 +199,7 @@ class Trial:
         if self.net: return _switched(get_preset(s.nets[self.net], FlowPreset), 'net', *every, switch)
         own: Any = s.tokenizers[self.tokenizer]
         own = dict(preset=own) if isinstance(own, str) else dict(own)
+        for p in own: one_of(p.partition('.')[0], ('preset', 'tokenizer'), 'part of a tokenizer')
         return _switched(get_preset(own.pop('preset', ''), Preset), 'tokenizer', *every, own, switch)
     @cached_property
     def folder(self) -> Path:
@@ -219,17 +220,15 @@ class Trial:
     @property
     def kind(self) -> str: return 'net' if self.net else 'tokenizer'
     @property
-    def out(self) -> Path:
-        "Its weights."
-        return self.folder/f'{self.kind}.safetensors'
+    def out(self) -> Path: return self.folder/f'{self.kind}.safetensors'         # its weights
     @property
     def trained(self) -> bool: return (self.folder/'trained.json').exists()
     @property
     def finished(self) -> bool: return self.trained and not self.todo()
     def todo(self) -> list[str]:
         "Measures that are missing."
-        asked = self.study.measures or MEASURES
-        return [k for k in asked if MEASURES[k][0] == self.kind and not rows_at(self, k).exists()]
+        return [k for k in self.study.measures or MEASURES
+                if MEASURES[k][0] == self.kind and not rows_at(self, k).exists()]
 
 # %% ../nbs/60_trials.ipynb #7ac96e12
 def vfm_of(trial: Trial) -> str | VFM | None: # of a tokenizer

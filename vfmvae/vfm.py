@@ -161,9 +161,9 @@ def _create(name: str, # timm name or that of a bundled one
     "A timm model without classifier, sized dynamically where the class can."
     import timm
     own = name in BUNDLED
-    if bad := [k for k, v in kwargs.items() if own or isinstance(v, int) and abs(v) > 2**17]:
-        said = f'{name} takes no such argument' if own else 'that is larger than any such model'
-        raise UserError(f'{bad[0]}={str(kwargs[bad[0]])[:20]}: {said}')
+    for k, v in kwargs.items():
+        need(not own and (k != 'in_chans' or v == 3) and not (isinstance(v, int) and abs(v) > 2**17),
+             f'{k}={str(v)[:20]}: {name} takes no such argument')
     if own: return BUNDLED[name]()
     make: Any = partial(timm.create_model, name, num_classes=0, **kwargs)
     for sized in ({'dynamic_img_size': True}, {}):
