@@ -230,6 +230,18 @@ def test_what_cannot_be_sampled_is_one_line(bad, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob('*.png'))
 
 
+def test_a_class_has_a_name_and_a_number():
+    net, how = net_of(), dict(tokenizer=Grey(), steps=1)
+    net.meta['classes'] = ['crane', *(f'class {i}' for i in range(14)), 'crane']        # as ImageNet has two
+    want = generate(net, [3, 7, 3], **how)
+    for names in (['class 2', 'class 6', 'class 2'], ('class 2', 'class 6', 'class 2')):
+        got = generate(net, names, **how)
+        assert torch.equal(got.images, want.images) and got.labels.tolist() == [3, 7, 3] and got.classes == tuple(net.meta['classes'])
+    assert torch.equal(generate(net, 'class 2', **how).images, generate(net, [3], **how).images)
+    assert 'nearest: class 2' in one_line(generate, net, ['clas 2'], **how) and 'share a name' in one_line(generate, net, ['crane'], **how)
+    one_line(generate, net, ['class 2', 3], **how)
+
+
 def test_numbers_of_numpy_and_torch_count(tmp_path):
     call = partial(generate, net_of(), tokenizer=Grey(), steps=1)
     want = call([0, 1]).images

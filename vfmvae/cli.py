@@ -232,18 +232,18 @@ def _decode(latents: str,                 # folder of vfmvae encode
 
 # %% ../nbs/62_cli.ipynb #ecc4f683
 def _generate(n: int = 16,               # how many
-              label: int | None = None,  # one class for all; None: by the policy
+              label: str | None = None,  # one class for all, its number or name; None: by the policy
               prompt: str | None = None, # a caption, or a .txt file of one on each line; n pictures of each
               out: str = 'outputs/samples', # folder
               policy: str = 'balanced',  # of labels: every class in turn, or at random
               tokenizer: str | None = None, g_kwargs: str | None = None, seed: int = 0,
-              device: str | None = None,
-              **how: Any) -> None:
+              device: str | None = None, **how: Any) -> None:
     "pictures from noise, class by class or by captions"
     from vfmvae.generation import generate
     vfmvae.core.need(prompt is None or label is None, 'a net draws classes or captions; give --label or --prompt')
     said = vfmvae.captions.read_prompts(prompt) if prompt and prompt.lower().endswith('.txt') else [prompt]
-    labels: Any = [k for k in said for _ in range(n)] if prompt else n if label is None else [label]*n
+    labels: Any = ([k for k in said for _ in range(n)] if prompt else n if label is None else
+                   [int(label) if label.isdecimal() else label]*n)
     folder, how = vfmvae.files.check_out(out), how | _sampling(**_take(how, _sampling))
     vfmvae.core.need(tokenizer or not g_kwargs, _ALONE)
     tok = _tokenizer(tokenizer, g_kwargs, device) if tokenizer else None

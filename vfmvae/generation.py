@@ -271,10 +271,12 @@ def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str | None, 
     texts = [labels] if isinstance(labels, str) else labels
     told = isinstance(texts, Sequence) and len(texts) and all(isinstance(k, str) for k in texts)
     if not net.config.text_dim:
-        need(not told, 'this net draws classes, not captions; give class numbers')
         need(negative is None and encoder is None, 'this net draws classes; leave negative and encoder out')
+        known = tuple(net.meta.get('classes', ()))
+        if told: labels = [known.index(one_of(k, known, 'class of this net')) for k in texts]
+        need(not told or all(known.count(k) == 1 for k in texts), 'classes of this net share a name; give numbers')
         y = _labels(labels, net.config.num_classes, policy, seed)
-        return y, y, tuple(net.meta.get('classes', ()))
+        return y, y, known
     need(told, 'this net draws captions; give a sentence for each picture')
     number = {k: i for i, k in enumerate(dict.fromkeys(texts))}          # each is encoded once, and counted as a line
     every, at = encoder_of(net, encoder)([*number, negative or '']), torch.tensor([number[k] for k in texts])
@@ -291,7 +293,7 @@ def _sampler(model: DiT, sampler: Sampler | None, given: dict[str, Any], device:
 
 # %% ../nbs/48_generation.ipynb #ec515e22
 def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, or a file of `train_flow`
-             # a class number for each sample, or how many samples; of a net of captions a caption for each
+             # number or name of a class for each sample, or how many samples; of a net of captions a caption for each
              labels: int | Sequence[int] | Tensor | str | Sequence[str] = 16,
              seed: int = 0,                     # sample i starts from noise that depends on (seed, i) alone
              tokenizer: str | Path | Tokenizer | None = None, # None: the one whose latents the net learned

@@ -238,8 +238,8 @@ def tokenizer_losses(model: TrainableTokenizer, # in train mode
     need(w, f'stage {stage.name!r} has no loss left after {seen} images; weigh one that lasts')
     found = forward_training(model, x, warp, features, draws, stage.noise)
     made = Pass(model, stage, *found, perceptual, discriminators or {}, draws, net)
-    late = losses_of('adversarial')                  # decoded images are judged after they are compared
-    out = {k: LOSSES[k].call(made) for k in sorted(w, key=late.__contains__)}
+    # decoded images are judged after they are compared
+    out = {k: LOSSES[k].call(made) for k in sorted(w, key=losses_of('adversarial').__contains__)}
     def weighed(keys: Collection[str]) -> Tensor:
         return torch.stack([made.fake.new_zeros(()), *(w[k]*v for k, v in out.items() if k in keys)]).sum()
     total = weighed({*out} - {'vf'})
