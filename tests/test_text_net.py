@@ -57,6 +57,11 @@ def golden(name):
     return g, sd, Text(g['y'], mask, torch.zeros(g['y'].shape[1:]), mask[0])
 
 
+def near(got, want):
+    "Within 2e-5 of the largest value, as every golden net: in float64 ours is as far from their float32 (6e-6 of it)."
+    return (got-want).abs().max() < 2e-5*want.abs().max()
+
+
 @needs_golden
 @pytest.mark.parametrize('out', VARIANTS)
 @torch.no_grad()
@@ -64,7 +69,7 @@ def test_it_is_lumina_next_of_diffusers(out):
     g, sd, y = golden('lumina')
     net = load_net(sd, 'lumina', **VARIANTS[out])
     v = -net(g['x'], 1-g['t'], y)                         # theirs: t = 1 is data, the velocity leads there
-    assert (v-g[out][:, :4]).abs().max() < 2e-5 and net.config.kv_heads == 2 and net.config.learn_sigma
+    assert near(v, g[out][:, :4]) and net.config.kv_heads == 2 and net.config.learn_sigma
     assert torch.equal(load_net(export_text_net(tied(net), 'lumina'), 'lumina', **VARIANTS[out])(g['x'], g['t'], y), net(g['x'], g['t'], y))
 
 
@@ -74,7 +79,7 @@ def test_it_is_the_net_of_blip3o(tmp_path):
     g, sd, y = golden('blip3o_dit')
     save_file({f'model.dit.model.{k}': v for k, v in sd.items()} | {'model.latent_queries': torch.zeros(1, 64, 24)}, tmp_path/'blip.safetensors')
     net = load_net(tmp_path/'blip.safetensors', 'lumina')
-    for given, out in ((y, 'out'), (y.null(), 'out_null')): assert (net(g['x'], g['t']/1000, given)-g[out]).abs().max() < 2e-5
+    for given, out in ((y, 'out'), (y.null(), 'out_null')): assert near(net(g['x'], g['t']/1000, given), g[out])
 
 
 @pytest.mark.skipif(not PARAMS.is_dir(), reason='no lists of parameters beside the repository')
@@ -228,7 +233,7 @@ def test_training_resumes_to_the_bit_and_draws_what_is_said(trained):
     assert json.loads((folder/'drawn'/'samples.json').read_text())['names'] == list(s.classes) and len(files) == 3
     with pytest.raises(UserError, match="no word 'rign'.*nearest: ring.*line 2"): generate(net, [prompts[0], 'a rign on a red ground'])
     with pytest.raises(UserError, match='a sentence for each picture'): generate(net, 4)
-    with pytest.raises(UserError, match='draws classes, not captions'): generate('dit-conv-tiny-f8d16', prompts)
+    with pytest.raises(UserError, match="no class named 'a large ring.*draws no captions"): generate('dit-conv-tiny-f8d16', prompts)
     for what in (dict(negative='a ring'), dict(encoder='bert')):
         with pytest.raises(UserError, match='draws classes; leave negative and encoder out'): generate('dit-conv-tiny-f8d16', 2, steps=1, **what)
     with pytest.raises(UserError, match='words of its own; leave the encoder out'): generate(net, prompts, steps=1, encoder='bert')

@@ -132,7 +132,7 @@ def one_of(name: object,          # a text, or a path that is taken as one
     "The name itself. UserError, one line, with the nearest names and all known ones."
     names = list(known)
     if isinstance(name, str | Path) and str(name) in names: return str(name)
-    listed = ', '.join(names) or 'none'
+    listed = shorten(', '.join(names) or 'none', 2000)          # a net may know a thousand classes
     raise UserError(f"no {noun} named {shorten(name)!r}{nearest(str(name), names)} (known: {listed}{also})")
 
 def pick(name: object,           # a text, or a path that is taken as one

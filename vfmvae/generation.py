@@ -273,7 +273,7 @@ def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str | None, 
     if not net.config.text_dim:
         need(negative is None and encoder is None, 'this net draws classes; leave negative and encoder out')
         known = tuple(net.meta.get('classes', ()))
-        if told: labels = [known.index(one_of(k, known, 'class of this net')) for k in texts]
+        if told: labels = [known.index(one_of(k, known, 'class', '; this net draws no captions')) for k in texts]
         need(not told or all(known.count(k) == 1 for k in texts), 'classes of this net share a name; give numbers')
         y = _labels(labels, net.config.num_classes, policy, seed)
         return y, y, known
