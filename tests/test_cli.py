@@ -73,6 +73,14 @@ def test_an_empty_name_is_not_the_current_folder(name, flag, capsys, built):
 def test_the_line_says_what_would_do(words, says, capsys): assert says in refused(capsys, *words)
 
 
+@pytest.mark.parametrize(('label', 'says'), [('1'+'0'*30, "no class named '1"), ('9'*18, 'this net knows 0 to 15'), ('9'*5000, "no class named '9"),
+                                            ('-1', "no class named '-1'"), ('solid rin', 'nearest: solid ring')])
+def test_a_label_is_a_number_or_a_name(label, says, capsys, tmp_path):
+    "Python reads no number of 5,000 digits."
+    assert main(['generate', '--n', '1', '--steps', '1', '--label', label, '--out', str(tmp_path/'out')]) != 0
+    assert says in (said := capsys.readouterr().err.splitlines()[-1]) and said.startswith('vfmvae: ') and not [*tmp_path.rglob('*.png')]
+
+
 def test_what_is_right_is_read_as_meant():
     a = parser().parse_args(['train-flow', '--lr', '1e-3', '--seed', '0', '--num-images', '+7', '--workers', '0'])
     assert (a.lr, a.seed, a.num_images, a.workers, a.n, a.batch_size) == (1e-3, 0, 7, 0, None, None)

@@ -8,7 +8,7 @@ from PIL import Image
 from vfmvae.core import Notice, UserError
 from vfmvae.images import to_pil, to_uint8
 from vfmvae.world import World
-from vfmvae.folders import folder, shards
+from vfmvae.folders import folder, number_classes, shards
 from vfmvae.data import as_dataset, fingerprint, spread, stamps, Subset, take, taken
 from vfmvae.checkpoints import read_checkpoint
 from vfmvae.features import Bank, banks, batches
@@ -165,6 +165,8 @@ def test_numbers_that_name_few_of_many_classes_are_noticed():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert len(as_dataset([(picture(0, 0), 7), (picture(0, 1), 999)]).classes) == 1000
+        named = [f'class {i}' for i in range(3000)]                     # who gives names has said how many there are
+        assert number_classes(['class 7'], named, 'x') == ([7], named) == number_classes([7], named, 'x')
 
 
 @pytest.mark.parametrize('size', [None, 8])

@@ -234,8 +234,8 @@ def test_patches_that_are_not_square_are_refused():
     with pytest.raises(UserError, match='patches of 8 x 16 px'): VFM('vit_small_patch16_224', False, depth=1, embed_dim=32, num_heads=2, patch_size=(8, 16))
 
 
-@pytest.mark.parametrize('name, given', [('vit_tiny_patch16_224', dict(in_chans=1)), ('resnet18', dict(in_chans=4)), ('tiny', dict(depth=2)),
-                                         ('vit_tiny_patch16_224', dict(depth=2**20))])
+@pytest.mark.parametrize('name, given', [('vit_tiny_patch16_224', dict(in_chans=1)), ('resnet18', dict(in_chans=4)), ('resnet18', dict(num_classes=10)),
+                                         ('tiny', dict(depth=2)), ('vit_tiny_patch16_224', dict(depth=2**20))])
 def test_what_no_vfm_of_that_name_takes_is_refused(name, given):
     "An image of one channel failed at the first picture, in torch's words."
     with pytest.raises(UserError, match=f'{[*given][0]}=.*: {name} takes no such argument'): VFM(name, pretrained=False, **given)

@@ -243,7 +243,7 @@ def _generate(n: int = 16,               # how many
     vfmvae.core.need(prompt is None or label is None, 'a net draws classes or captions; give --label or --prompt')
     said = vfmvae.captions.read_prompts(prompt) if prompt and prompt.lower().endswith('.txt') else [prompt]
     labels: Any = ([k for k in said for _ in range(n)] if prompt else n if label is None else
-                   [int(label) if label.isdecimal() else label]*n)
+                   [int(label) if label.isdecimal() and len(label) < 20 else label]*n)
     folder, how = vfmvae.files.check_out(out), how | _sampling(**_take(how, _sampling))
     vfmvae.core.need(tokenizer or not g_kwargs, _ALONE)
     tok = _tokenizer(tokenizer, g_kwargs, device) if tokenizer else None

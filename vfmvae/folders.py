@@ -211,10 +211,11 @@ def number_classes(found: Sequence[int | str | None], names: list[str] | None, w
         raise UserError(f'the classes of {where} are {several}, in different images; give every image one kind')
     if kinds == {type(None)}: return [0]*len(found), [where]
     if kinds == {str}: names = names or sorted({str(c) for c in found})
-    elif names is None: names = [str(c) for c in range(max(map(int, found))+1)]  # type: ignore[arg-type]
-    if len(names) > 1000 + 10*len({*found}):
-        notice(f'{where}: {len({*found})} numbers up to {len(names)-1} are taken for {len(names):,} classes; number '
-               'them from 0, or give names')
+    elif names is None:
+        names = [str(c) for c in range(max(map(int, found))+1)]  # type: ignore[arg-type]
+        if len(names) > 1000 + 10*len(few := {*found}):
+            notice(f'{where}: {len(few)} numbers up to {len(names)-1} are taken for {len(names):,} classes; number '
+                   'them from 0, or give names')
     number = {c: k for k, c in enumerate(names)} if kinds == {str} else dict(enumerate(range(len(names))))
     if lost := [c for c in found if c not in number]:
         raise UserError(f'the class {lost[0]!r} of {where} is none of the {len(names)} in classes.json; write that '

@@ -273,9 +273,10 @@ def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str | None, 
     if not net.config.text_dim:
         need(negative is None and encoder is None, 'this net draws classes; leave negative and encoder out')
         known = tuple(net.meta.get('classes', ()))
-        if told: labels = [known.index(one_of(k, known, 'class', '; this net draws no captions')) for k in texts]
-        need(not told or all(known.count(k) == 1 for k in texts), 'classes of this net share a name; give numbers')
-        y = _labels(labels, net.config.num_classes, policy, seed)
+        named = {k: known.index(one_of(k, known, 'class', '; this net draws no captions'))
+                 for k in (dict.fromkeys(texts) if told else ())}        # each is looked for once
+        need(all(known.count(k) == 1 for k in named), 'classes of this net share a name; give numbers')
+        y = _labels([named[k] for k in texts] if told else labels, net.config.num_classes, policy, seed)
         return y, y, known
     need(told, 'this net draws captions; give a sentence for each picture')
     number = {k: i for i, k in enumerate(dict.fromkeys(texts))}          # each is encoded once, and counted as a line

@@ -162,10 +162,10 @@ def _create(name: str, # timm name or that of a bundled one
     import timm
     own = name in BUNDLED
     for k, v in kwargs.items():
-        need(not own and (k != 'in_chans' or v == 3) and not (isinstance(v, int) and abs(v) > 2**17),
-             f'{k}={str(v)[:20]}: {name} takes no such argument')
+        need(not own and (k not in ('in_chans', 'num_classes') or v == (3 if k == 'in_chans' else 0)) and
+             not (isinstance(v, int) and abs(v) > 2**17), f'{k}={str(v)[:20]}: {name} takes no such argument')
     if own: return BUNDLED[name]()
-    make: Any = partial(timm.create_model, name, num_classes=0, **kwargs)
+    make: Any = partial(timm.create_model, name, **dict(kwargs, num_classes=0))
     for sized in ({'dynamic_img_size': True}, {}):
         try: return make(pretrained=hub, **sized)
         except (TypeError, AssertionError) as e: why = e
