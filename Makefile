@@ -11,7 +11,7 @@ RECIPE  := settings.ini setup.py pyproject.toml
 PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env dev demo train bench gpu test test-all lint notebooks pytest lab readme docs hooks export clean
+.PHONY: help env dev demo train bench gpu test test-all lint notebooks pytest lab readme pages docs hooks export clean
 .DELETE_ON_ERROR:
 
 help:            ## this list
@@ -81,6 +81,10 @@ readme: $(DEV)   ## README.md from nbs/index.ipynb
 	  --RegexRemovePreprocessor.patterns='^#\|\s*hide' \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input nbs/index.ipynb
 	sed -E 's#\(\.\./(data/|docs/|CONTRIBUTING)#(\1#g; s#\]\((([0-9]+|learn/|paper/|train/)[a-z0-9_]+\.ipynb)\)#](nbs/\1)#g; s#!\[(jpeg|png)\]#![picture made by the code of nbs/index.ipynb]#' README.md > README.md.new && mv README.md.new README.md
+
+pages: $(DEV)    ## the front page, lessons, pages of paper and study executed again, with the results that are there; ARGS='nbs/...' for some
+	OMP_NUM_THREADS=1 $(BIN)/python docs/pages.py $(ARGS)
+	@$(MAKE) --no-print-directory readme
 
 docs: $(DEV)     ## a page for each notebook and module in _docs, with a search box and an index of names, made without a network
 	$(BIN)/python docs/build.py $(ARGS)

@@ -148,6 +148,15 @@ def test_a_list_of_tensors_is_what_the_same_tensors_with_labels_are(low):
     for ds in (sized, pairs): torch.testing.assert_close(ds.batch(range(12))['image'], want, atol=.5/127.5+1e-6, rtol=0)
 
 
+@pytest.mark.parametrize('size', [None, 16, 24])
+def test_a_tensor_of_bytes_is_a_set(size):
+    "As a list of such tensors is one; with a size it was taken, without refused."
+    x = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
+    one, many = as_dataset(x, size), as_dataset([*x], size)
+    torch.testing.assert_close(one.batch(range(3))['image'], many.batch(range(3))['image'], atol=0, rtol=0)
+    if size != 16: assert torch.equal(to_uint8(one.batch(range(3))['image']), x)
+
+
 @pytest.mark.parametrize('shape, size', [((40, 40), 16), ((40, 56), 40), ((24, 30), 48)])
 @pytest.mark.parametrize('low', [0., -1.])
 def test_a_tensor_of_images_has_the_size_that_was_asked_for(shape, size, low):

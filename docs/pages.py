@@ -1,0 +1,63 @@
+"""Executes pages once more, so that they show what `data/results` holds now: `make pages`, or
+
+    python docs/pages.py [--jobs N] [NOTEBOOK ...]
+
+Without names: the front page, the lessons, the pages of the paper and those of the study. Cells that the tests leave out (`#| slow`, `#| cuda`,
+`#| eval: false`; `#| shared` without VFMVAE_SHARED) keep what they show. A page of which a cell fails stays as it was, and the others go on.
+"""
+import argparse, os, re, subprocess, sys, tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = 'index.ipynb', 'learn/*.ipynb', 'paper/*.ipynb', 'train/*study.ipynb'
+LEFT = 'skip-execution'
+
+
+def left_out(source):
+    "Whether the tests leave a cell out."
+    kinds = 'slow', 'cuda', r'eval:\s*false', *(() if 'VFMVAE_SHARED' in os.environ else ('shared',))
+    return bool(re.search(rf'(?m)^#\|\s*({"|".join(kinds)})\b', source))
+
+
+def execute(page):
+    "Writes a page with what its cells show now; returns what went wrong, in a line, or ''."
+    nb = nbformat.read(page, 4)
+    left = [c for c in nb.cells if c.cell_type == 'code' and left_out(c.source)]
+    for c in left: c.metadata['tags'] = [*c.metadata.get('tags', ()), LEFT]
+    how = dict(skip_cells_with_tag=LEFT, store_widget_state=False, record_timing=False, timeout=None,
+               extra_arguments=['--log-level=40'])          # errors alone: a kernel warns of its own transport
+    try: NotebookClient(nb, resources=dict(metadata=dict(path=str(page.parent))), **how).execute()
+    except CellExecutionError as e: return f'{e.ename}: {e.evalue}'.splitlines()[0]
+    except DeadKernelError: return 'its process died'
+    for c in left:
+        c.metadata['tags'].remove(LEFT)
+        if not c.metadata['tags']: del c.metadata['tags']
+    with tempfile.TemporaryDirectory(dir=page.parent, prefix='.') as folder:
+        new = Path(folder)/page.name
+        nbformat.write(nb, new)
+        subprocess.run([Path(sys.executable).with_name('nbdev-clean'), '--fname', new], check=True)
+        os.replace(new, page)
+    return ''
+
+
+def main():
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument('notebooks', nargs='*', type=Path, help='pages to execute')
+    ask.add_argument('--jobs', type=int, default=2, help='pages at once')
+    given = ask.parse_args()
+    pages = [p.resolve() for p in given.notebooks] or [p for k in PAGES for p in sorted((ROOT/'nbs').glob(k))]
+    if missing := [str(p) for p in pages if not p.is_file()]: ask.error(f'no page {", ".join(missing)}')
+    failed = 0
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for page, why in zip(pages, pool.map(execute, pages), strict=True):
+            print(f'{page.name}: {why or "done"}', flush=True)
+            failed += bool(why)
+    return bool(failed)
+
+
+if __name__ == '__main__': sys.exit(main())

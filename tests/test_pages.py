@@ -1,0 +1,53 @@
+"""`make pages`: a page shows what its cells give now, cells that tests leave out keep what they show, a page that fails stays as it was."""
+import importlib.util, json, re, sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location('pages_of_docs', ROOT/'docs/pages.py')
+pages = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pages)
+
+
+def page(path, *sources, old='old'):
+    cells = [new_code_cell(s, outputs=[new_output('execute_result', {'text/plain': old}, execution_count=3)]) for s in sources]
+    nbformat.write(new_notebook(cells=[new_markdown_cell('# A page'), *cells]), path)
+    return path
+
+
+def shown(path): return [''.join(o.get('text') or o['data']['text/plain']) for c in nbformat.read(path, 4).cells if c.cell_type == 'code' for o in c.outputs]
+
+
+def test_all_or_nothing_of_a_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv('VFMVAE_SHARED', raising=False)
+    (tmp_path/'number.txt').write_text('41')
+    good = page(tmp_path/'good.ipynb', "int(open('number.txt').read())+1", '#| slow\n1/0', '#| eval: false\n1/0', '#|shared\n1/0', '#| export\nprint(2)')
+    bad = page(tmp_path/'bad.ipynb', '1+1', "raise ValueError('no such number')", '3')
+    dead = page(tmp_path/'dead.ipynb', 'import os; os._exit(1)')
+    before = bad.read_bytes(), dead.read_bytes()
+    monkeypatch.setattr(sys, 'argv', ['pages', str(bad), str(dead), str(good)])
+    assert pages.main()
+    assert capsys.readouterr().out.splitlines() == ['bad.ipynb: ValueError: no such number', 'dead.ipynb: its process died', 'good.ipynb: done']
+    assert shown(good) == ['42', 'old', 'old', 'old', '2\n'] and (bad.read_bytes(), dead.read_bytes()) == before
+    made = json.loads(good.read_text())                   # as `make export` leaves it: no counts, times, tags or widgets
+    assert all(c.get('execution_count') is None and not c['metadata'] for c in made['cells']) and 'widgets' not in made['metadata']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.ipynb', 'dead.ipynb', 'good.ipynb', 'number.txt']
+    monkeypatch.setenv('VFMVAE_SHARED', 'somewhere')
+    assert pages.left_out('#| cuda\n1') and not pages.left_out('#| shared\n1') and not pages.left_out('x = "#| slow"')
+
+
+def test_a_page_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['pages', 'nbs/paper/verdict.ipynb'])
+    with pytest.raises(SystemExit): pages.main()
+    assert 'no page' in (said := capsys.readouterr().err) and 'verdict.ipynb' in said
+
+
+def test_every_page_that_only_draws_results_is_among_them():
+    known = {p for k in pages.PAGES for p in (ROOT/'nbs').glob(k)}
+    every = {p: json.loads(p.read_text(encoding='utf-8'))['cells'] for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    code = {p: '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code') for p, cells in every.items()}
+    draws = {p for p, s in code.items() if "'results'" in s and not re.search(r'write_json|VFMVAE_MEASURE|default_exp', s)}
+    assert draws and draws <= known
