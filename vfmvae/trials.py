@@ -350,13 +350,15 @@ def reconstruction(trial: Trial, panel: Panel) -> Iterator[Row]:
     of latents that are turned or shrunk."""
     tok, n = trained_tokenizer(trial), len(panel.test)
     parts = [panel.test.batch(range(i, min(i+64, n)))['image'] for i in range(0, n, 64)]
-    x, y = torch.cat(parts), torch.cat([reconstruct(tok, p.to(device_of(tok))).clamp(-1, 1).cpu() for p in parts])
-    for k, of in dict(psnr=psnr(y, x), ssim=ssim(y, x), l1=(x-y).abs().mean((1, 2, 3))).items(): yield from _mean(k, of)
+    found = [reconstruct(tok, p.to(device_of(tok))).clamp(-1, 1).cpu() for p in parts]
+    # SSIM of two thousand images at once takes 7 GB
+    for k, of in dict(psnr=psnr, ssim=ssim, l1=lambda y, x: (x-y).abs().mean((1, 2, 3))).items():
+        yield from _mean(k, torch.cat([of(y, x) for y, x in zip(found, parts, strict=True)]))
     few = min(256, n)
     for k, v in evaluate_equivariance(tok, panel.test, few).items(): yield _row(f'psnr_{k}', v, few)
     for name, (judge, real) in panel.judges.items():
         check_judge(judge, tok)
-        yield from _distance('rfd', compute_statistics(from_uint8(to_uint8(y)), judge), real, name)
+        yield from _distance('rfd', compute_statistics(from_uint8(to_uint8(torch.cat(found))), judge), real, name)
     yield _row('decoder_parameters', decoder_parameters(tok), 1)
 
 # %% ../nbs/60_trials.ipynb #eda85c4f
