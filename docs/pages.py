@@ -5,17 +5,20 @@
 Without names: the front page, the lessons, the pages of the paper and those of the study. Cells that the tests leave out (`#| slow`, `#| cuda`,
 `#| eval: false`; `#| shared` without VFMVAE_SHARED) keep what they show. A page of which a cell fails stays as it was, and the others go on.
 """
-import argparse, os, re, subprocess, sys, tempfile
+import argparse, base64, io, os, re, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = 'index.ipynb', 'learn/*.ipynb', 'paper/*.ipynb', 'train/*study.ipynb'
-LEFT = 'skip-execution'
+LEFT, WIDGET = 'skip-execution', 'application/vnd.jupyter.widget-view+json'
+PICTURES = {'image/png', 'image/jpeg'}
 
 
 def left_out(source):
@@ -24,16 +27,35 @@ def left_out(source):
     return bool(re.search(rf'(?m)^#\|\s*({"|".join(kinds)})\b', source))
 
 
+def same_picture(a, b):
+    "Whether two pictures in base64 differ by two levels at most, as the rounding of another processor makes them."
+    x, y = (np.asarray(Image.open(io.BytesIO(base64.b64decode(v))).convert('RGBA'), dtype=int) for v in (a, b))
+    return x.shape == y.shape and abs(x-y).max() <= 2
+
+
+def kept(outputs, old):
+    "What a page keeps: no live widgets and bars of progress, which need a kernel; the old bytes of a picture that is the same."
+    pictures, found = [v for o in old for k, v in o.get('data', {}).items() if k in PICTURES], []
+    for o in outputs:
+        data = o.get('data', {})
+        if data.pop(WIDGET, None) and data.keys() <= {'text/plain'}: continue
+        for k in data.keys() & PICTURES: data[k] = next((v for v in pictures if same_picture(v, data[k])), data[k])
+        found.append(o)
+    return found
+
+
 def execute(page):
     "Writes a page with what its cells show now; returns what went wrong, in a line, or ''."
     nb = nbformat.read(page, 4)
-    left = [c for c in nb.cells if c.cell_type == 'code' and left_out(c.source)]
+    code = [c for c in nb.cells if c.cell_type == 'code']
+    before, left = [[*c.outputs] for c in code], [c for c in code if left_out(c.source)]
     for c in left: c.metadata['tags'] = [*c.metadata.get('tags', ()), LEFT]
     how = dict(skip_cells_with_tag=LEFT, store_widget_state=False, record_timing=False, timeout=None,
                extra_arguments=['--log-level=40'])          # errors alone: a kernel warns of its own transport
     try: NotebookClient(nb, resources=dict(metadata=dict(path=str(page.parent))), **how).execute()
     except CellExecutionError as e: return f'{e.ename}: {e.evalue}'.splitlines()[0]
     except DeadKernelError: return 'its process died'
+    for c, old in zip(code, before, strict=True): c.outputs = kept(c.outputs, old)
     for c in left:
         c.metadata['tags'].remove(LEFT)
         if not c.metadata['tags']: del c.metadata['tags']

@@ -1,15 +1,18 @@
 """`make pages`: a page shows what its cells give now, cells that tests leave out keep what they show, a page that fails stays as it was."""
-import importlib.util, json, re, sys
+import base64, importlib.util, io, json, re, sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location('pages_of_docs', ROOT/'docs/pages.py')
 pages = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pages)
+GREY = np.full((8, 9, 3), 120, np.uint8)
 
 
 def page(path, *sources, old='old'):
@@ -37,6 +40,25 @@ def test_all_or_nothing_of_a_page(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.ipynb', 'dead.ipynb', 'good.ipynb', 'number.txt']
     monkeypatch.setenv('VFMVAE_SHARED', 'somewhere')
     assert pages.left_out('#| cuda\n1') and not pages.left_out('#| shared\n1') and not pages.left_out('x = "#| slow"')
+
+
+def picture(a):
+    (f := io.BytesIO(), Image.fromarray(a).save(f, 'PNG'))
+    return base64.b64encode(f.getvalue()).decode()
+
+
+def test_live_widgets_go_and_a_picture_that_is_the_same_keeps_its_bytes():
+    bar, lab = {pages.WIDGET: {'model_id': 'x'}, 'text/plain': '0%'}, {pages.WIDGET: {'model_id': 'y'}, 'text/plain': 'a lab', 'image/png': picture(GREY)}
+    assert pages.kept([new_output('display_data', bar)], []) == []
+    assert [set(o.data) for o in pages.kept([new_output('display_data', lab)], [])] == [{'text/plain', 'image/png'}]
+    for moved, same in ((1, True), (2, True), (3, False)):
+        new = GREY.copy()
+        new[3, 4, 1] += moved
+        old, now = (new_output('display_data', {'image/png': picture(a)}) for a in (GREY, new))
+        wanted = (old if same else now).data['image/png']
+        assert pages.kept([now], [old])[0].data['image/png'] == wanted
+    wide = new_output('display_data', {'image/png': picture(GREY[:, :4])})
+    assert pages.kept([wide], [old])[0].data['image/png'] == picture(GREY[:, :4])
 
 
 def test_a_page_that_is_not_there_is_named(monkeypatch, capsys):
