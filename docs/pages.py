@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = 'index.ipynb', 'learn/*.ipynb', 'paper/*.ipynb', 'train/*study.ipynb'
 LEFT, WIDGET = 'skip-execution', 'application/vnd.jupyter.widget-view+json'
 PICTURES = {'image/png', 'image/jpeg'}
+NUMBER = re.compile(r'\d+\.\d+(?:e[-+]?\d+)?')
+NOTICE = re.compile(r'(?m)^\S+\.py:\d+: (\w+: .*\n)  .*\n?')        # as Python writes a warning: file, line, words, and the code
 
 
 def left_out(source):
@@ -33,13 +35,24 @@ def same_picture(a, b):
     return x.shape == y.shape and abs(x-y).max() <= 2
 
 
+def same_text(a, b):
+    "Whether two texts have the same words, and numbers that differ by rounding alone."
+    x, y = ([float(n) for n in NUMBER.findall(t)] for t in (a, b))
+    return NUMBER.sub('#', a) == NUMBER.sub('#', b) and np.allclose(x, y, rtol=1e-5, atol=1e-12)
+
+
 def kept(outputs, old):
-    "What a page keeps: no live widgets and bars of progress, which need a kernel; the old bytes of a picture that is the same."
-    pictures, found = [v for o in old for k, v in o.get('data', {}).items() if k in PICTURES], []
+    """What a page keeps: no live widgets and bars of progress, which need a kernel; of a notice its words, not its place; what is the same as it was,
+    but for the rounding of another processor, as it was."""
+    old, found = [(k, v) for o in old for k, v in (o.get('data') or {'text': o.get('text', '')}).items()], []
     for o in outputs:
         data = o.get('data', {})
         if data.pop(WIDGET, None) and data.keys() <= {'text/plain'}: continue
-        for k in data.keys() & PICTURES: data[k] = next((v for v in pictures if same_picture(v, data[k])), data[k])
+        if o.output_type == 'stream': data = {'text': NOTICE.sub(r'\1', o.text)}
+        for k in data:
+            same = same_picture if k in PICTURES else same_text
+            if k in PICTURES or k.startswith('text'): data[k] = next((v for kind, v in old if kind == k and same(v, data[k])), data[k])
+        if o.output_type == 'stream': o.text = data['text']
         found.append(o)
     return found
 
