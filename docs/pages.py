@@ -2,7 +2,7 @@
 
     python docs/pages.py [--jobs N] [NOTEBOOK ...]
 
-Without names: the front page, the lessons, the pages of the paper and those of the study. Cells that the tests leave out (`#| slow`, `#| cuda`,
+Without names: the front page, the library, the lessons, the pages of the paper and those of the study. Cells that the tests leave out (`#| slow`, `#| cuda`,
 `#| eval: false`; `#| shared` without VFMVAE_SHARED) keep what they show. A page of which a cell fails stays as it was, and the others go on.
 """
 import argparse, base64, io, os, re, subprocess, sys, tempfile
@@ -16,7 +16,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = 'index.ipynb', 'learn/*.ipynb', 'paper/*.ipynb', 'train/*study.ipynb'
+PAGES = '*.ipynb', 'learn/*.ipynb', 'paper/*.ipynb', 'train/*study.ipynb'
 LEFT, WIDGET = 'skip-execution', 'application/vnd.jupyter.widget-view+json'
 PICTURES = {'image/png', 'image/jpeg'}
 NUMBER = re.compile(r'\d+\.\d+(?:e[-+]?\d+)?')

@@ -148,6 +148,18 @@ def test_a_list_of_tensors_is_what_the_same_tensors_with_labels_are(low):
     for ds in (sized, pairs): torch.testing.assert_close(ds.batch(range(12))['image'], want, atol=.5/127.5+1e-6, rtol=0)
 
 
+def test_a_folder_has_every_picture_that_torchvision_finds_in_it(tmp_path):
+    ImageFolder = pytest.importorskip('torchvision.datasets').ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    for i, end in enumerate((*IMG_EXTENSIONS, '.JPE', '.jfif')):
+        (tmp_path/'a').mkdir(exist_ok=True)
+        kind = {'.pgm': 'PPM', '.JPE': 'JPEG', '.jfif': 'JPEG'}.get(end) or Image.registered_extensions()[end]
+        picture(0, i).convert('L' if end == '.pgm' else 'RGB').save(tmp_path/'a'/f'{i:02d}{end}', kind)
+    ours, theirs = folder(tmp_path, size=24), as_dataset(ImageFolder(str(tmp_path)))
+    assert len(ours) == len(theirs)+2 == len(IMG_EXTENSIONS)+2
+    torch.testing.assert_close(ours.batch(range(len(theirs)))['image'], theirs.batch(range(len(theirs)))['image'], atol=0, rtol=0)
+
+
 @pytest.mark.parametrize('size', [None, 16, 24])
 def test_a_tensor_of_bytes_is_a_set(size):
     "As a list of such tensors is one; with a size it was taken, without refused."

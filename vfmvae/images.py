@@ -79,7 +79,7 @@ def to_rgb(im: Image.Image, name: str, form: str | None) -> Image.Image:
     return im.convert('RGB')
 
 # %% ../nbs/05_images.ipynb #6bc5d632
-SUFFIXES = frozenset('.jpg .jpeg .png .webp .bmp .tif .tiff .ppm'.split())
+SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .ppm .pgm'.split())
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'PPM', 'GIF')   # others, such as EPS, start programs
 PIXELS = 2**26    # of a picture; a few kilobytes may declare billions, and a transparent pixel takes 16 bytes
 
