@@ -20,6 +20,7 @@ PAGES = '*.ipynb', 'learn/*.ipynb', 'paper/*.ipynb', 'train/*study.ipynb'
 LEFT, WIDGET = 'skip-execution', 'application/vnd.jupyter.widget-view+json'
 PICTURES = {'image/png', 'image/jpeg'}
 NUMBER = re.compile(r'\d+\.\d+(?:e[-+]?\d+)?')
+TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r'/tmp\w+/')
 NOTICE = re.compile(r'(?m)^\S+\.py:\d+: (\w+: .*\n)  .*\n?')        # as Python writes a warning: file, line, words, and the code
 
 
@@ -42,14 +43,15 @@ def same_text(a, b):
 
 
 def kept(outputs, old):
-    """What a page keeps: no live widgets and bars of progress, which need a kernel; of a notice its words, not its place; what is the same as it was,
-    but for the rounding of another processor, as it was."""
+    """What a page keeps: no live widgets, plots and bars of progress, which need a kernel; of a notice its words, not its place; no names of temporary
+    folders; what is the same as it was, but for the rounding of another processor, as it was."""
     old, found = [(k, v) for o in old for k, v in (o.get('data') or {'text': o.get('text', '')}).items()], []
     for o in outputs:
         data = o.get('data', {})
-        if data.pop(WIDGET, None) and data.keys() <= {'text/plain'}: continue
+        if o.get('metadata', {}).get('live') or data.pop(WIDGET, None) and data.keys() <= {'text/plain'}: continue
         if o.output_type == 'stream': data = {'text': NOTICE.sub(r'\1', o.text)}
         for k in data:
+            if k.startswith('text'): data[k] = TEMPORARY.sub('', data[k])
             same = same_picture if k in PICTURES else same_text
             if k in PICTURES or k.startswith('text'): data[k] = next((v for kind, v in old if kind == k and same(v, data[k])), data[k])
         if o.output_type == 'stream': o.text = data['text']

@@ -497,8 +497,8 @@ def test_the_live_plot_redraws_curves_and_pictures_in_place(monkeypatch):
     shown = []
     class Handle:
         def __init__(self, fig): self.drawn = [fig]; shown.append(self)
-        def update(self, fig): self.drawn.append(fig)
-    monkeypatch.setattr('IPython.display.display', lambda fig, display_id: Handle(fig))
+        def update(self, fig, metadata): self.drawn.append(fig)
+    monkeypatch.setattr('IPython.display.display', lambda fig, display_id, metadata: Handle(fig))
     t = task()
     live = LivePlot(every=0, preview=lambda: show_images(t.ema.net.decode(torch.zeros(2, 16, 8, 8)).detach()))
     live.on = True
