@@ -107,3 +107,11 @@ def test_a_page_shows_what_its_code_and_the_results_give_today(name, tmp_path):
     (said, numbers), (says, now) = words(page), words(copy)
     assert said == says
     np.testing.assert_allclose(now, numbers, rtol=2e-3, atol=1.5e-3)                 # another processor rounds otherwise
+
+
+def test_no_page_keeps_a_live_widget_a_bar_or_a_temporary_folder():
+    for p in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        for c in nbformat.read(p, 4).cells if '.ipynb_checkpoints' not in p.parts else ():
+            for o in c.get('outputs', ()):
+                text = o.get('text', '') + o.get('data', {}).get('text/plain', '')
+                assert pages.WIDGET not in o.get('data', {}) and '?it/s]' not in text and not re.search(r'/tmp/tmp\w+', text), (p.name, c.id)

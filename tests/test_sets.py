@@ -161,12 +161,12 @@ def test_a_folder_has_every_picture_that_torchvision_finds_in_it(tmp_path):
 
 
 @pytest.mark.parametrize('size', [None, 16, 24])
-def test_a_tensor_of_bytes_is_a_set(size):
-    "As a list of such tensors is one; with a size it was taken, without refused."
-    x = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
-    one, many = as_dataset(x, size), as_dataset([*x], size)
-    torch.testing.assert_close(one.batch(range(3))['image'], many.batch(range(3))['image'], atol=0, rtol=0)
-    if size != 16: assert torch.equal(to_uint8(one.batch(range(3))['image']), x)
+@pytest.mark.parametrize('spoil', [lambda x: ((x+1)*127.5).byte(), lambda x: x.int(), lambda x: x*9, lambda x: x/0])
+def test_a_tensor_that_holds_no_pictures_is_refused_at_any_size(size, spoil):
+    "With another size, bytes were taken for pictures, which every other door refuses."
+    x = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))*2-1
+    assert as_dataset(x, size).batch([0])['image'].shape[-1] == (size or 24)
+    with pytest.raises(UserError, match='integers|-1,1|NaN|finite'): as_dataset(spoil(x), size)
 
 
 @pytest.mark.parametrize('shape, size', [((40, 40), 16), ((40, 56), 40), ((24, 30), 48)])

@@ -284,15 +284,15 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
                augment: bool = False, crop: str = 'centre', # as `folder`
                name: str = 'images'        # in messages; the class of a set without classes
               ) -> Dataset:
-    """A data set from images (n,3,H,W) in [-1,1] or uint8, a set of torchvision, a split of Hugging Face's `datasets`,
-    or a list of PIL images, paths, uint8 arrays (H,W,3), tensors (3,H,W), or pairs of one of these and a label (number
-    or name). UserError: anything else, labels for a part, no pictures."""
+    """A data set from images (n,3,H,W) in [-1,1], a set of torchvision, a split of Hugging Face's `datasets`, or a list
+    of PIL images, paths, uint8 arrays (H,W,3), tensors (3,H,W), or pairs of one of these and a label (number or name).
+    UserError: anything else, labels for a part, no pictures."""
     if isinstance(x, str | os.PathLike):
         raise UserError(f'{shorten(x, 200)} is a path; open it with folder(path), shards(pattern) or '
                         'vfmvae.recipes.open_data')
     if isinstance(x, Tensor) and not augment and (size is None or x.shape[-2:] == (size, size)):
-        return TensorSet(from_uint8(x) if x.dtype == torch.uint8 else x, name)
-    items, labels, names, version = cast(Any, x), None, None, ''
+        return TensorSet(x, name)
+    items, labels, names, version = cast(Any, check_images(x, name) if isinstance(x, Tensor) else x), None, None, ''
     if type(x).__module__.partition('.')[0] == 'datasets': items, labels, names, version = _hugging_face(x)
     elif isinstance(x, Dataset): return x
     else:
