@@ -114,4 +114,4 @@ def test_no_page_keeps_a_live_widget_a_bar_or_a_temporary_folder():
         for c in nbformat.read(p, 4).cells if '.ipynb_checkpoints' not in p.parts else ():
             for o in c.get('outputs', ()):
                 text = o.get('text', '') + o.get('data', {}).get('text/plain', '')
-                assert pages.WIDGET not in o.get('data', {}) and '?it/s]' not in text and not re.search(r'/tmp/tmp\w+', text), (p.name, c.id)
+                assert pages.WIDGET not in o.get('data', {}) and '?it/s]' not in text and not re.search(r'\btmp[a-z0-9_]{8}/', text), (p.name, c.id)

@@ -126,9 +126,9 @@ def to_json(obj: object, indent: int | None = 1) -> str: # anything; what JSON d
     "Standard JSON: NaN and infinity are null."
     return json.dumps(_plain(obj), indent=indent, allow_nan=False)
 
-def write_json(path: PathLike, obj: object) -> Path:
-    "Readable standard JSON (see `to_json`), written atomically."
-    return write_atomic(path, lambda p: p.write_text(to_json(obj)+'\n', encoding='utf-8'))
+def write_json(path: PathLike, obj: object, indent: int | None = 1) -> Path:
+    "Standard JSON (see `to_json`), readable unless indent is None, written atomically."
+    return write_atomic(path, lambda p: p.write_text(to_json(obj, indent)+'\n', encoding='utf-8'))
 
 def parse_json(text: str | bytes, whose: object, way_out: str = 'copy it again') -> dict:
     "The one object that `text` holds. UserError, as `read_json`."

@@ -187,7 +187,7 @@ def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it 
     need(table or not failed, f'every run failed, the first by {next(iter(failed.values()), "")}')
     if out and kept:
         table.csv(out)
-        write_json(kept, dict(rows=table.rows, **table.facts, folders=_kept([*runs.values()])))
+        write_json(kept, dict(rows=table.rows, **table.facts, folders=_kept([*runs.values()])), None)
     return table
 
 # %% ../nbs/61_studies.ipynb #87bf74b4
