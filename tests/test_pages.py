@@ -99,7 +99,7 @@ def words(page):
 
 @pytest.mark.parametrize('name', thorough(EVERY, ['paper/verdicts.ipynb']))
 def test_a_page_shows_what_its_code_and_the_results_give_today(name, tmp_path):
-    "An interval was computed by another rule for weeks, and the lessons went on showing the old one."
+    "Intervals got another rule, measures another name, and pages went on showing the old ones."
     page = ROOT/'nbs'/name
     copy = tmp_path/'nbs'/name
     shutil.copytree(page.parent, copy.parent)            # beside what it opens
