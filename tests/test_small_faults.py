@@ -1,24 +1,35 @@
 """Small faults that were found and mended, each with what it did wrong: compiled decoders, a forgotten image size, a pickle, half precision, launches."""
-import json, os, signal, subprocess, sys, time
+import json, math, os, signal, subprocess, sys, tarfile, time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from test_latents import Toy
 
-from vfmvae.baselines import ConvVAEConfig
-from vfmvae.core import at_least_float32, resized, UserError
+from vfmvae.baselines import ConvVAE, ConvVAEConfig
+from vfmvae.checkpoints import read_weights
+from vfmvae.cli import main
+from vfmvae.core import at_least_float32, Notice, resized, UserError
+from vfmvae.data import loader
+from vfmvae.dit import DiT, DiTConfig, save_net
+from vfmvae.files import write_json
 from vfmvae.world import World
 from vfmvae.flow_task import vfm_targets
-from vfmvae.generation import train_flow
+from vfmvae.generation import open_net, train_flow
 from vfmvae.latents import cache_latents
 from vfmvae.layouts import export_latents, import_latents
 from vfmvae.losses import multiscale, perceptual, resize, target_transform, vfm_taps
 from vfmvae.layers import Pointwise
-from vfmvae.presets import Preset
-from vfmvae.recipes import start_size, train_tokenizer
-from vfmvae.tokenizer_task import Stage
-from vfmvae.tokenizer import load_tokenizer, save_tokenizer
+from vfmvae.presets import Preset, PRESETS
+from vfmvae.recipes import evaluate_equivariance, open_data, start_size, train_tokenizer
+from vfmvae.run import read_nets, Run
+from vfmvae.runtime import make_accelerator
+from vfmvae.tokenizer_task import fitting_scales, Stage, TINY, TokenizerTask
+from vfmvae.tokenizer import fit_stats, load_tokenizer, open_tokenizer, save_tokenizer
+from vfmvae.train import fit
 from vfmvae.vfm import VFM
 from vfmvae.protocols import FrozenVFMMixin
 from vfmvae.views import ResizePadVFM
@@ -258,3 +269,124 @@ def test_nobody_else_is_taken_for_accelerate(monkeypatch):
     assert cli._asked() == 1                                             # the parent is pytest
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert cli._asked() == 1
+
+
+# what a launcher asks of Accelerate ----------------------------------------------------------------------------------------------------------
+
+SMALL = ConvVAEConfig(channels=4, width=8, mults=(1, 2, 2, 2), blocks=1, decoder_blocks=1, img_size=16)
+
+
+def test_the_gradient_is_ours_whatever_accelerate_was_told(monkeypatch):
+    "Its own `backward` divides by its accumulation steps, and multiplies by the scale of its float16: clipping and the log were of another gradient."
+    def lengths(**how):
+        torch.manual_seed(0)
+        task = TokenizerTask(ConvVAE(SMALL), Stage('a', dict(l1=1.), ()), clip=.1)
+        return [r['grad_norm'] for r in fit(task, loader(World(8, size=16), 4), 8, log_every=1, show=lambda h: None, **how)]
+    plain, acc = lengths(), make_accelerator()
+    acc.scaler = SimpleNamespace(scale=lambda loss: loss*1024)
+    assert lengths(accelerator=acc) == plain
+    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '4')        # accelerate launch --gradient_accumulation_steps 4
+    assert lengths() == plain
+    monkeypatch.setattr(type(acc), 'mixed_precision', 'bf16')                # ... --mixed_precision bf16
+    with pytest.warns(Notice, match='asked for bf16, this task computes in fp32'): assert lengths() == plain
+
+
+class Begins(Exception): pass
+
+
+@pytest.mark.parametrize('batch, fits', [(20, False), (18, True)])
+def test_groups_of_the_discriminators_are_those_of_all_processes(batch, fits, monkeypatch):
+    "Twenty images in two processes were found not to split after the stages before the discriminators; eighteen, which split, were refused."
+    p = Preset(SMALL, (Stage('a', dict(l1=1.), (), num_images=60), Stage('b', dict(l1=1., gan=.1), (), num_images=60)), 4, discriminator='tiny')
+    def begins(*a, **k): raise Begins
+    monkeypatch.setattr('vfmvae.recipes.make_accelerator', lambda: SimpleNamespace(num_processes=2, process_index=0, device=torch.device('cpu')))
+    monkeypatch.setattr('vfmvae.recipes.open_data', begins)
+    with pytest.raises(Begins if fits else UserError, match=None if fits else 'groups of at most 8'): train_tokenizer(p, batch_size=batch)
+
+
+# sizes that no preset has --------------------------------------------------------------------------------------------------------------------
+
+def test_a_training_is_priced_and_measured_at_the_size_that_it_has(tmp_path, monkeypatch):
+    "`--start` of a tokenizer of another size was priced at the preset's, and a later stage of a run measured at it."
+    stages = tuple(Stage(k, dict(l1=1.), (), num_images=4) for k in 'ab')
+    monkeypatch.setitem(PRESETS, 'conv-f8d16', Preset(SMALL, stages, 4))
+    priced, measured, line = [], [], ['train-tokenizer', '--preset', 'conv-f8d16', '--run', str(tmp_path/'run'), '--batch-size', '4']
+    monkeypatch.setattr('vfmvae.recipes.estimate', lambda **how: priced.append(how['size']))
+    monkeypatch.setattr('vfmvae.recipes.evaluate_tokenizer', lambda net, ds, n: measured.append((net.config.img_size, ds.size)) or dict(psnr=1., ssim=1., n=4))
+    assert main([*line, '--size', '24', '--stages', 'a', '--num-images', '4', '--out', str(tmp_path/'a.safetensors')]) == 0
+    assert main([*line, '--stages', 'b', '--num-images', '4']) == 0
+    assert measured == [(24, 24)]*2
+    assert main(['train-tokenizer', '--preset', 'conv-f8d16', '--start', str(tmp_path/'a.safetensors'), '--dry-run']) == 0
+    assert priced == [24]
+
+
+@pytest.mark.parametrize('size', [8, 40, 56])
+def test_equivariance_is_measured_at_the_nearest_size_that_fits(size):
+    "Half of five latent pixels are two, not two and a half; half of one is none: both ended in an error."
+    found = evaluate_equivariance(ConvVAE(replace(SMALL, img_size=size)).eval(), World(4, size=size))
+    assert {*found} == {'turned', 'shrunk'} and all(map(math.isfinite, found.values()))
+    assert fitting_scales(None, (.5, 1.), 5) == (.4, 1.) and fitting_scales(TINY, (.5,), 6) == (4/6,)      # a decoder of even sides
+
+
+def test_the_small_scales_may_count_for_ever():
+    "A number was asked for where the rule for infinity stood, and infinity was refused."
+    on = dict(l1=1., multiscale=.1)
+    assert [*Stage('a', on, multiscale_until=None).active(10**12)] == [*on] and [*Stage('a', on).active(10**12)] == ['l1']
+
+
+# names and places of files -------------------------------------------------------------------------------------------------------------------
+
+def test_what_is_refused_leaves_the_scale_as_it_was():
+    tok = ConvVAE(SMALL).eval()
+    fit_stats(tok, World(8, size=16))
+    before = {k: v.clone() for k, v in tok.stats.state_dict().items()}
+    for bad in ([], torch.full((2, 3, 16, 16), math.nan)):
+        with pytest.raises(UserError): fit_stats(tok, bad)
+        assert all(torch.equal(v, before[k]) for k, v in tok.stats.state_dict().items())
+    for k, v in fit_stats(tok, World(8, size=16)).state_dict().items(): torch.testing.assert_close(v, before[k])
+
+
+def test_a_tokenizer_or_net_is_written_where_it_is_found_again(tmp_path):
+    "`mine.pt`, and a folder that was not there yet, were written and could not be opened."
+    tok, net = ConvVAE(SMALL).eval(), DiT(DiTConfig(in_channels=4, num_classes=2, hidden_size=32, depth=1, num_heads=2))
+    for name in ('mine', 'mine.pt', 'folder/mine'):
+        for save, what in ((save_tokenizer, tok), (save_net, net)):
+            with pytest.raises(UserError, match='ends with .safetensors'): save(tmp_path/name, what)
+    assert not list(tmp_path.rglob('*.json'))
+    tok.save_pretrained(tmp_path/'tok')
+    net.save_pretrained(tmp_path/'net')
+    assert open_net(str(tmp_path/'net')).config == net.config                # as `vfmvae generate --net` says
+    assert {*read_nets(tmp_path/'tok')[0]['ema']} == {*tok.own_state()}      # as `--start` of a finished tokenizer
+
+
+def test_a_long_name_of_wide_letters_can_be_written(tmp_path):
+    (path := tmp_path/('\u5b57'*80+'.json')).write_text('{}')               # the system lets it
+    assert write_json(path, dict(a=1)) == path and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_shard_may_lie_in_a_folder_with_brackets(tmp_path):
+    Image.new('RGB', (16, 16)).save(tmp_path/'a.png')
+    (tmp_path/'data [v2]').mkdir()
+    with tarfile.open(tmp_path/'data [v2]'/'a.tar', 'w') as t: t.add(tmp_path/'a.png', 'a.png')
+    assert len(open_data(tmp_path/'data [v2]'/'a.tar', 16)) == 1
+
+
+def test_a_path_may_begin_at_home_wherever_one_is_taken(tmp_path, monkeypatch):
+    "A shell writes out `~` at the beginning of a word alone, not in --out=~/x, and Python nowhere: some doors knew it, others made a folder named `~`."
+    import vfmvae.studies as s
+    monkeypatch.setenv('HOME', str(tmp_path))
+    tok, kept = ConvVAE(SMALL).eval(), []
+    tok.save_pretrained('~/tok')
+    assert open_tokenizer('~/tok').config == SMALL
+    task = TokenizerTask(ConvVAE(SMALL), Stage('a', dict(l1=1.), ()))
+    Run('~/runs/a').save(task, 1, 4)
+    assert read_nets('~/runs/a')[1] == 4
+    torch.save(tok.state_dict(), tmp_path/'x.pt')
+    assert {*read_weights('~/x.pt')[0]} == {*tok.state_dict()}
+    for k in 'ab': Image.new('RGB', (16, 16)).save(tmp_path/f'{k}.png')
+    for data in ('~/a.png', ['~/a.png', '~/b.png']): assert open_data(data, 16).batch([0])['image'].shape == (1, 3, 16, 16)
+    monkeypatch.setattr(s, '_earlier', lambda file, runs: kept.extend((file, runs[0].root)) or {})
+    monkeypatch.setattr(s, 'price', lambda *a: None)
+    picture = dict(path='world', n=20)
+    s.study(dict(data=dict(w=dict(train=picture, test=picture, exam=picture)), tokenizers=dict(a='conv-f8d16'), tokenizer_images=8), '~/runs', '~/t.csv', True)
+    assert kept == [tmp_path/'t.json', tmp_path/'runs']

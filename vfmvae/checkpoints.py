@@ -73,7 +73,7 @@ def check_pickle(path: PathLike # a file of `torch.save`, today's (zip) or the f
                 ) -> None:
     """UserError, one line, if reading it weights-only could take more memory than the file is long, or if it is
     damaged. Nothing in it is executed."""
-    path, most = Path(path), 2**24      # bytes of pickle: some ten times what the largest nets need
+    path, most = as_path(path), 2**24      # bytes of pickle: some ten times what the largest nets need
     try:
         limit = path.stat().st_size
         if not zipfile.is_zipfile(path):
@@ -96,7 +96,7 @@ def read_torch(path: PathLike # a file of `torch.save`
               ) -> Any:
     """What it holds, on the CPU; nothing is executed. UserError: no such file, damaged, more than weights, see
     `check_pickle`."""
-    need(Path(path).is_file(), f'no weights at {path}; check the path')
+    need((path := as_path(path)).is_file(), f'no weights at {path}; check the path')
     check_pickle(path)
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:

@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'bundled', 'Command', 'parser', 'main']
 # %% ../nbs/62_cli.ipynb #6d34d1f1
 import argparse, ast, difflib, math, os, re, sys, warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,15 +160,17 @@ def _train_tokenizer(vfm_weights: str | None = None,
     recipes, asked = vfmvae.recipes, 'preset vfm num_images batch_size size stages discriminator precision'.split()
     p, acc = recipes.get_preset(how['preset'], recipes.Preset), recipes.accelerator_on(device)
     if vfm_weights: how['vfm'] = vfmvae.VFM(how['vfm'] or p.config.vfm, vfm_weights)
+    how['size'] = how['size'] or recipes.start_size(how['start'])
     if dry_run or p.start and vfmvae.data.loader(recipes.open_data(how['data']), (how['batch_size'] or p.batch_size)
                                            //(how['accumulate'] or 1)): recipes.estimate(**{k: how[k] for k in asked})
     if dry_run: return
     _kept(None, how['run'] or how['out'])
-    size = how['size'] or recipes.start_size(how['start']) or p.config.img_size
     kind = 'held-out' if how['held_out'] or how['data'] == 'world' else 'training'
-    how['held_out'] = recipes.open_data(how['held_out'] or how['data'], size=size, seed=8)
-    def report(stage: 'vfmvae.tokenizer_task.Stage', net: 'vfmvae.protocols.Tokenizer') -> None:
-        r = recipes.evaluate_tokenizer(net, how['held_out'], 256)
+    watched = partial(recipes.open_data, how['held_out'] or how['data'], seed=8)
+    how['held_out'] = ds = watched(how['size'] or p.config.img_size)
+    def report(stage: 'vfmvae.tokenizer_task.Stage', net: 'vfmvae.protocols.TrainableTokenizer') -> None:
+        size = net.config.img_size       # that of the stage before, where the run has one
+        r = recipes.evaluate_tokenizer(net, ds if ds.size == size else watched(size), 256)
         if not acc.is_main_process: return
         print(f"after {stage.name}, {kind} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
     recipes.train_tokenizer(**how, on_stage=report)

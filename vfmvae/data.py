@@ -12,7 +12,6 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, cast
 
 # %% ../nbs/09_data.ipynb #480c8531
@@ -23,7 +22,7 @@ from torch import Tensor
 
 # %% ../nbs/09_data.ipynb #95f2ce56
 from .core import first_line, need, notice, one_of, PathLike, shorten, UserError, whole
-from .files import digest
+from .files import as_path, digest
 from .images import (Batch, check_images, Dataset, from_uint8, ImageItems, Images, open_image, Set, to_pil,
                            to_rgb, to_uint8)
 from .world import uniforms
@@ -205,7 +204,7 @@ def _parts(item: Any) -> tuple[Any, Any]:
 
 def _picture(x: Any, name: str, zero_one: bool) -> Image.Image:
     "Anything that is a picture as RGB. UserError: something else, or numbers whose range nobody knows."
-    if isinstance(x, str | os.PathLike): return open_image(Path(x))
+    if isinstance(x, str | os.PathLike): return open_image(as_path(x))
     if isinstance(x, bytes): return open_image(io.BytesIO(x), name=name)
     if isinstance(x, Image.Image): return to_rgb(ImageOps.exif_transpose(x), name, x.format)
     if isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] in (1, 3):
@@ -321,7 +320,7 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
              for i, v in enumerate((parts(i)[1] for i in range(n)) if labels is None else labels)]
     numbers, classes = number_classes(found, names or [*_class_names(x)] or None, name)
     listed = map(_parts, x) if isinstance(x, list | tuple) else ()      # another sequence may open its pictures
-    paths = [Path(p) for p, _ in listed if isinstance(p, str | os.PathLike)]
+    paths = [as_path(p) for p, _ in listed if isinstance(p, str | os.PathLike)]
     keys = [p.as_posix() for p in paths] if len({*paths}) == n else [f'{i:06d}' for i in range(n)]
     def read(i: int) -> Image.Image:
         return _readable(f'{name} {keys[i]}', lambda called: _picture(_parts(items[i])[0], called, zero_one))

@@ -74,7 +74,7 @@ def write_atomic(path: PathLike, # the final name; its folder is made
     living one's."""
     path = as_path(path)
     # threads and machines may write the same file at once; the process is named so that `sweep` can tell a dead writer
-    tmp = path.with_name(f'.{path.name[:120]}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp')
+    tmp = path.with_name(f'.{os.fsencode(path.name)[:120].decode(errors="ignore")}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.parent not in _SWEPT:      # what an earlier program left behind when it was killed
@@ -248,10 +248,12 @@ def save_weights(path: PathLike,            # `*.safetensors`, or a folder; the 
                 ) -> Path:
     """Writes tensors and JSON, each atomically; shared storage is copied apart. The JSON stands in the head of the
     tensors' file, too, so that a writer that dies between the two leaves nothing torn. UserError: not writable, a JSON
-    of somebody else's at its place."""
+    of somebody else's at its place, a tokenizer or net under a name by which it would not be opened."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     path, side = tensors_at(path), sidecar(path)
+    need('family' not in meta or path.suffix.lower() == '.safetensors', f'nobody would know {path} for a net; name a '
+         'file that ends with .safetensors, or a folder that is there')
     if is_file(side) and not is_file(path):
         try: ours = 'pair' in read_json(side)
         except UserError: ours = False

@@ -22,7 +22,7 @@ from torch import nn, Tensor
 
 # %% ../nbs/48_generation.ipynb #bdfc17c6
 from .core import build_config, Device, Draws, need, one_of, Registry, UserError, whole
-from .files import check_out, data_dir, to_json, write_atomic, write_json
+from .files import check_out, data_dir, tensors_at, to_json, write_atomic, write_json
 from .runtime import (average, device_of, make_accelerator, num_processes as num_together, progress, provenance,
                             rank as rank_of_this, seed_all)
 from .images import check_pictures, Dataset, to_pil
@@ -187,12 +187,14 @@ _bundled = [*_dits, 'dit-vfmvae-tiny-f8d16-early', 'lumina-vfmvae-tiny-f8d16']
 for _name in [k for k in _bundled if k not in nets]:
     nets.register(_name, partial(lambda name: DiT.load(data_dir()/'weights'/f'{name}.safetensors'), _name))
 
-def open_net(net: str | Path | DiT # a name of `nets`, or a file of `train_flow`; a net is itself
+def open_net(net: str | Path | DiT # a name of `nets`, a file of `train_flow`, or a folder of `save_pretrained`; a net is
+                                   # itself
             ) -> DiT:
     """A trained net, in eval mode; `.meta` names the tokenizer of its latents. UserError: unknown name (with the
     nearest), a file that does not fit."""
     if isinstance(net, DiT): return net
-    if isinstance(net, str | Path) and Path(net).suffix.lower() == '.safetensors': return DiT.load(str(net))
+    if (isinstance(net, str | Path) and net not in nets
+            and tensors_at(net).suffix.lower() == '.safetensors'): return DiT.load(net)
     return nets[one_of(net, nets, 'net', '; or a .safetensors file of train_flow')]
 
 def tokenizer_of(net: DiT,

@@ -20,7 +20,7 @@ from torch import nn, Tensor
 
 # %% ../nbs/18_losses.ipynb #bed87fa8
 from .core import at_least_float32, Draws, DrawsLike, need, normal_like, resized, to_tokens
-from .files import check_state_dict, check_weights
+from .files import as_path, check_state_dict, check_weights
 from .runtime import average
 from .checkpoints import read_weights
 
@@ -158,7 +158,7 @@ def vfm_taps(vfm,                                # a `VFM`: `.features(x, layers
 # %% ../nbs/18_losses.ipynb #dc5fedc1
 def _vgg_weights(vgg: Mapping | str | Path | None) -> Mapping:
     if isinstance(vgg, Mapping): return vgg
-    path = Path(torch.hub.get_dir())/'checkpoints'/'vgg16-397923af.pth' if vgg is None else Path(vgg)
+    path = Path(torch.hub.get_dir())/'checkpoints'/'vgg16-397923af.pth' if vgg is None else as_path(vgg)
     need(path.is_file(), f'no VGG16 weights at {path}; give lpips(vgg=<torchvision vgg16 file>) or use perceptual with '
                          'vfm_taps')
     return read_weights(path)[0]

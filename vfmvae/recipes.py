@@ -41,7 +41,7 @@ from .losses import latent_transform, lpips, perceptual, target_transform, vfm_t
 from .discriminators import PatchGAN, ProjectedDiscriminator
 from .run import checkpoints, load_nets, read_nets, Run, task_state
 from .train import fit, memory_gb, NotFinite, warm_cosine
-from .tokenizer_task import check_stage, Stage, TokenizerTask
+from .tokenizer_task import check_stage, fitting_scales, Stage, TokenizerTask
 from .metrics import psnr, ssim
 from .latents import described, LatentCache
 from .presets import FlowPreset, Preset, PRESETS
@@ -154,13 +154,14 @@ def evaluate_equivariance(tokenizer: str | Path | Tokenizer,
                           tests: Mapping[str, tuple[float, int]] = EQUIVARIANCE_TESTS
                          ) -> dict[str, float]:
     """Name -> mean PSNR (dB, range 2) of the decoded latent after `latent_transform` against the image after
-    `target_transform`; from the mode, clamped."""
+    `target_transform`; from the mode, clamped. A scale is the nearest at which the latent fits: `fitting_scales`."""
     tok, ds, _, starts = _measured(tokenizer, data, n, batch_size)
     rows: dict[str, list[Tensor]] = {k: [] for k in tests}
     for i in starts:
         x = ds.batch(range(i, min(i+batch_size, len(ds))))['image'].to(device_of(tok))
         z = tok.encode(x).mode()
         for k, (scale, turns) in tests.items():
+            (scale,) = fitting_scales(getattr(tok, 'config', None), [scale], z.shape[2])
             y = tok.decode(latent_transform(z, scale, turns))
             _check_finite(y, tok, 'a transformed reconstruction')
             rows[k].append(psnr(y.clamp(-1, 1), target_transform(x, scale, turns)).cpu().double())
@@ -297,7 +298,8 @@ def _before(p: Preset, stage: Stage, folders: Mapping[str, Path | None]) -> Path
 
 def _check_stages(model: TrainableTokenizer, todo: Sequence[Stage], folders: Mapping[str, Path | None], seen: int,
                   judged: int) -> None:
-    "UserError before anything is trained, where a later stage would fail; judged: images of a discriminator's batch."
+    """UserError before anything is trained, where a later stage would fail; judged: images that the discriminators see
+    at once, in all processes together."""
     need(not judged % max(1, -(-judged//8)), 'the discriminators judge groups of at most 8 images, into which a '
                                              f'micro-batch of {judged} does not split; use a multiple of 8')
     for s in todo:
@@ -401,7 +403,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS, or one'
     model, discriminators, perceptual_loss = build_training(p, todo, vfm, size, discriminator, o.seed, perceptual_loss)
     (state, seen), history = read_nets(start) if start else ({}, 0), list[dict]()
     micro = o.batch_size//o.accumulate
-    _check_stages(model, todo, folders, seen, micro//acc.num_processes*bool(discriminators))
+    _check_stages(model, todo, folders, seen, micro*bool(discriminators))
     ds = open_data(data, size=model.config.img_size, augment=True)
     shown = _still(ds if held_out is None else open_data(held_out, size=model.config.img_size))
     x = take(shown, 8).batch(range(min(8, len(shown))))['image']
@@ -451,7 +453,7 @@ def estimate(preset: str | Preset,
         for net in (*task.nets.values(), task.ema.net): net.to(acc.device)
         x = dict(image=torch.rand(n, 3, side, side, device=acc.device)*2-1)
         def step(task: TokenizerTask = task, x: dict = x) -> None:
-            try: task.step([x], acc.backward, lambda ok=True: ok, n)
+            try: task.step([x], Tensor.backward, lambda ok=True: ok, n)
             except NotFinite as e:
                 raise UserError(f'stage {task.stage.name!r} on random pictures: {e}; try another precision') from None
             if acc.device.type == 'cuda': torch.cuda.synchronize()

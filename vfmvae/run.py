@@ -21,8 +21,8 @@ if TYPE_CHECKING: from torch.distributed.tensor import DTensor
 
 # %% ../nbs/20_run.ipynb #2a61cc6f
 from .core import need, real, UserError, whole
-from .files import (as_path, check_out, check_weights, digest, home, inside, load_weights, save_weights, sidecar,
-                          sweep, to_json, write_atomic)
+from .files import (as_path, check_out, check_weights, digest, home, inside, is_file, load_weights, save_weights,
+                          sidecar, sweep, tensors_at, to_json, write_atomic)
 from .runtime import num_processes, provenance, rank
 from .images import Loader
 from .data import fingerprints
@@ -342,7 +342,7 @@ def read_nets(path: str | Path # a run's folder, one of its checkpoints, or a fi
              ) -> tuple[dict[str, dict[str, Tensor]], int]:
     """({name of a net or 'ema': its tensors}, images it has seen). UserError: no checkpoint, or a file of something
     else."""
-    path = Path(path)
+    path = tensors_at(at) if is_file(tensors_at(at := as_path(path))) else at
     if path.suffix.lower() != '.safetensors':
         found = checkpoints(path if path.is_dir() else home()/'runs'/path)
         need(found, f'no checkpoint in {path}; give the folder of a run (of several stages: of one stage) or a '

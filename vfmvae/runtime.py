@@ -180,16 +180,13 @@ def mean_over_processes(value: float,       # of this process
                          device: torch.device | str = 'cpu' # used for the all-reduce: that of the nets
                        ) -> float:
     "Mean of a number over the processes; each of them must call it."
-    if num_processes() == 1: return value
-    t = torch.tensor(value, dtype=torch.float32, device=device)
-    torch.distributed.all_reduce(t)
-    return t.item()/num_processes()
+    return value if num_processes() == 1 else average(torch.tensor(float(value), device=device)).item()
 
 def finish_distributed() -> None:
     "Shuts down the process group. Call it once, at the end of a program; a no-op in a single process."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if _grouped():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 # %% ../nbs/02_runtime.ipynb #db1b3c43
 @contextlib.contextmanager

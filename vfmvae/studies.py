@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 # %% ../nbs/61_studies.ipynb #22368516
 from .core import first_line, need, notice, PathLike, UserError
-from .files import check_out, home, read_json, Table, write_json
+from .files import as_path, check_out, home, read_json, Table, write_json
 from .runtime import make_accelerator, provenance, rank
 from .data import take
 from .flow import flow_loss
@@ -162,10 +162,10 @@ def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it 
     if out: check_out(out, '.csv')
     need(folder or isinstance(spec, str | Path), 'no folder for the runs of this study; give folder')
     s = spec if isinstance(spec, Study) else open_study(spec)
-    root = Path(folder) if folder else home()/'studies'/Path(str(spec)).stem
+    root = as_path(folder) if folder else home()/'studies'/Path(str(spec)).stem
     runs, failed, panels = dict[str, Trial](), dict[str, str](), dict[str, Panel]()
     for t in plan(s, root): runs.setdefault(t.folder.name, t)
-    kept = Path(out).with_suffix('.json') if out else None
+    kept = as_path(out).with_suffix('.json') if out else None
     earlier = _earlier(kept, [*runs.values()]) if kept else {}
     if dry_run: return price(s, [t for t in runs.values() if t.folder/'trained.json' not in earlier], say)
     make_accelerator()

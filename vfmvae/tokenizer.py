@@ -59,15 +59,13 @@ def fit_stats(tokenizer: Tokenizer,          # its `stats` are replaced
              ) -> LatentStats:
     """Per-channel mean and unbiased std of posterior samples, in float64; `encode` is on unit scale afterwards.
     UserError without images."""
-    stats, device = tokenizer.stats, device_of(tokenizer)
-    stats.set(torch.zeros_like(stats.mean), torch.ones_like(stats.std))
-    seen = Moments()
+    stats, device, seen = tokenizer.stats, device_of(tokenizer), Moments()
     for batch in batches(images, batch_size):
         g = tokenizer.encode(batch['image'].to(device))
         z, var = (t.transpose(0, 1).flatten(1).T for t in (g.mean, g.std.double()**2))          # (b*h*w, c)
         seen.add(z, full=False, variance=var)
-    mean, var = seen.result()
-    stats.set(mean.to(stats.mean), var.sqrt().to(stats.std))
+    mean, var = seen.result()       # of latents on the scale from before, which stands until the new one is known
+    stats.set((stats.mean + stats.std*mean).to(stats.mean), (stats.std*var.sqrt()).to(stats.std))
     return stats
 
 # %% ../nbs/15_tokenizer.ipynb #0d6148fa
@@ -236,7 +234,7 @@ def open_tokenizer(name: str | Path | Tokenizer, # a bundled name, a file of `sa
     missing file, a file that does not fit."""
     if hasattr(name, 'encode') and hasattr(name, 'decode') and not isinstance(name, str): return name
     need(isinstance(name, str | Path), f'{type(name).__name__} is no tokenizer; give a name, a file or a Tokenizer')
-    path = Path(name)
+    path = as_path(name, 'a tokenizer')
     file = path.suffix.lower() in ('.pth', '.pt', '.ckpt', '.safetensors') or path.is_dir()
     if file and name not in tokenizers: return load_tokenizer(path, vfm, g_kwargs=g_kwargs or None)
     return tokenizers[one_of(name, tokenizers, 'tokenizer', '; or a .safetensors or .pth file')]

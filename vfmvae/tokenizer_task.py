@@ -119,7 +119,7 @@ def _check_stage(s: 'Stage') -> None:
     for k in ('lr', 'lr_discriminators'):
         if k == 'lr' or s.lr_discriminators is not None: real(getattr(s, k), f'{who}: {k}', above=0, high=1e3)
     whole(s.num_images, f'{who}: num_images', 0)
-    if s.multiscale_until != float('inf'): real(s.multiscale_until, f'{who}: multiscale_until', low=0)
+    if s.multiscale_until is not None: real(s.multiscale_until, f'{who}: multiscale_until', low=0)
     for k in ('cos_margin', 'dist_margin'): real(getattr(s, k), f'{who}: {k}', low=0, high=2)
     for k in ('train', 'warmup', 'equivariance'):
         check(isinstance(getattr(s, k), list | tuple), f': {k} is {getattr(s, k)!r}; give a tuple')
@@ -149,7 +149,8 @@ class Stage:
     lr: float = 1e-4
     num_images: int = 0               # to see in this stage
     adaptive: bool = True             # scale the VF loss by the ratio of gradients at the latent
-    multiscale_until: float = 5_000_000 # images, of all stages, after which the small scales stop counting
+    multiscale_until: float | None = 5_000_000 # images, of all stages, after which the small scales stop counting;
+                                      # None: never
     equivariance: tuple[float, ...] = () # scales of `sample_equivariance`, the last 1, or a key of EQUIVARIANCE; (): no
                                          # equivariance regularisation
     warmup: tuple[str, ...] = ()      # 'gan' waits until l1 has settled, 'patchgan' until gan has
@@ -169,7 +170,7 @@ class Stage:
     def active(self, seen: int = 0 # images so far, of all stages
               ) -> dict[str, float]:
         "The weights that count now."
-        gone = {'multiscale'} if seen >= self.multiscale_until else ()
+        gone = {'multiscale'} if self.multiscale_until is not None and seen >= self.multiscale_until else ()
         return {k: v for k, v in self.weights.items() if v > 0 and k not in gone}
 
 # %% ../nbs/22_tokenizer_task.ipynb #e12d66a4
@@ -276,9 +277,13 @@ def select(model: TrainableTokenizer, prefixes: Sequence[str]) -> dict[str, nn.P
     return {k: v for k, v in own.items() if any(k in found for found in under.values())}
 
 # %% ../nbs/22_tokenizer_task.ipynb #32dd4475
-def fitting_scales(c: TokenizerConfig, scales: Sequence[float]) -> tuple[float, ...]:
-    "The scales nearest to `scales` at which the latent of a nominal image fits the decoder; 1 stays 1."
-    side, multiple = c.img_size//c.stride, c.latent_multiple
+def fitting_scales(c: TokenizerConfig | None, # None, of a tokenizer without one: any latent fits
+                   scales: Sequence[float],
+                   side: int | None = None    # of the latent; None: that of a nominal image
+                  ) -> tuple[float, ...]:
+    "The scales nearest to `scales` at which a latent fits the decoder; 1 stays 1. UserError: neither config nor side."
+    need(c or side, 'scales fit a latent of some side; give it, or a configuration')
+    side, multiple = side or c.img_size//c.stride, getattr(c, 'latent_multiple', 1)
     return tuple(1. if s == 1 else min(side, max(multiple, round(side*s/multiple)*multiple))/side for s in scales)
 
 def check_stage(model: TrainableTokenizer, stage: Stage, joint: bool = False # does a net learn along?

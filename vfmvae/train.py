@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../nbs/21_train.ipynb #739bf638
-from .core import Draws, nearest, need, real, UserError, whole
+from .core import Draws, nearest, need, notice, real, UserError, whole
 from .files import home, save_weights, write_atomic, write_json
 from .runtime import (gathered, make_accelerator, mean_over_processes, num_processes, progress, provenance,
                             seed_all)
@@ -427,6 +427,8 @@ def fit(task: Task, loader: Loader,
     num_images = whole(num_images, 'num_images', loader.batch_size*accumulate)
     rate = lr if lr is None or callable(lr) else constant(real(lr, 'lr', above=0, high=1e3))
     acc, show, in_a_row = accelerator or make_accelerator(), show or LivePlot(preview=preview), 0
+    if acc.mixed_precision != 'no' and (own := getattr(task, 'precision', 'fp32')) == 'fp32':
+        notice(f'Accelerate was asked for {acc.mixed_precision}, this task computes in {own}; say precision (--precision)')
     shard = _sharding(shard, acc)
     loop, steps, first, history, spare = _begin(task, loader, num_images, run, seed, accumulate, acc, shard)
     kept, per_step, sync = run if acc.is_main_process else None, loop['batch'], partial(synchronise, task, acc)
@@ -439,7 +441,7 @@ def fit(task: Task, loader: Loader,
             seed_all((seed*1_000_003 + step*acc.num_processes + acc.process_index) % 2**63)     # for dropout and such
             now = _set_rate(task, rate, step)
             micro, seen = _numbered(next(batches), loader, step, seed, acc), (step+1)*per_step
-            try: logs, in_a_row = task.step(micro, acc.backward, sync, seen), 0
+            try: logs, in_a_row = task.step(micro, Tensor.backward, sync, seen), 0
             except NotFinite as e:
                 logs, log.skipped, in_a_row = {}, log.skipped+1, in_a_row+1
                 _report(e, step+1, seen, micro, run, acc, task if in_a_row >= patience else None)
