@@ -82,7 +82,7 @@ readme: $(DEV)   ## README.md from nbs/index.ipynb
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input nbs/index.ipynb
 	sed -E 's#\(\.\./(data/|docs/|CONTRIBUTING)#(\1#g; s#\]\((([0-9]+|learn/|paper/|train/)[a-z0-9_]+\.ipynb)\)#](nbs/\1)#g; s#!\[(jpeg|png)\]#![picture made by the code of nbs/index.ipynb]#' README.md > README.md.new && mv README.md.new README.md
 
-pages: $(DEV)    ## all pages but those of trainings executed again, with the results that are there; ARGS='nbs/...' for some
+pages: $(DEV)    ## all pages executed again, trainings at their smoke size, with the results that are there; ARGS='nbs/...' for some
 	OMP_NUM_THREADS=1 $(BIN)/python docs/pages.py $(ARGS)
 	@$(MAKE) --no-print-directory readme
 

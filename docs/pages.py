@@ -2,8 +2,9 @@
 
     python docs/pages.py [--jobs N] [NOTEBOOK ...]
 
-Without names: the front page, the library, the lessons, the pages of the paper and those of the study. Cells that the tests leave out (`#| slow`, `#| cuda`,
-`#| eval: false`; `#| shared` without VFMVAE_SHARED) keep what they show. A page of which a cell fails stays as it was, and the others go on.
+Without names: the front page, the library, the lessons, the pages of the paper and those of trainings, at their smoke sizes. Cells that the tests leave out
+(`#| slow`, `#| cuda`, `#| eval: false`; `#| shared` without VFMVAE_SHARED) keep what they show, and so does one with `#| keep`, which runs: what it
+shows another run would not give again (a full training, a time). A page of which a cell fails stays as it was, and the others go on.
 """
 import argparse, base64, io, os, re, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = '*.ipynb', 'learn/*.ipynb', 'paper/*.ipynb', 'train/*study.ipynb'
+PAGES = '*.ipynb', 'learn/*.ipynb', 'paper/*.ipynb', 'train/*.ipynb'
 LEFT, WIDGET = 'skip-execution', 'application/vnd.jupyter.widget-view+json'
 PICTURES = {'image/png', 'image/jpeg'}
 NUMBER = re.compile(r'\d+\.\d+(?:e[-+]?\d+)?')
@@ -24,10 +25,14 @@ TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r'/tmp\w+/')
 NOTICE = re.compile(r'(?m)^\S+\.py:\d+: (\w+: .*\n)  .*\n?')        # as Python writes a warning: file, line, words, and the code
 
 
+def flagged(source, *kinds):
+    "Whether a cell has one of these flags."
+    return bool(re.search(rf'(?m)^#\|\s*({"|".join(kinds)})\b', source))
+
+
 def left_out(source):
     "Whether the tests leave a cell out."
-    kinds = 'slow', 'cuda', r'eval:\s*false', *(() if 'VFMVAE_SHARED' in os.environ else ('shared',))
-    return bool(re.search(rf'(?m)^#\|\s*({"|".join(kinds)})\b', source))
+    return flagged(source, 'slow', 'cuda', r'eval:\s*false', *(() if 'VFMVAE_SHARED' in os.environ else ('shared',)))
 
 
 def same_picture(a, b):
@@ -70,7 +75,7 @@ def execute(page):
     try: NotebookClient(nb, resources=dict(metadata=dict(path=str(page.parent))), **how).execute()
     except CellExecutionError as e: return f'{e.ename}: {e.evalue}'.splitlines()[0]
     except DeadKernelError: return 'its process died'
-    for c, old in zip(code, before, strict=True): c.outputs = kept(c.outputs, old)
+    for c, old in zip(code, before, strict=True): c.outputs = old if flagged(c.source, 'keep') else kept(c.outputs, old)
     for c in left:
         c.metadata['tags'].remove(LEFT)
         if not c.metadata['tags']: del c.metadata['tags']
@@ -89,6 +94,7 @@ def main():
     given = ask.parse_args()
     pages = [p.resolve() for p in given.notebooks] or [p for k in PAGES for p in sorted((ROOT/'nbs').glob(k))]
     if missing := [str(p) for p in pages if not p.is_file()]: ask.error(f'no page {", ".join(missing)}')
+    for k in ('FULL', 'MEASURE', 'READER'): os.environ.pop(f'VFMVAE_{k}', None)                # which would train
     failed = 0
     with ThreadPoolExecutor(given.jobs) as pool:
         for page, why in zip(pages, pool.map(execute, pages), strict=True):

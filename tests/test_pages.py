@@ -1,5 +1,5 @@
 """`make pages`: a page shows what its cells give now, cells that tests leave out keep what they show, a page that fails stays as it was."""
-import base64, importlib.util, io, json, re, shutil, sys, tempfile
+import ast, base64, dataclasses, importlib, importlib.util, io, json, os, re, shutil, sys, tempfile
 from pathlib import Path
 
 import nbformat
@@ -30,14 +30,18 @@ def shown(path): return [''.join(o.get('text') or o['data']['text/plain']) for c
 def test_all_or_nothing_of_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv('VFMVAE_SHARED', raising=False)
     (tmp_path/'number.txt').write_text('41')
-    good = page(tmp_path/'good.ipynb', "int(open('number.txt').read())+1", '#| slow\n1/0', '#| eval: false\n1/0', '#|shared\n1/0', '#| export\nprint(2)')
+    cells = "int(open('number.txt').read())+1", '#| slow\n1/0', '#| eval: false\n1/0', '#|shared\n1/0', '#| export\nprint(2)'
+    cells += '#| keep\nfound = 5\nfound', 'found+1'
+    good = page(tmp_path/'good.ipynb', *cells)
     bad = page(tmp_path/'bad.ipynb', '1+1', "raise ValueError('no such number')", '3')
     dead = page(tmp_path/'dead.ipynb', 'import os; os._exit(1)')
     before = bad.read_bytes(), dead.read_bytes()
     monkeypatch.setattr(sys, 'argv', ['pages', str(bad), str(dead), str(good)])
+    monkeypatch.setenv('VFMVAE_FULL', '1')
     assert pages.main()
     assert capsys.readouterr().out.splitlines() == ['bad.ipynb: ValueError: no such number', 'dead.ipynb: its process died', 'good.ipynb: done']
-    assert shown(good) == ['42', 'old', 'old', 'old', '2\n'] and (bad.read_bytes(), dead.read_bytes()) == before
+    assert shown(good) == ['42', 'old', 'old', 'old', '2\n', 'old', '6'] and (bad.read_bytes(), dead.read_bytes()) == before
+    assert 'VFMVAE_FULL' not in os.environ                                           # pages are no trainings
     made = json.loads(good.read_text())                   # as `make export` leaves it: no counts, times, tags or widgets
     assert all(c.get('execution_count') is None and not c['metadata'] for c in made['cells']) and 'widgets' not in made['metadata']
     assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.ipynb', 'dead.ipynb', 'good.ipynb', 'number.txt']
@@ -91,8 +95,11 @@ EVERY = [name for k in pages.PAGES for p in sorted((ROOT/'nbs').glob(k)) if not 
 
 
 def words(page):
-    "What the cells of a page show, beside pictures: the words with # for each number, and the numbers."
-    text = [v for c in nbformat.read(page, 4).cells if c.cell_type == 'code' for o in c.outputs
+    """What the cells of a page show, beside pictures: the words with # for each number, and the numbers. Of a page of trainings what stands below the
+    word *committed*: what a small training gives is another on each processor."""
+    cells = nbformat.read(page, 4).cells
+    begin = (i for i, c in enumerate(cells) if c.cell_type == 'markdown' and page.parent.name == 'train' and 'committed' in c.source)
+    text = [v for c in cells[next(begin, 0):] if c.cell_type == 'code' for o in c.outputs
             for v in (o.get('text'), *(o.get('data', {}).get(k) for k in ('text/plain', 'text/html', 'text/markdown'))) if v]
     return [pages.NUMBER.sub('#', t) for t in text], np.array([float(n) for t in text for n in pages.NUMBER.findall(t)])
 
@@ -107,6 +114,48 @@ def test_a_page_shows_what_its_code_and_the_results_give_today(name, tmp_path):
     (said, numbers), (says, now) = words(page), words(copy)
     assert said == says
     np.testing.assert_allclose(now, numbers, rtol=2e-3, atol=1.5e-3)                 # another processor rounds otherwise
+
+
+def every_code_cell():
+    for p in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        for c in nbformat.read(p, 4).cells if '.ipynb_checkpoints' not in p.parts else ():
+            if c.cell_type == 'code': yield p, c
+
+
+def test_what_pages_show_of_a_recipe_has_todays_fields():
+    "A page went on showing a Preset with fields that had been renamed."
+    ours = {n: {f.name for f in dataclasses.fields(v)} for m in ('presets', 'tokenizer_task', 'vae', 'baselines', 'dit', 'flow', 'samplers')
+            for n, v in vars(importlib.import_module(f'vfmvae.{m}')).items() if isinstance(v, type) and dataclasses.is_dataclass(v)}
+    asked = 0
+    for p, c in every_code_cell():
+        for o in c.outputs:
+            try: tree = ast.parse(o.get('data', {}).get('text/plain', '').strip(), mode='eval')
+            except SyntaxError: continue
+            for n in ast.walk(tree):
+                if not (isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in ours): continue
+                asked += 1
+                assert {k.arg for k in n.keywords} <= ours[n.func.id], (p.name, c.id, n.func.id)
+    assert asked
+
+
+def test_no_page_decides_by_intervals_that_lie_apart():
+    "The interval of the difference decides (`metrics.difference`): the low end of one less the high end of another is another rule, and was one verdict off."
+    for p, c in every_code_cell():
+        assert not re.search(r"low'\] ?- ?[\w.]+(\[[^\]]+\])*\[[^\]]*high'\]", c.source), (p.name, c.id)
+
+
+@pytest.mark.thorough
+def test_what_only_a_full_training_runs_names_what_there_is(tmp_path, monkeypatch):
+    "The ablation wrote its results with a field that had been renamed: it would have ended in an error after six trainings."
+    from mypy import api
+    monkeypatch.setenv('MYPYPATH', str(ROOT))
+    pages_of = [p for p in sorted((ROOT/'nbs/train').glob('*.ipynb')) if not p.stem.endswith('study')]
+    for p in pages_of: (tmp_path/f'{p.stem}.py').write_text('\n'.join(c.source for q, c in every_code_cell() if q == p).replace('display(', 'print('))
+    how = '--config-file', str(ROOT/'pyproject.toml'), '--allow-redefinition', '--follow-imports=silent', '--cache-dir', str(tmp_path/'cache')
+    said = api.run([*how, *(str(p) for p in tmp_path.glob('*.py'))])[0]
+    assert 'checked 1' in said.splitlines()[-1]                                      # it did look
+    wrong = [line for line in said.splitlines() if re.search(r'\[(attr-defined|call-arg)\]', line) and '"object" has no' not in line]
+    assert not wrong, wrong
 
 
 def test_no_page_keeps_a_live_widget_a_bar_or_a_temporary_folder():
