@@ -22,7 +22,8 @@ LEFT, WIDGET = 'skip-execution', 'application/vnd.jupyter.widget-view+json'
 PICTURES = {'image/png', 'image/jpeg'}
 NUMBER = re.compile(r'\d+\.\d+(?:e[-+]?\d+)?')
 TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r'/tmp\w+/')
-NOTICE = re.compile(r'(?m)^\S+\.py:\d+: (\w+: .*\n)  .*\n?')        # as Python writes a warning: file, line, words, and the code
+# as Python writes a warning: file, line, words in one line or more, and the code
+NOTICE = re.compile(r'(?m)^\S+\.py:\d+: (\w+: .*\n(?:(?!\S+\.py:\d+: )\S.*\n)*)  .*\n?')
 
 
 def flagged(source, *kinds):
