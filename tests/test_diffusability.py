@@ -395,6 +395,16 @@ def test_a_tokenizer_and_its_latents_give_one_row(seen):
     assert [r['name'] for r in compare_diffusability([a, b])] == [TINY, TINY]
 
 
+@pytest.mark.parametrize('height, width', [(32, 128), (64, 32)])
+def test_oblong_pictures_have_oblong_latents(seen, height, width):
+    "64 tokens of 4 x 16 places were read as 8 x 8."
+    net, x = seen[2], World(12, size=128).batch(range(12))['image'][:, :, :height, :width]
+    table = diffusability(net, x)
+    assert table.shape == (16, height//8, width//8) and table == diffusability(net.encode(x).mode().detach(), name=net.name)
+    with pytest.raises(UserError, match='unequal size'): diffusability(net, [*x, x[0].mT])
+
+
+
 def test_rows_of_other_shapes_or_counts_are_refused_in_one_line():
     rows = [diffusability(normal(20, c, 8, 8), name=f'd{c}') for c in (2, 3)]
     with pytest.raises(UserError, match='within one shape only') as e: compare_diffusability(rows)

@@ -17,13 +17,13 @@ import numpy as np
 from torch import Tensor
 
 # %% ../nbs/40_diffusability.ipynb #dfs00005
-from .core import Device, Draws, need, numbers, PathLike, pick, real, to_grid, to_tokens, whole
+from .core import Device, Draws, need, numbers, PathLike, pick, real, to_tokens, whole
 from .files import Table
 from .images import Images
-from .features import extract, move_source
+from .features import batches, move_source
 from .vfm import VFM
 from .protocols import Tokenizer
-from .tokenizer import LatentFeatures, opened
+from .tokenizer import opened
 from .neighbours import knn_graph, unit_rows
 from .views import image_set
 from .similarity import spatial
@@ -170,6 +170,7 @@ def interpolation_fd(tokenizer: Tokenizer,
     return replace(record, kind='iFD', latent=f'{alpha:g} of the way to the nearest')
 
 # %% ../nbs/40_diffusability.ipynb #dfs00041
+@torch.no_grad()
 def diffusability(source: Tokenizer | PathLike | Tensor,   # or latents (n,c,h,w)
                   images: Images | PathLike = (),          # which a tokenizer encodes, see `views.image_set`
                   labels: Sequence[int | str] | Tensor | None = None, # (n,) classes, integers or words
@@ -180,11 +181,14 @@ def diffusability(source: Tokenizer | PathLike | Tensor,   # or latents (n,c,h,w
                   batch_size: int = 64, device: Device = None
                  ) -> Table:
     """One row: sec at rho .25 and .5, lds, cds, rmsc; with labels viv, lnc; with a mask srss. Facts shape (c,h,w), n,
-    classes, k, which `compare_diffusability` compares. Of a tokenizer: the modes of square images."""
+    classes, k, which `compare_diffusability` compares. Of a tokenizer: the modes of images of one size."""
     if not isinstance(source, Tensor):
-        features = LatentFeatures(opened(source, device=device))
-        name, source = features.name, to_grid(extract(features, image_set(images, n), None, 'none', batch_size, device,
-                                                      quiet=True)['latent'])
+        tok = opened(source, device=device)
+        place, some = move_source(tok, device), image_set(images, n)
+        grids = [tok.encode(b['image'].to(place)).mode().float().cpu() for b in batches(some, batch_size)]
+        need(len({g.shape[1:] for g in grids}) == 1,
+             f'no images for {tok.name}, or some of unequal size; crop them to one')
+        name, source = tok.name, torch.cat(grids)
     row = dict(name=name, sec_25=spectral_energy(source, .25), sec_50=spectral_energy(source, .5),
                **{r['metric']: r['value'] for r in spatial_structure(source, mask)})
     if labels is not None:

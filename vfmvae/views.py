@@ -87,9 +87,10 @@ def apply_view(x: Tensor,            # images (b,3,H,W) in [-1,1]
     for row, j in enumerate(index):
         d = published_draw(1, seed+j)[0]
         drawn.setdefault((d['scale'], d['rotation']), []).append(row)
-    sized: dict[float, list[tuple[list[int], Tensor]]] = {}
+    sized: dict[tuple[int, ...], list[tuple[list[int], Tensor]]] = {}
     for (scale, rotation), rows in drawn.items():
-        sized.setdefault(scale, []).append((rows, transform(transform(x[rows], 'rotation', rotation), 'scale', scale)))
+        changed = transform(transform(x[rows], 'rotation', rotation), 'scale', scale)
+        sized.setdefault(tuple(changed.shape[2:]), []).append((rows, changed))      # an oblong lies or stands
     return [([r for rows, _ in parts for r in rows], torch.cat([i for _, i in parts])) for _,
             parts in sorted(sized.items())]
 
