@@ -8,10 +8,11 @@ from vfmvae.core import UserError
 from vfmvae.images import published_noise, to_pil, to_uint8, transform
 from vfmvae.world import World
 from vfmvae.folders import folder
-from vfmvae.features import Bank
+from vfmvae.features import Bank, batches
 from vfmvae.files import Table
 from vfmvae.robustness import AXES, layer_figure, layer_scores, robustness, robustness_figure
 from vfmvae.tokenizer import LatentFeatures, tokenizers
+from vfmvae.statistics import read_samples, write_samples
 from vfmvae.vfm import VFM
 from vfmvae.views import apply_view, extract_views, NOISE, view_name, views
 
@@ -101,6 +102,9 @@ def test_unrelated_sources_are_undecided(tiny):
             return {0: torch.randn(len(x), 4, 8, generator=g)}
     t = se_cknna(Random(), tiny[0], World(120, seed=8), [('noise', .1)], times=40, quiet=True)
     assert not t.decided and t[0]['p'] > .02
+    rows = [dict(r, low=-.01) if r['axis'] == 'clean' else r for r in t]       # a clean score that may be 0: nothing is a share of it
+    none = summarize(Table(rows, draws=t.draws))[0]
+    assert t.change_low < t.change < t.change_high and all(none[k] != none[k] for k in ('change', 'change_low', 'change_high'))
     at = next(i for i, r in enumerate(t) if r['axis'] != 'clean')
     points = lambda table: sum(len(line.get_xdata()) for ax in robustness_figure(table).axes for line in ax.lines)
     for undefined in (None, float('nan')):                   # as a file has it, and as `score_banks` gives it
@@ -111,6 +115,28 @@ def test_unrelated_sources_are_undecided(tiny):
     assert sum(len(line.get_xdata()) for ax in layer_figure(less).axes for line in ax.lines) < sum(
         len(line.get_xdata()) for ax in layer_figure(layers).axes for line in ax.lines)
     with pytest.raises(UserError, match='clean images alone'): robustness_figure(t.where(axis='clean'))
+
+
+def test_oblong_pictures_lie_and_stand(tiny):
+    x = World(16, size=96).batch(range(16))['image'][:, :, 16:80]
+    groups = apply_view(x, ('mixed', 1.), range(16))
+    shapes = [tuple(i.shape[2:]) for _, i in groups]
+    assert len(shapes) == len({*shapes}) > 4 and any(h > w for h, w in shapes) and any(h < w for h, w in shapes)
+    assert sorted(r for rows, _ in groups for r in rows) == [*range(16)]
+    for rows, images in groups:
+        for r, i in zip(rows, images, strict=True): assert torch.equal(apply_view(x[r:r+1], ('mixed', 1.), [r])[0][1][0], i)
+    assert se_cknna(tiny[1], tiny[0], x, ['mixed'], k=3, times=20, quiet=True).mean > 0
+
+
+def test_a_list_of_batches_is_a_list_of_pictures(tiny, tmp_path):
+    x = World(20).batch(range(20))['image']
+    parts, how = [x[:12], x[12:]], dict(transforms=['hflip'], k=3, times=20, quiet=True)
+    assert [*se_cknna(tiny[0], tiny[0], parts, **how)] == [*se_cknna(tiny[0], tiny[0], x, **how)]
+    assert se_cknna(tiny[0], tiny[0], parts, n=15, **how).n == 15
+    for some in (parts, [dict(image=p, key=[f'{i}' for i in range(len(p))]) for p in parts], iter(parts), batches(x, 12)):
+        file = read_samples(write_samples(tmp_path/'a.npz', some, 20 if hasattr(some, '__next__') else None))
+        assert len(file) == 20 and torch.equal(torch.cat([*file]), x)
+
 
 
 @pytest.mark.parametrize('width', ['column', 4.5, 'full'])

@@ -71,16 +71,18 @@ def samples(images: Images # a dataset, or an iterable of tensors, samples or ba
         image: Any = s.get('image')
         need(isinstance(image, Tensor), f'an iterator gave a {type(image).__name__}, not a tensor (3,H,W); give a list')
         if image.ndim == 3: yield s
-        elif 'key' in s: yield from ({'image': i, 'key': k} for i, k in zip(image, s['key'], strict=True))
+        elif s.get('key'): yield from ({'image': i, 'key': k} for i, k in zip(image, s['key'], strict=True))
         else: yield from ({'image': i} for i in image)
 
 def as_images(images: Images) -> Images:
-    """The same where `batches` can walk through it as it is (tensors, sets, iterables of tensors), else what
-    `data.as_dataset` makes of it."""
+    """The same where `batches` can walk through it as it is (tensors, sets, iterables of tensors), a list of batches as
+    a list of pictures, else what `data.as_dataset` makes of it."""
     if isinstance(images, Tensor) or not isinstance(images, Sized) or not len(images): return images
     if isinstance(images, Dataset | str | dict): return as_dataset(images)
     if not hasattr(images, '__getitem__'): return images
     picture = first.get('image') if isinstance(first := images[0], dict) else first
+    if isinstance(picture, Tensor) and picture.ndim == 4:       # of a list of batches, each picture counts
+        return [s if isinstance(first, dict) else s['image'] for s in samples(images)]
     return images if isinstance(picture, Tensor) and picture.is_floating_point() else as_dataset(images)
 
 def batches(images: Images, size: int) -> Iterator[Batch]:

@@ -62,7 +62,7 @@ class Statistics:
         for v, word, d in ((self.features, 'features', len(self.mu)), (self.probs, 'probs', None)):
             if v is not None and numbers(v, f'{word} of {whose}').shape != (self.n or len(v), d or v.shape[-1]):
                 raise UserError(f'{word} of {whose} are {tuple(v.shape)}; want a row for each of the n images')
-        need(self.probs is None or (self.probs >= 0).all() and (self.probs.double().sum(1)-1).abs().max() <= 1e-3,
+        need(self.probs is None or (self.probs >= 0).all() and (self.probs.double().sum(1)-1).abs().max() <= 1e-2,
              f'probs of {whose} are no probabilities: each row sums to 1 and is not negative; make them again')
     def __repr__(self) -> str:
         seen = self.extractor or 'extractor not stated'
@@ -257,12 +257,12 @@ CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = dict(
 
 def write_samples(path: PathLike,         # `*.npz`
                   images: Images,           # tensor (n,3,H,W) in [-1,1], dataset, or iterable of images or batches
-                  n: int | None = None,     # how many are written, the rest is left out; None: len(images)
+                  n: int | None = None,     # how many are written, the rest is left out; None: all
                   conversion: str = 'round' # a key of CONVERSIONS
                  ) -> Path:
     """ADM's sample file: `arr_0` uint8 (n,H,W,3), and `conversion`. Written atomically, as the images come. UserError:
     fewer than n, unequal sizes, NaN."""
-    to8 = pick(conversion, CONVERSIONS, 'conversion')
+    images, to8 = as_images(images), pick(conversion, CONVERSIONS, 'conversion')
     n = whole(n, 'n', 1) if n is not None else len(images) if isinstance(images, Sized) else 0
     need(n >= 1, 'write_samples needs to know how many images come; give n')
     def write(p: Path) -> None:
