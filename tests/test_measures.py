@@ -3,12 +3,14 @@ import json
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.linear_model import LinearRegression
 
 from vfmvae import similarity
 from vfmvae.neighbours import knn_graph, mutual_knn, prepare
@@ -348,6 +350,40 @@ def test_compare_takes_what_comes():
     before = a.clone()
     compare(a, b)
     assert torch.equal(a, before)          # in-place steps stay inside
+
+
+def test_views_of_arrays_that_torch_does_not_take_are_read():
+    (a, b), tokens, mask = pair(n=40), normal(48, 6).view(3, 16, 6), (normal(3, 16) > 0).view(3, 4, 4)
+    for form in (lambda x: x.flip(0).contiguous().numpy()[::-1], lambda x: x.numpy().astype('>f8'), lambda x: [*x.requires_grad_()]):
+        assert compare(form(a), form(b), ['cca', 'rsa']).column('value') == compare(a, b, ['cca', 'rsa']).column('value')
+        assert compare(form(a), form(b), 'cknna').column('value') == pytest.approx(compare(a, b, 'cknna').column('value'), rel=1e-6)
+        assert torch.equal(rmsc(form(tokens)), rmsc(tokens)) and spatial(form(tokens), far=3) == spatial(tokens, far=3)
+    assert torch.equal(srss(tokens, mask.numpy()[:, ::-1], far=3), srss(tokens, mask.flip(1), far=3))
+    with pytest.raises(UserError, match='masks of shape'): srss(tokens, [1.]*16, far=3)
+    half = [row.bfloat16() for row in a.detach()]
+    assert mean_cosine(half, half) == pytest.approx(1)
+    a = a.detach().numpy()
+    a.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert rsa(a, a) == pytest.approx(1)
+
+
+@pytest.mark.parametrize('offset', [0., 30.])
+def test_rounding_of_single_precision_is_no_direction(offset):
+    """Four directions in 64 columns have rank 4 in float32, too, where the other 60 hold rounding."""
+    x, y = normal(200, 4)+offset, normal(200, 3, 1)
+    exact = x@normal(4, 64, 2)
+    wide = exact.float()
+    flat = torch.softmax(normal(200, 5, 3), 1).float()              # rows that sum to 1: four directions
+    for a, b, tol in ((wide, x, 1e-4), (flat, flat[:, :4].double(), 1e-6)):
+        for measure in (cca, linear_r2): assert measure(a, y) == pytest.approx(measure(b, y), abs=tol)
+    assert svcca(wide, y) == pytest.approx(svcca(exact, y), abs=1e-4)
+    assert LinearRegression().fit(wide.numpy(), y.numpy()).score(wide.numpy(), y.numpy()) == pytest.approx(linear_r2(wide, y), abs=.01)
+    with pytest.raises(UserError, match='never varies'): cca(torch.full((50, 8), .1) + 1e-9*torch.arange(50)[:, None], y[:50])
+    small = torch.cat([x, 1e-3*normal(200, 4, 5)], 1).float()       # but what is small is one
+    assert linear_r2(small, y) == pytest.approx(linear_r2(small.double(), y), abs=1e-6) and linear_r2(small, y) > linear_r2(x, y)
+
 
 
 def test_what_does_not_apply_is_left_out_and_named():

@@ -374,16 +374,19 @@ def some_of(names: Sequence, most: int = 3 # that are named
 
 # %% ../nbs/00_core.ipynb #e4ba87c3
 def _native(a: np.ndarray) -> np.ndarray:
-    "The same numbers as torch takes them: this machine's byte order, at most float64, no negative strides."
+    "The same numbers as torch takes them: this machine's byte order, at most float64, no negative strides, writable."
     wide = a.dtype.kind == 'f' and a.dtype.itemsize > 8
-    return a.astype(np.float64 if wide else a.dtype.newbyteorder('='), copy=min(a.strides, default=0) < 0)
+    again = min(a.strides, default=0) < 0 or not a.flags.writeable      # of the latter torch warns
+    return a.astype(np.float64 if wide else a.dtype.newbyteorder('='), copy=again)
 
-def numbers(x: ArrayLike | Tensor, # a tensor, an array, or nested lists (float64)
+def numbers(x: ArrayLike | Tensor, # a tensor, an array, a list of tensors, or nested lists (float64)
             name: str = 'features' # of what it is, for the message
            ) -> Tensor:
     """x as a dense tensor of real, finite numbers without gradients. UserError: complex, sparse, text, rows of
     different lengths, NaN."""
-    try: x = (x if isinstance(x, Tensor) else torch.as_tensor(_native(np.asarray(x)))).detach()
+    listed = isinstance(x, list | tuple) and len(x) and all(isinstance(v, Tensor) for v in x)   # of any type and device
+    try: x = (torch.stack([*x]) if listed else x if isinstance(x, Tensor) else
+              torch.as_tensor(_native(np.asarray(x)))).detach()
     except (TypeError, ValueError, RuntimeError) as e:
         why = f'not text, objects or rows of different lengths ({first_line(e, 200)})'
         raise UserError(f'{name} must be real numbers, {why}') from None

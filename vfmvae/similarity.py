@@ -29,7 +29,9 @@ from .align import cka, cknna
 class _Set:
     "Rows (n,d) in float64 with what the measures need of them, each computed once."
     def __init__(self, x: ArrayLike, name: str = 'a'):
-        self.x, self.name = rows_of(x, name, 2, torch.float64), name
+        self.given, self.name = numbers(x, name), name
+        self.x, self.eps = rows_of(self.given, name, 2, torch.float64), torch.finfo(
+            torch.promote_types(self.given.dtype, torch.float32)).eps
         # a fourth power must not leave float64; a power of two moves no digit
         power = math.frexp(self.x.abs().max().item())[1]
         self.scale = 2.**-max(-1000, min(power, 1000)) if abs(power) > 200 else 1.
@@ -37,12 +39,15 @@ class _Set:
     n = property(lambda self: self.x.shape[0], doc='Rows.')
     d = property(lambda self: self.x.shape[1], doc='Columns.')
     @cached_property
-    def centred(self) -> Tensor:
-        need(not (self.x == self.x[0]).all(),
-             f'{self.name} never varies: its rows are all the same; this measure needs variance')
-        return self.x - self.x.mean(0)
+    def moving(self) -> Tensor:
+        "x with zeros for columns that vary by no more than rounding."
+        moves = self.x.std(0) > 8*self.eps*self.x.abs().amax(0)
+        need(moves.any(), f'{self.name} never varies: its rows are all the same; this measure needs variance')
+        return self.x*moves
     @cached_property
-    def basis(self) -> tuple[Tensor, Tensor]: return _left(self.centred)
+    def centred(self) -> Tensor: return self.moving - self.moving.mean(0)
+    @cached_property
+    def basis(self) -> tuple[Tensor, Tensor]: return _left(self.moving, self.eps)
     @cached_property
     def spectrum(self) -> Tensor: return torch.linalg.svdvals(self.x)
     @cached_property
@@ -50,10 +55,12 @@ class _Set:
         need(self.x.any(), f'{self.name} is zero: rows without length have no direction, and this measure takes one')
         return unit_rows(self.x)
 
-def _left(x: Tensor) -> tuple[Tensor, Tensor]:
-    "Left singular vectors (n,r) and values (r,) of x (n,d), r its numerical rank."
-    U, S, _ = torch.linalg.svd(x, full_matrices=False)
-    keep = S > S[0]*max(x.shape)*torch.finfo(x.dtype).eps
+def _left(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (n,r) and values (r,) of centred x (n,d), r its numerical rank: rounding by `eps` makes
+    singular values of up to about eps |x| (1/sqrt n + 1/sqrt d), which are no directions."""
+    U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    noise = 8*eps*x.norm()*(len(x)**-.5 + x.shape[1]**-.5)
+    keep = S > (S[0]*max(x.shape)*torch.finfo(x.dtype).eps).maximum(noise.minimum(S[0]/2))
     return U[:, keep], S[keep]
 
 def _set(x: ArrayLike | _Set, name: str = 'a') -> _Set: return x if isinstance(x, _Set) else _Set(x, name)
@@ -119,8 +126,7 @@ def effective_rank(a: ArrayLike,        # (n,d) raw rows
     """exp(entropy of the spectrum scaled to sum 1), 1..min(n-1,d) (Roy & Vetterli 2007). Invariant to rotation, scale,
     offset."""
     one_of(of, ('singular', 'eigen'), 'kind of values')
-    s = _set(a).basis[1]
-    s = s if of == 'singular' else s.square()
+    s = _set(a).basis[1].pow(1 if of == 'singular' else 2)
     return _entropy_rank(s/s.sum())
 
 def rankme(a: ArrayLike # (n,d) raw rows
@@ -181,15 +187,15 @@ def svcca(a: ArrayLike, # (n,d) raw rows
     """Mean canonical correlation of the q leading directions of standardised columns, in [0, 1] (Raghu et al. 2017).
     Deterministic, symmetric; invariant to scale and offset of each column, not to rotation."""
     q = whole(q, 'q', 1)
-    return _correlations(*(_left(_standard(s))[0][:, :q] for s in _two(a, b))).mean().item()
+    return _correlations(*(_left(_standard(s), s.eps)[0][:, :q] for s in _two(a, b))).mean().item()
 
 # %% ../nbs/27_similarity.ipynb #93e39231
 def _standard(s: _Set) -> Tensor:
     """Columns of standard deviation 1 but for the published 1e-8, in units of the power of 1000 nearest the side's own;
     a column that never varies is 0."""
-    c, std = s.centred, s.x.std(0)
+    std = s.moving.std(0)
     unit = 1000.**round(math.log(std.square().mean().sqrt().item(), 1000))
-    return c*(std > 1e-14*s.x.abs().amax(0))/(std + 1e-8*unit)
+    return s.moving/(std + 1e-8*unit)
 
 def svcca99(a: ArrayLike, b: ArrayLike, # (n,d), (n,e) raw rows
             share: float = .99          # of the variance to keep on each side
@@ -273,8 +279,8 @@ def rsa(a: ArrayLike,                # (n,d) raw rows, 3 <= n <= 10,000
          f'RSA of {sides[0].n} rows; it takes 3 to {_RSA_ROWS:,}, beyond that a random subset of rows says the same')
     def side(s: _Set) -> Tensor:
         d = _dissimilarities(s, distance)
-        if d.max() - d.min() <= 1e-12*d.max():
-            raise UserError(f'all rows of {s.name} are equally far from each other; RSA has nothing to correlate')
+        need(d.max() - d.min() > 1e-12*d.max(),
+             f'all rows of {s.name} are equally far from each other; RSA has nothing to correlate')
         d = _ranks(d) if method == 'spearman' else d
         return d.sub_(d.mean())
     p, q = map(side, sides)
@@ -318,7 +324,8 @@ class _Side(_Set):
     "A set as `compare` sees it: raw rows, prepared rows and their graph."
     def __init__(self, x: ArrayLike, name: str, k: int, prepared: bool, q: float):
         super().__init__(x, name)
-        self.given, self.k, self.prepared, self.q = torch.as_tensor(x).detach(), k, prepared, q
+        self.k, self.prepared, self.q = k, prepared, q
+        self.given = self.given.float() if isinstance(x, list) else self.given      # as torch takes Python's numbers
     @cached_property
     def rows(self) -> Tensor: return self.given if self.prepared else prepare(self.given, self.q)
     @cached_property
@@ -459,7 +466,8 @@ def rmsc(tokens: ArrayLike # (b,T,d)
         ) -> Tensor:
     """sqrt(mean_t |u_t - mean u|^2) of unit tokens: contrast within an image, 0 (all alike) .. 1, per image (b,)
     float64 (iREPA)."""
-    u, _ = _grid(tokens, (1, torch.as_tensor(tokens).shape[1]) if torch.as_tensor(tokens).ndim == 3 else None)
+    h = numbers(tokens, 'tokens')
+    u, _ = _grid(h, (1, h.shape[1]) if h.ndim == 3 else None)
     return (u - u.mean(1, keepdim=True)).square().sum(2).mean(1).sqrt()
 
 # %% ../nbs/27_similarity.ipynb #27656b35
@@ -474,9 +482,10 @@ def srss(tokens: ArrayLike,                   # (b,T,d)
     Only tokens that have both count; NaN where there is none, where the foreground has fewer than 2 tokens, or there is
     no background."""
     u, D = _grid(tokens, grid)
-    m = torch.as_tensor(masks, device=u.device).flatten(1) != 0
-    need(m.shape == u.shape[:2],
-         f'masks of shape {tuple(torch.as_tensor(masks).shape)} for tokens {tuple(u.shape)}; give (b,T) or (b,H,W)')
+    m = numbers(masks, 'masks').to(u.device) != 0
+    need(m.ndim > 1 and m.flatten(1).shape == u.shape[:2],
+         f'masks of shape {tuple(m.shape)} for tokens {tuple(u.shape)}; give (b,T) or (b,H,W)')
+    m = m.flatten(1)
     def toward(which: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         w, on = at.to(u), which.to(u)[..., None]
         count = (w@on)[..., 0]
@@ -495,6 +504,6 @@ def spatial(tokens: ArrayLike,                   # (b,T,d) of one layer
     facts n, grid, far, per_image {metric: (b,)}."""
     found = dict(lds=lds(tokens, grid, far), cds=cds(tokens, grid), rmsc=rmsc(tokens))
     if masks is not None: found['srss'] = srss(tokens, masks, grid, far=far)
-    side = round(torch.as_tensor(tokens).shape[1]**.5)
+    side = round(numbers(tokens).shape[1]**.5)
     rows = (dict(metric=m, value=v.nanmean().item(), images=int((~v.isnan()).sum())) for m, v in found.items())
     return Table(rows, n=len(found['lds']), grid=tuple(grid) if grid else (side, side), far=far, per_image=found)
