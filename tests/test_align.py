@@ -384,6 +384,22 @@ def test_unseen_labels_are_wrong():
     assert linear_probe(x, y, u, v+100).value == knn_accuracy(x, y, u, v+100).value == 0
 
 
+def test_a_rare_factor_has_an_interval():
+    """Resamples without any of three images in which a factor differs have no R^2; they gave ends of 1e14."""
+    x, u = normal(300, 6), normal(200, 6, 1)
+    rare = lambda v, k: torch.stack([v[:, 0], (torch.arange(len(v)) < k).double()], 1)
+    s = ridge_probe(x, rare(x, 5), u, rare(u, 3))
+    assert -1 < s.low < s.value < s.high < 1
+
+
+def test_words_are_classes_however_they_are_kept():
+    x, words = normal(60, 4), np.array(['cat', 'dog']*30)
+    for y in (words.astype(object), words.tolist(), tuple(words), words.astype(object)[:, None][::-1][::-1]):
+        assert knn_accuracy(x, y, k=3) == knn_accuracy(x, words, k=3)
+    with pytest.raises(UserError, match='different lengths'): knn_accuracy(x, np.array(['cat', 1]*30, object), k=3)
+
+
+
 def test_ridge_probe_knows_the_answer():
     x, u, w = normal(400, 12), normal(300, 12, 1), normal(12, 2, 2)
     noise = .5*w.norm(dim=0)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from vfmvae.core import UserError
 from fuzz import peak, reset_peak
-from vfmvae.images import (adm_crop, CROPS, open_image, published_draw, published_noise, random_crop_flip, square_crop,
+from vfmvae.images import (adm_crop, CROPS, from_uint8, open_image, published_draw, published_noise, random_crop_flip, square_crop,
                            to_pil, to_tensor, to_uint8, transform, TRANSFORMS)
 from vfmvae.folders import folder, shards
 from vfmvae.data import loader
@@ -206,3 +206,6 @@ def test_a_strip_is_not_made_wide_before_its_middle_is_taken(name, upright):
 def test_round_trip_of_pixels():
     x = torch.arange(256).view(1, 16, 16).expand(3, -1, -1)/127.5-1
     assert torch.equal(to_tensor(to_pil(x)), x.float())
+    for picture in (np.random.rand(9, 8, 3), np.zeros((9, 8, 3), np.uint16), Image.new('L', (8, 9)), Image.new('RGBA', (8, 9))):
+        with pytest.raises(UserError, match='give an RGB image'): to_tensor(picture)
+    with pytest.raises(UserError, match='no conversion'): from_uint8(x)

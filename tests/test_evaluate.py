@@ -303,6 +303,8 @@ def test_rfid_samples_by_pixels_and_counts(eyes):
     assert math.isclose(a, b, rel_tol=1e-3)
     mode = rfid(tok, world, eyes, n=80, pr_n=0)
     assert (mode.n, mode.latent, mode.kind, mode.subject, mode.precision) == (80, 'mode', 'rFID', tok.name, 'float32') and 'precision' not in mode.metrics
+    bare = type('Bare', (Identity, torch.nn.Module), {})()         # has no weights, and so no precision; 'None' was said
+    assert rfid(bare, World(40, seed=43), eyes, pr_n=0).precision is None
     with pytest.raises(UserError, match='images too few') as e: rfid(tok, world, eyes, n=91)
     assert one_line(e)
     with pytest.raises(UserError, match='walks through the data twice'): rfid(tok, iter([world[0]['image']]), eyes)

@@ -68,6 +68,16 @@ def test_inception_score_is_the_slow_sum():
     assert 1 < inception_score(p, splits=3) < 5
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_probabilities_of_half_precision_are_some(dtype):
+    p = torch.softmax(3*normal(300, 200), 1)
+    assert inception_score(p.to(dtype)) == pytest.approx(inception_score(p), rel=2e-3)
+    known = Statistics(torch.zeros(2), torch.eye(2), n=300, probs=p.to(dtype).float())
+    assert compare_statistics(known, known)['is'] == pytest.approx(inception_score(p), rel=2e-3)
+    with pytest.raises(UserError, match='apply softmax'): inception_score(p*1.02)
+
+
+
 def test_precision_recall_slow_and_chunked():
     a, b = normal(40, 3), normal(30, 3, 1)*1.5
     d = torch.cdist(a, a, compute_mode='donot_use_mm_for_euclid_dist').sort(1).values[:, 3]

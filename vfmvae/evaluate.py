@@ -111,8 +111,7 @@ def _record(kind: str, a: Statistics, b: Statistics, k: int, pr_n: int, **facts:
     if biased := min(counts) <= d:
         warnings.warn(f'{min(counts)} images for {d} feature dimensions: the distance depends on the number of images '
                       'above all; take more', stacklevel=3)
-    used: dict[str, int] = {}
-    if 'precision' in metrics: used |= dict(k=k, pr_n=min(pr_n, max(counts)))
+    used = dict(k=k, pr_n=min(pr_n, max(counts))) if 'precision' in metrics else {}
     if 'is' in metrics: used |= dict(splits=_splits(counts[0]))
     facts |= dict(n=a.n, reference=b.name, reference_n=b.n, extractor=a.extractor, biased=biased, size=a.size,
                   resized=a.resized, reference_resized=b.resized, made=provenance(), **used)
@@ -163,11 +162,11 @@ def rfid(tokenizer: Tokenizer,          # encode and decode
                   for f in (originals, rebuilt))
     if n is not None and real.n < n: raise UserError(f'{n-real.n} images too few for n = {n}; lower n')
     vfm = getattr(getattr(tokenizer, 'config', None), 'vfm', None) or getattr(tokenizer, 'vfm', None)
-    weights = tokenizer.parameters() if isinstance(tokenizer, nn.Module) else None
-    precision = None if weights is None else str(next((p.dtype for p in weights), None)).removeprefix('torch.')
+    weights = tokenizer.parameters() if isinstance(tokenizer, nn.Module) else ()
     return _record('rFID', fake, real, k, pr_n, subject=tokenizer.name, vfm=getattr(vfm, 'name', vfm), taken=taken,
                    preprocessing=f'{extractor.preprocessing}; reconstructions to 8 bits by {conversion}',
-                   latent='sample' if sample else 'mode', seed=seed if sample else None, precision=precision)
+                   latent='sample' if sample else 'mode', seed=seed if sample else None,
+                   precision=next((str(p.dtype).removeprefix('torch.') for p in weights), None))
 
 # %% ../nbs/32_evaluate.ipynb #7a83719c
 _GIVEN = ('subject', 'vfm', 'sampler', 'steps', 'shift', 'guidance', 'labels', 'ema', 'precision', 'seed')

@@ -110,8 +110,7 @@ def _inception_weights(path: PathLike | None) -> Path:
     if not at.is_file():
         need(path is None, f'no Inception weights at {at}; check the path')
         at.parent.mkdir(parents=True, exist_ok=True)
-        fetch = lambda p: torch.hub.download_url_to_file(_INCEPTION, str(p), hash_prefix='6726825d', progress=False)
-        try: write_atomic(at, fetch)
+        try: write_atomic(at, lambda p: torch.hub.download_url_to_file(_INCEPTION, str(p), '6726825d', progress=False))
         except Exception as e:
             raise UserError(f'cannot get the Inception weights ({type(e).__name__}); download {_INCEPTION} elsewhere '
                             'and give weights=file') from None

@@ -127,16 +127,20 @@ def open_image(path: PathLike | io.BytesIO,   # a file, or its bytes
 # %% ../nbs/05_images.ipynb #cd036b6d
 def to_tensor(im: Image.Image | np.ndarray # RGB; an array is uint8 (H,W,3)
              ) -> Tensor:
-    "(3,H,W) float32 in [-1,1]."
+    "(3,H,W) float32 in [-1,1]. UserError: see `to_byte_tensor`."
     return from_uint8(to_byte_tensor(im))
 
 def to_byte_tensor(im: Image.Image | np.ndarray) -> Tensor:
-    "An RGB image as uint8 (3,H,W)."
-    return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
+    "An RGB image as uint8 (3,H,W). UserError: other numbers, other channels."
+    a = np.array(im)
+    need(a.dtype == np.uint8 and a.ndim == 3 and a.shape[2] == 3,
+         f'a picture is {a.dtype} {a.shape}; give an RGB image, or uint8 (H,W,3)')
+    return torch.from_numpy(a).permute(2, 0, 1).contiguous()
 
 def from_uint8(x: Tensor # uint8, any shape
               ) -> Tensor:
-    "float32 of the same shape in [-1,1]; `to_uint8` gives the bytes back."
+    "float32 of the same shape in [-1,1]; `to_uint8` gives the bytes back. UserError: floating numbers."
+    need(not x.is_floating_point(), f'bytes are wanted, not {str(x.dtype)[6:]}; numbers in [-1,1] need no conversion')
     return x.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 def to_uint8(x: Tensor # any shape, [-1,1]; clamped
@@ -240,9 +244,8 @@ def transform(x: Tensor,         # (b,3,H,W) in [-1,1]
     """The transformed images in [-1,1]; `scale` alone (and a quarter turn of an oblong) changes H, W. UserError:
     unknown name, strength out of range, what `check_images` refuses."""
     t, strength = pick(name, TRANSFORMS, 'transform'), real(strength, f'the strength of {name}')
-    seed = whole(seed, 'seed', -2**62, 2**62)
     need(t.low <= strength <= t.high, f'{name} takes strengths from {t.low} to {t.high} ({t.unit}), not {strength}')
-    x = check_images(x, 'images to transform')
+    seed, x = whole(seed, 'seed', -2**62, 2**62), check_images(x, 'images to transform')
     # half precision lacks some of these operations on a CPU, and is too coarse for others
     return x if strength == t.identity else t.apply(at_least_float32(x), strength, seed).to(x.dtype)
 

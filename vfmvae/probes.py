@@ -9,7 +9,7 @@ __all__ = ['PENALTIES', 'Score', 'share', 'classes_of', 'knn_accuracy', 'linear_
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, cast, NamedTuple, TYPE_CHECKING
 
 # %% ../nbs/28_probes.ipynb #10dc513a
 import torch
@@ -39,7 +39,7 @@ def _bootstrap(stat: Callable[[Tensor], Tensor], # counts (r,n) of each test ima
                n: int, seed: int, times: int = 1000) -> Score:
     g, one = torch.Generator().manual_seed(seed), torch.ones(1, n, dtype=torch.float64)
     draw = lambda: torch.zeros_like(one).index_add_(1, torch.randint(n, (n,), generator=g), one)
-    low, high = torch.cat([stat(draw()) for _ in range(times)]).quantile(one.new_tensor([.025, .975])).tolist()
+    low, high = torch.cat([stat(draw()) for _ in range(times)]).nanquantile(one.new_tensor([.025, .975])).tolist()
     return Score(stat(one).item(), low, high)
 
 def share(k: int, # of n
@@ -53,9 +53,9 @@ def share(k: int, # of n
 # %% ../nbs/28_probes.ipynb #f6cd87cb
 def _targets(y: Any, n: int, name: str) -> np.ndarray:
     "One target (or row of targets) for each row, as an array of numbers or of words."
-    try: words = not isinstance(y, Tensor) and np.asarray(y).dtype.kind == 'U'
-    except ValueError: words = False                                         # of unequal length: `numbers` says so
-    if words: y = np.asarray(y)
+    try: words = not isinstance(y, Tensor) and all(isinstance(v, str) for v in np.ravel(y))  # also those of pandas
+    except (ValueError, TypeError, RuntimeError): words = False              # of unequal length: `numbers` says so
+    if words: y = np.asarray(y, str)
     else:
         y = numbers(y.cpu() if isinstance(y, Tensor) else y, name)
         y = (y.float() if y.dtype in (torch.float16, torch.bfloat16) else y).numpy()
@@ -182,9 +182,10 @@ def _linear(a: np.ndarray, ya: np.ndarray, b: np.ndarray, yb: np.ndarray, seed: 
 
 # %% ../nbs/28_probes.ipynb #4fee9b14
 def _r2(y: Tensor, guess: Tensor, c: Tensor) -> Tensor:
-    "R^2 averaged over the columns of y (n,m), for each row of the counts c (r,n)."
-    n, wrong = c.sum(1, keepdim=True), c@(y-guess).square()
-    return (1 - wrong/(c@y.square() - (c@y).square()/n)).mean(1)
+    "R^2 averaged over the columns of y (n,m), for each row of the counts c (r,n); nan where one does not vary."
+    n, wrong, square = c.sum(1, keepdim=True), c@(y-guess).square(), c@y.square()
+    total = square - (c@y).square()/n
+    return (1 - wrong/total.where(total > 1e-12*square, torch.nan)).mean(1)
 
 def _factors(y: ArrayLike, n: int, name: str) -> np.ndarray:
     "(n,m) float64 that vary. UserError on words and on a factor that never varies."
@@ -204,7 +205,8 @@ def ridge_probe(train_x: ArrayLike,                     # (n,d) features; a fift
                 components: int = 1024                  # as `linear_probe`
                ) -> Score:
     """Test R^2 of ridge regression on standardised features, averaged over factors, with its 95 % interval; nan if the
-    features never vary. Warns of rows that are copies. UserError if a factor never varies."""
+    features never vary. Resamples in which a factor does not vary have no R^2 and do not count. Warns
+    of rows that are copies. UserError if a factor never varies."""
     from sklearn.linear_model import RidgeCV
     from sklearn.preprocessing import StandardScaler
     (a, b), seed, components = _features(train_x, test_x), whole(seed, 'seed'), whole(components, 'components', 1)
@@ -237,7 +239,7 @@ def probe(source: FeatureSource | Tokenizer | PathLike,      # or the name or fi
     seeds = [whole(s, 'seeds') for s in (seeds if hasattr(seeds, '__iter__') else [seeds])]
     batch_size = whole(batch_size, 'batch_size', 1)
     need(seeds, 'a linear probe needs at least one seed')
-    net, fit, held = as_source(source), _labelled_set(train, n), _labelled_set(test, n)
+    net, fit, held = as_source(source), cast(Any, image_set(train, n)), cast(Any, image_set(test, n))
     known = _check_sets(fit, held)
     need(0 < whole(k, 'k') <= len(fit),
          f'k = {k} voters among {len(fit)} training images; choose k between 1 and {len(fit)}')
@@ -256,9 +258,6 @@ def probe(source: FeatureSource | Tokenizer | PathLike,      # or the name or fi
                  train=images_seen(fit), test=images_seen(held))
 
 # %% ../nbs/28_probes.ipynb #cb498e81
-# `_check_sets` looks
-def _labelled_set(images: Images | PathLike, n: int | None) -> Any: return image_set(images, n)
-
 def _check_sets(train: Dataset, test: Dataset) -> list[str]:
     """The classes of training in their order, as far as the set names them. UserError on sets that cannot be probed,
     before any work."""
@@ -266,12 +265,11 @@ def _check_sets(train: Dataset, test: Dataset) -> list[str]:
         need(hasattr(ds, 'batch') and len(ds),
              'a probe needs labelled images; give a data set such as World, folder(...) or shards(...)')
     known, asked = ([str(c) for c in ds.classes] if hasattr(ds, 'classes') else None for ds in (train, test))
-    if known is not None and len(known) < 2:
-        raise UserError(f'training has no two classes ({some_of(known, 5)}); '
-                        'a probe takes two, such as a folder of class folders')
-    if known is not None and asked is not None and not {*known} & {*asked}:
-        raise UserError(f'no class in common: training has {some_of(known, 5)}, the test {some_of(asked, 5)}; '
-                        'name them alike, in shards by a classes.json beside them')
+    need(known is None or len(known) > 1, f'training has no two classes ({some_of(known or [], 5)}); '
+                                          'a probe takes two, such as a folder of class folders')
+    need(known is None or asked is None or {*known} & {*asked},
+         f'no class in common: training has {some_of(known or [], 5)}, the test {some_of(asked or [], 5)}; '
+         'name them alike, in shards by a classes.json beside them')
     return known or []
 
 def _labelled(source: FeatureSource, ds: Dataset, word: str, layers: Sequence[int | str] | None, how: str, size: int

@@ -17,8 +17,8 @@ from .files import Table
 from .plots import curves, inches, panels
 from .images import Images, TRANSFORMS
 from .neighbours import knn_graph, prepare
-from .views import as_source, extract_views, group_by_source, image_set, images_seen, say_unfamiliar
-from .align import check_enough, cknna_pairs, score_sources, Source, SourceLike, Transforms, with_layer
+from .views import as_source, extract_views, group_by_source, image_set, images_seen, say_unfamiliar, Transforms
+from .align import check_enough, cknna_pairs, score_sources, Source, SourceLike, with_layer
 
 # %% ../nbs/26_robustness.ipynb #1f52ff62
 AXES = ('noise', 'rotation', 'scale', 'translation', 'hflip', 'colour', 'blur', 'jpeg', 'crop', 'occlusion')
@@ -115,8 +115,8 @@ def layer_scores(sources: Sequence[Source],        # what `views.as_source` take
         (s, layer), (t, to) = by_name[r['left']], by_name[r['right']]
         depth = list(s.layers).index(layer)/max(1, len(s.layers)-1)
         reference = t.name if to == t.layers[-1] else f'{t.name} [{to}]'
-        score = {c: r[c] for c in r if c not in ('left', 'right')}
-        rows.append(dict(source=s.name, layer=layer, depth=depth, reference=reference, **score))
+        rows.append(dict(source=s.name, layer=layer, depth=depth, reference=reference,
+                         **{c: r[c] for c in r if c not in ('left', 'right')}))
     return Table(rows, n=rows[0]['n'], k=k, pooling=pool, times=times, seed=seed, **images_seen(ds))
 
 # %% ../nbs/26_robustness.ipynb #e90d8f38
