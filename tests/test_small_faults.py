@@ -283,7 +283,7 @@ def test_the_gradient_is_ours_whatever_accelerate_was_told(monkeypatch):
         task = TokenizerTask(ConvVAE(SMALL), Stage('a', dict(l1=1.), ()), clip=.1)
         return [r['grad_norm'] for r in fit(task, loader(World(8, size=16), 4), 8, log_every=1, show=lambda h: None, **how)]
     plain, acc = lengths(), make_accelerator()
-    acc.scaler = SimpleNamespace(scale=lambda loss: loss*1024)
+    acc.scaler = SimpleNamespace(scale=lambda loss: loss*1024, get_scale=lambda: 1024.)
     assert lengths(accelerator=acc) == plain
     monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '4')        # accelerate launch --gradient_accumulation_steps 4
     assert lengths() == plain

@@ -2012,6 +2012,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vfmvae.train._Log._clear': ('train.html#_log._clear', 'vfmvae/train.py'),
                               'vfmvae.train._Log.add': ('train.html#_log.add', 'vfmvae/train.py'),
                               'vfmvae.train._Log.write': ('train.html#_log.write', 'vfmvae/train.py'),
+                              'vfmvae.train._backward': ('train.html#_backward', 'vfmvae/train.py'),
                               'vfmvae.train._begin': ('train.html#_begin', 'vfmvae/train.py'),
                               'vfmvae.train._by_sharding': ('train.html#_by_sharding', 'vfmvae/train.py'),
                               'vfmvae.train._micro': ('train.html#_micro', 'vfmvae/train.py'),

@@ -142,8 +142,7 @@ def _checked(values: Mapping[str, Any], what: str) -> int:
     return _say(f"{', '.join(bad)} of {what} is not a finite number", 1) if bad else 0
 
 # %% ../nbs/62_cli.ipynb #eca1bdb6
-def _demo(device: str | None = None,
-          **how: Any) -> None:
+def _demo(device: str | None = None, **how: Any) -> None:
     "reconstruct pictures, train a tokenizer for a minute, draw samples, leave a page"
     vfmvae.demo.demo(**how, device=device)
 
@@ -169,8 +168,7 @@ def _train_tokenizer(vfm_weights: str | None = None,
     watched = partial(recipes.open_data, how['held_out'] or how['data'], seed=8)
     how['held_out'] = ds = watched(how['size'] or p.config.img_size)
     def report(stage: 'vfmvae.tokenizer_task.Stage', net: 'vfmvae.protocols.TrainableTokenizer') -> None:
-        size = net.config.img_size       # that of the stage before, where the run has one
-        r = recipes.evaluate_tokenizer(net, ds if ds.size == size else watched(size), 256)
+        r = recipes.evaluate_tokenizer(net, ds if ds.size == (at := net.config.img_size) else watched(at), 256)
         if not acc.is_main_process: return
         print(f"after {stage.name}, {kind} images: {r['psnr']:.2f} dB PSNR, SSIM {r['ssim']:.3f}, {r['n']} images")
     recipes.train_tokenizer(**how, on_stage=report)

@@ -74,7 +74,8 @@ def write_atomic(path: PathLike, # the final name; its folder is made
     living one's."""
     path = as_path(path)
     # threads and machines may write the same file at once; the process is named so that `sweep` can tell a dead writer
-    tmp = path.with_name(f'.{os.fsencode(path.name)[:120].decode(errors="ignore")}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp')
+    tmp = path.with_name(f'.{os.fsencode(path.name)[:120].decode(errors="ignore")}.'
+                         f'{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.parent not in _SWEPT:      # what an earlier program left behind when it was killed

@@ -178,7 +178,8 @@ def _expand(pattern: str, most: int = 100_000) -> list[str]:
     """Shell wildcards and numeric braces: 'a-{000..002}.tar' gives three names, whether they exist or not. UserError:
     over 100,000."""
     m = re.search(r'\{(\d{1,18})\.\.(\d{1,18})\}', pattern)
-    if m is None: return sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not is_file(Path(pattern)) else [pattern]
+    if m is None:
+        return sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not is_file(Path(pattern)) else [pattern]
     numbers = range(int(m[1]), int(m[2])+1)
     need(len(numbers) <= most, f'{pattern} names more than 100,000 shards; give fewer')
     named = (f'{pattern[:m.start()]}{n:0{len(m[1])}d}{pattern[m.end():]}' for n in numbers)

@@ -453,7 +453,7 @@ def estimate(preset: str | Preset,
         for net in (*task.nets.values(), task.ema.net): net.to(acc.device)
         x = dict(image=torch.rand(n, 3, side, side, device=acc.device)*2-1)
         def step(task: TokenizerTask = task, x: dict = x) -> None:
-            try: task.step([x], Tensor.backward, lambda ok=True: ok, n)
+            try: task.step([x], acc.backward, lambda ok=True: ok, n)
             except NotFinite as e:
                 raise UserError(f'stage {task.stage.name!r} on random pictures: {e}; try another precision') from None
             if acc.device.type == 'cuda': torch.cuda.synchronize()

@@ -149,8 +149,7 @@ class Stage:
     lr: float = 1e-4
     num_images: int = 0               # to see in this stage
     adaptive: bool = True             # scale the VF loss by the ratio of gradients at the latent
-    multiscale_until: float | None = 5_000_000 # images, of all stages, after which the small scales stop counting;
-                                      # None: never
+    multiscale_until: float | None = 5_000_000 # images, of all stages, after which small scales stop; None: never
     equivariance: tuple[float, ...] = () # scales of `sample_equivariance`, the last 1, or a key of EQUIVARIANCE; (): no
                                          # equivariance regularisation
     warmup: tuple[str, ...] = ()      # 'gan' waits until l1 has settled, 'patchgan' until gan has

@@ -394,9 +394,16 @@ class Trackers:
         for t in self.acc.trackers if self.acc else (): t.finish()
 
 # %% ../nbs/21_train.ipynb #16d1a012
-def _sharding(wanted: bool, acc: 'Accelerator') -> bool:
+def _backward(acc: 'Accelerator', loss: Tensor) -> None:
+    # of this loss alone: Accelerate divides it by steps that it was told of, and scales it for a float16 of its own
+    acc.backward(loss*(acc.gradient_accumulation_steps/(acc.scaler.get_scale() if acc.scaler else 1)))
+
+def _sharding(wanted: bool, acc: 'Accelerator', task: Task) -> bool:
     """Whether to shard: asked for here, or by `accelerate launch --use_fsdp`. UserError on a CPU, where Accelerate does
-    not shard."""
+    not shard. A Notice where it was asked for a precision that is the task's to choose."""
+    if acc.mixed_precision != 'no' and (own := getattr(task, 'precision', 'fp32')) == 'fp32':
+        notice(f'Accelerate was asked for {acc.mixed_precision}, this task computes in {own}; give it its precision '
+               '(--precision)')
     launched = os.environ.get('ACCELERATE_USE_FSDP', '').lower() in ('1', 'true')
     asked = launched or getattr(acc.state, 'fsdp_plugin', None) is not None
     need(wanted or not asked or acc.device.type != 'cpu', 'on a CPU Accelerate takes FSDP for plain data parallelism; '
@@ -427,9 +434,7 @@ def fit(task: Task, loader: Loader,
     num_images = whole(num_images, 'num_images', loader.batch_size*accumulate)
     rate = lr if lr is None or callable(lr) else constant(real(lr, 'lr', above=0, high=1e3))
     acc, show, in_a_row = accelerator or make_accelerator(), show or LivePlot(preview=preview), 0
-    if acc.mixed_precision != 'no' and (own := getattr(task, 'precision', 'fp32')) == 'fp32':
-        notice(f'Accelerate was asked for {acc.mixed_precision}, this task computes in {own}; say precision (--precision)')
-    shard = _sharding(shard, acc)
+    shard = _sharding(shard, acc, task)
     loop, steps, first, history, spare = _begin(task, loader, num_images, run, seed, accumulate, acc, shard)
     kept, per_step, sync = run if acc.is_main_process else None, loop['batch'], partial(synchronise, task, acc)
     bar, batches = progress(total=steps-first, desc='train'), _micro(loader, first, accumulate)
@@ -441,7 +446,7 @@ def fit(task: Task, loader: Loader,
             seed_all((seed*1_000_003 + step*acc.num_processes + acc.process_index) % 2**63)     # for dropout and such
             now = _set_rate(task, rate, step)
             micro, seen = _numbered(next(batches), loader, step, seed, acc), (step+1)*per_step
-            try: logs, in_a_row = task.step(micro, Tensor.backward, sync, seen), 0
+            try: logs, in_a_row = task.step(micro, partial(_backward, acc), sync, seen), 0
             except NotFinite as e:
                 logs, log.skipped, in_a_row = {}, log.skipped+1, in_a_row+1
                 _report(e, step+1, seen, micro, run, acc, task if in_a_row >= patience else None)
