@@ -187,7 +187,7 @@ _bundled = [*_dits, 'dit-vfmvae-tiny-f8d16-early', 'lumina-vfmvae-tiny-f8d16']
 for _name in [k for k in _bundled if k not in nets]:
     nets.register(_name, partial(lambda name: DiT.load(data_dir()/'weights'/f'{name}.safetensors'), _name))
 
-def open_net(net: str | Path | DiT # a name of `nets`, a file of `train_flow`, a folder of `save_pretrained`; a net is itself
+def open_net(net: str | Path | DiT # a name of `nets`, a file of `train_flow`, a folder of `save_pretrained`; or a net
             ) -> DiT:
     """A trained net, in eval mode; `.meta` names the tokenizer of its latents. UserError: unknown name (with the
     nearest), a file that does not fit."""
