@@ -35,7 +35,7 @@ from .trials import (joint_stage, MEASURES, open_study, Panel, plan, Row, rows_a
 def _cost(folder: Path, began: float, rows: list[dict] | None = None) -> float:
     "Processor hours of a run, over all its starts; kept beside it."
     write_json(folder/f'cost-{os.getpid()}-{began:.3f}.json', dict(hours=(time.process_time()-began)/3600))
-    return sum(read_json(f)['hours'] for f in folder.glob('cost-*.json'))
+    return round(sum(read_json(f)['hours'] for f in folder.glob('cost-*.json')), 5)
 
 def train_trial(trial: Trial) -> None:
     "Trains what is missing, or goes on with it; its weights lie in `trial.out` then."
@@ -82,7 +82,8 @@ def work(trial: Trial,              # the folder is made
         if trial.dataset not in panels:
             size = trained_tokenizer(trial).config.img_size
             panels[trial.dataset] = Panel(trial.study, trial.study.data[trial.dataset], size, trial.root/'seen')
-        with torch.no_grad(): rows = [*MEASURES[k][1](trial, panels[trial.dataset])]
+        with torch.no_grad():       # eight digits are enough of a table
+            rows = [r | dict(value=float(f"{r['value']:.8g}")) for r in MEASURES[k][1](trial, panels[trial.dataset])]
         write_json(rows_at(trial, k), dict(rows=rows, made=provenance(seed=trial.seed)))
 
 def _next(runs: Sequence[Trial], failed: Mapping[str, str]) -> tuple[str | None, FileLock | None]:
