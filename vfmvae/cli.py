@@ -165,7 +165,7 @@ def _train_tokenizer(vfm_weights: str | None = None,
     if dry_run: return
     _kept(None, how['run'] or how['out'])
     kind = 'held-out' if how['held_out'] or how['data'] == 'world' else 'training'
-    watched = partial(recipes.open_data, how['held_out'] or how['data'], seed=8)
+    watched: Any = partial(recipes.open_data, how['held_out'] or how['data'], seed=8)
     how['held_out'] = ds = watched(how['size'] or p.config.img_size)
     def report(stage: 'vfmvae.tokenizer_task.Stage', net: 'vfmvae.protocols.TrainableTokenizer') -> None:
         r = recipes.evaluate_tokenizer(net, ds if ds.size == (at := net.config.img_size) else watched(at), 256)
