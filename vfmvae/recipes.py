@@ -388,7 +388,7 @@ def train_tokenizer(preset: str | Preset = 'tiny',   # a key of PRESETS, or one'
                     discriminator: str | VFM | None = None, # VFM of the projected discriminator; None: the preset's
                     perceptual_loss: Callable[[Tensor, Tensor], Tensor] | None = None, # None: `default_perceptual_loss`
                     held_out: Data | None = None,    # images to watch; None: those to train on
-                    on_stage: Callable[[Stage, TrainableTokenizer], object] | None = None, # called after each with the average
+                    on_stage: Callable[[Stage, TrainableTokenizer], object] | None = None, # gets the average of each
                     **options: object                # of `TrainOptions`: num_images, batch_size, lr, run, out, seed ...
                    ) -> tuple[Tokenizer, list[dict]]:
     """Trains stage by stage, averages, fits the latent stats; returns (tokenizer in eval mode, log rows). Under
