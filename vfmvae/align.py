@@ -197,7 +197,7 @@ def _alignment(a: tuple[Graph, Tensor], b: tuple[Graph, Tensor], # of `_own_spre
     null = _ratio(_null(ga, gb, unbiased, len(weights), seed), kk[0], ll[0], eps)
     if not (ga.varies and gb.varies and score[0] == score[0]):
         _value(score[0], kk[0], ll[0], eps, ga.varies and gb.varies)
-        return Alignment(*[float('nan')]*7, ga.n, ga.k), score*torch.nan
+        return Alignment._make([*[float('nan')]*7, ga.n, ga.k]), score*torch.nan
     value, low, high = score[0].item(), *score[1:].nanquantile(score.new_tensor([.025, .975])).tolist()
     q95 = null.quantile(.95).item()
     p = (1+(null >= score[0]-1e-6*score[0].abs()).sum().item())/(1+len(null))        # equal but for rounding is equal

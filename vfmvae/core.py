@@ -385,7 +385,7 @@ def numbers(x: ArrayLike | Tensor, # a tensor, an array, a list of tensors, or n
     """x as a dense tensor of real, finite numbers without gradients. UserError: complex, sparse, text, rows of
     different lengths, NaN."""
     listed = isinstance(x, list | tuple) and len(x) and all(isinstance(v, Tensor) for v in x)   # of any type and device
-    try: x = (torch.stack([*x]) if listed else x if isinstance(x, Tensor) else
+    try: x = (torch.stack([*typing.cast(Any, x)]) if listed else x if isinstance(x, Tensor) else
               torch.as_tensor(_native(np.asarray(x)))).detach()
     except (TypeError, ValueError, RuntimeError) as e:
         why = f'not text, objects or rows of different lengths ({first_line(e, 200)})'
