@@ -1,16 +1,20 @@
 "Flow: laws of paths, noise levels, losses, samplers, seeds and guidance; nothing here needs a net that was trained."
 import math, sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from vfmvae.core import UserError
+from vfmvae.core import Gaussian, UserError
+from vfmvae.dit import DiT, DiTConfig, NetFeatures
+from vfmvae.flow_task import FlowConfig
+from vfmvae.presets import FLOW_PRESETS
 from vfmvae.flow import (coefficients, convert, cosine_loss, dimension_shift, DiTOutput, flow_loss, FLOW_WEIGHTS,
                          FlowTargets, half_diffusion, interpolate, PATHS, prediction_error, PREDICTIONS, repa_loss,
                          sample_t, shift_t, t_interval, TIME_DISTRIBUTIONS)
 from vfmvae.samplers import (classifier_free, diffusion, DIFFUSION_COEFFICIENTS, guide, ImageNoise, internal_guidance,
-                             methods, ODES, pack_state, sample, Sampler, SDES, time_grid, trajectory, unpack_state,
+                             methods, ODES, pack_state, sample, sample_latents, Sampler, SDES, time_grid, trajectory, unpack_state,
                              velocity_field)
 
 MU, S = torch.tensor([-1.5, .4, 2.], dtype=torch.float64), torch.tensor([.3, 1.4, .7], dtype=torch.float64)   # data: N(MU, S^2), coordinate by coordinate
@@ -436,3 +440,76 @@ def test_gradients_are_the_callers_choice():
     (lambda n, z: velocity_field(lambda z, t, y: z[:, :1], torch.zeros(2))(z, .5), 'must be equal')])
 def test_bad_input_of_guidance(call, message):
     with pytest.raises(UserError, match=message): call(Counting(), torch.zeros(2, 4))
+
+
+# what a net says, on which path, for which labels ------------------------------------------------------------------------------------------------
+
+def exact_net(predict, path, **meta):
+    "A DiT that answers exactly for latents N(MU, S^2), channel by channel, and refuses a noise level that its training never had."
+    net = DiT(DiTConfig(in_channels=3, hidden_size=16, depth=1, num_heads=1, num_classes=300, predict=predict)).eval()
+    mu, s, (low, high) = MU.view(3, 1, 1), S.view(3, 1, 1), t_interval(path, predict)
+    def answer(z, t, y, layers=None):
+        assert predict == 'data' or low <= t[0].item()+1e-6 and t[0].item() <= high+1e-6, t
+        v = gaussian(z.double(), t[0].double(), path, mu, s)
+        v = convert(v, z.double(), t[0].double(), 'velocity', predict, path) if predict != 'velocity' else v
+        return DiTOutput(v, base=v) if layers is not None else v
+    net.forward, net.meta = answer, meta
+    return net.double()
+
+
+@pytest.mark.parametrize(('path', 'how'), [*((p, {}) for p in PATHS), *(('gvp', dict(guidance=2., weak=w)) for w in (None, 'base', 'given'))], ids=str)
+@pytest.mark.parametrize('predict', PREDICTIONS)
+def test_a_net_is_sampled_by_what_it_says_on_its_path(predict, path, how):
+    "Noise and score were asked for at t = 1, where they are no velocity (NaN), and every path but the linear one was forgotten."
+    net, weak = exact_net(predict, path), exact_net('velocity', path) if how.get('weak') == 'given' else None
+    if how.get('weak') == 'base': object.__setattr__(net.config, 'base_depth', 1)
+    noise = ImageNoise(0, [0, 1], (3, 2, 4))()
+    got = sample_latents(net, [0, 1], (3, 2, 4), sampler=Sampler(40, 'heun', path=path, **how), weak=weak).double()
+    start = t_interval(path, sampling=True)[1]
+    want = carried(noise.permute(0, 2, 3, 1).double(), path, start, t_interval(path, sampling=True)[0]).permute(0, 3, 1, 2)
+    assert (got-want).abs().max() < (.25 if predict == 'data' else .08)          # data: divided by no less than .05
+
+
+@pytest.mark.parametrize('kind', [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, list, tuple, range], ids=str)
+@pytest.mark.parametrize('guidance', [1., 2.])
+def test_labels_of_any_kind_of_whole_numbers_are_labels(kind, guidance):
+    "The null label of ImageNet does not fit into a byte."
+    net = exact_net('velocity', 'linear')
+    labels = torch.tensor([0, 1]).to(kind) if isinstance(kind, torch.dtype) else kind(2) if kind is range else kind([0, 1])
+    seen, answer = [], net.forward
+    net.forward = lambda z, t, y, *more: (seen.append(y), answer(z, t, y, *more))[1]
+    assert sample_latents(net, labels, (3, 2, 2), sampler=Sampler(1, 'euler', guidance=guidance)).shape == (2, 3, 2, 2)
+    assert all(y.dtype == torch.int64 for y in seen) and seen[0].tolist() == [0, 1] and seen[-1].tolist() == ([0, 1] if guidance == 1 else [300, 300])
+    for bad in (torch.tensor([.5]), torch.tensor([True]), torch.tensor([301]), torch.tensor([[0, 1]]), [-1]):
+        with pytest.raises(UserError, match=r'^label[^\n]+$'): sample_latents(net, bad, (3, 2, 2), sampler=Sampler(1, 'euler'))
+
+
+@pytest.mark.parametrize('steps', [10, 20, 25, 35, 40])
+def test_both_ends_of_a_guidance_interval_are_in_it(steps):
+    "linspace gives .30000000000000004 for .3."
+    for i in range(steps+1):
+        t, x = time_grid(steps)[i].item(), (steps-i)/steps
+        for ends in ((x, 1.), (0., x)) if 0 < x < 1 else ():
+            fields = guide(lambda z, t: z, lambda z, t: 0*z, 3., ends), internal_guidance(lambda z, t: (z, 0*z), 3., ends)
+            assert [f(torch.ones(1), t).item() for f in fields] == [3., 3.], (steps, x, t, ends)
+            apart = 1e-6 if ends[0] == 0 else -1e-6
+            assert [f(torch.ones(1), t+apart).item() for f in fields] == [1., 1.]
+
+
+def test_dopri5_that_cannot_go_on_is_one_line():
+    pytest.importorskip('torchdiffeq')
+    for f, how in ((lambda z, t: z*math.nan, {}), (lambda z, t: z.square()*1e5, {})):
+        with pytest.raises(UserError, match=r"^sampling by 'dopri5' ended in [^\n]+$"): sample(f, normal(2, 3), Sampler(2, 'dopri5', **how))
+
+
+def test_a_net_whose_file_names_its_path_is_sampled_on_no_other():
+    net = exact_net('velocity', 'gvp', recipe=dict(flow=dict(path='gvp')))
+    assert net.path == 'gvp' and sample_latents(net, [0], (3, 2, 2), sampler=Sampler(2, path='gvp')).isfinite().all()
+    with pytest.raises(UserError, match="learned the path 'gvp'"): sample_latents(net, [0], (3, 2, 2), sampler=Sampler(2))
+    with pytest.raises(UserError, match='give both the same'): replace(FLOW_PRESETS['dit-conv-f8d16'], flow=FlowConfig(path='gvp'))
+    tok = type('Tok', (torch.nn.Module,), dict(name='tok', channels=3, encode=lambda self, x: Gaussian(x, None), device='cpu'))()
+    x = images = torch.rand(2, 3, 4, 4)*2-1
+    draws = {p: NetFeatures(net, tok, .3, path=p).noised(x)[0] for p in (None, 'linear', 'gvp')}
+    assert torch.equal(draws[None], draws['gvp']) and not torch.equal(draws['linear'], draws['gvp'])
+    noise = (draws['linear']-.7*images)/.3
+    torch.testing.assert_close(draws['gvp'], interpolate(images, noise, .3, 'gvp')[0], rtol=1e-4, atol=1e-4)

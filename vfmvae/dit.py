@@ -24,7 +24,7 @@ from .runtime import device_of, weights_at
 from .layers import sincos_table
 from .protocols import LatentStats, Tokenizer
 from .tokenizer import check_config, families, image_seeds, Pretrained
-from .flow import DiTOutput, PREDICTIONS
+from .flow import coefficients, DiTOutput, PREDICTIONS
 from .text import Text, Words
 from .dit_layers import (Block, Caption, CaptionEmbed, FinalLayer, LabelEmbed, MLPS, modulations, NORMS,
                                PatchEmbed, projector, QK_NORMS, rope_table, TextAttention, TextBlock, TimeEmbed,
@@ -345,6 +345,10 @@ def _velocity(c: DiTConfig, out: Any, z: Tensor) -> tuple[Tensor, Tensor | None]
     return sign*v.to(z.dtype), None if v_cls is None else sign*v_cls.to(z.dtype)
 
 # %% ../nbs/37_dit.ipynb #c68ecf32
+# the path between data and noise that a net learned, of `flow.PATHS`, as its file says; None: it does not say
+def _path(net: Any) -> str | None:
+    return ((net.meta.get('recipe') or {}).get('flow') or {}).get('path')
+
 def _no_condition(net: _Layers, n: int) -> Condition:
     c, words, place = net.config, getattr(net.y_embedder, 'words', None), net.x_embedder.proj.weight.device
     if not c.text_dim: return torch.full((n,), c.num_classes, device=place)
@@ -356,7 +360,7 @@ def _no_condition(net: _Layers, n: int) -> Condition:
 class DiT(Pretrained, _Layers):
     """A velocity net over latents: `net(z, t, y, cls=None)` -> noise - data, for every family of `FAMILIES` (Peebles &
     Xie 2023; Ma et al. 2024). t is the noise level: 0 data, 1 noise. `layers` names what `forward` can be asked for."""
-    device = property(weights_at)
+    device, path = property(weights_at), property(_path)
     def __init__(self, config: DiTConfig | Mapping):
         super().__init__(config if isinstance(config, DiTConfig) else build_config(DiTConfig, config))
         self.meta: dict[str, Any] = {}             # of the file it came from
@@ -435,7 +439,8 @@ class NetFeatures:
                  t: float = 0.5,            # noise level, 0: data, 1: noise
                  seed: int = 0,             # of the noise, together with the pixels of each image
                  cls: Callable | None = None, # images -> clean class tokens (b,cls_dim), for nets with one; None: zeros
-                 name: str | None = None    # None: made from the tokenizer's name and t
+                 name: str | None = None,   # None: made from the tokenizer's name and t
+                 path: str | None = None    # of `flow.PATHS`; None: the net's, else 'linear'
                 ):
         wants = net.config.in_channels
         need(tokenizer.channels == wants, f'{tokenizer.name} has {tokenizer.channels} channels, this net was built for '
@@ -443,6 +448,7 @@ class NetFeatures:
         need(0 <= t <= 1, f't = {t} is no noise level; choose between 0 (data) and 1 (noise)')
         self.net, self.tokenizer, self.t, self.seed, self.cls = net, tokenizer, float(t), seed, cls
         self.name, self.layers = name or f'dit-{tokenizer.name}@t{t:g}', net.layers
+        self.alpha, self.sigma = (v.item() for v in coefficients(self.t, path or net.path or 'linear')[:2])
     @property
     def device(self) -> torch.device:
         "Where it wants images: with the tokenizer."
@@ -454,7 +460,7 @@ class NetFeatures:
         clean = self.tokenizer.encode(x.to(self.device)).mode().to(like.device)
         draws = Draws(self.seed, image_seeds(x))
         def mix(data: Tensor, use: str) -> Tensor:
-            return (1-self.t)*data + self.t*normal_like(data, draws, use).to(data)
+            return self.alpha*data + self.sigma*normal_like(data, draws, use).to(data)
         z, width = mix(clean, 'noise'), self.net.config.cls_dim
         if not width: return z, None
         cls = torch.zeros(len(x), width, device=like.device) if self.cls is None else self.cls(x).to(z)

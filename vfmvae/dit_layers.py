@@ -134,8 +134,8 @@ class SwiGLU(nn.Module):
 
 def projector(dim: int, hidden: int, out: int) -> nn.Sequential:
     "The head that REPA puts on a block: three linear maps with SiLU between, tokens (b,n,dim) to (b,n,out)."
-    layers = nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out)
-    return nn.Sequential(*layers)
+    return nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                         nn.Linear(hidden, out))
 
 MLPS: dict[str, Callable] = {'gelu': MLP, 'swiglu': SwiGLU}
 

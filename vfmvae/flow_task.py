@@ -8,7 +8,7 @@ __all__ = ['Laws', 'PRECISIONS', 'FlowConfig', 'vfm_targets', 'FlowTask', 'loss_
 
 # %% ../nbs/41_flow_task.ipynb #992164a3
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TYPE_CHECKING
 
 # %% ../nbs/41_flow_task.ipynb #b84800ac
@@ -272,11 +272,10 @@ class FlowMonitor:
                 ):
         self.task, self.data, self.run, self.tokenizer, self.vfm, self.images = task, data, run, tokenizer, vfm, images
         self.every, self.n, self.seed = whole(every, 'every', 1), whole(n, 'n', 1), seed
-        self.labels, self.ts, self.sampler, self.then = list(labels), tuple(ts), sampler, then
-        self.rows, self._begun = list[dict](), False
+        self.labels, self.ts, self.then = list(labels), tuple(ts), then
+        self.rows, self._begun, self.sampler = list[dict](), False, replace(sampler, path=task.flow.path)
     def __call__(self, history: list[dict]) -> None:
-        # a run that goes on keeps its schedule
-        if not self._begun and self.run: self.rows = self.run.rows('watch.jsonl')
+        if not self._begun and self.run: self.rows = self.run.rows('watch.jsonl')   # as it was
         self._begun, seen = True, history[-1]['images']
         if seen//self.every > (self.rows[-1]['images']//self.every if self.rows else 0): self.evaluate(seen)
         if self.then: self.then(history)
@@ -301,7 +300,8 @@ class FlowMonitor:
         "Rows `t`, `layer`, `value`, `null`: CKNNA of every layer of the average with the VFM's last layer."
         if not (self.tokenizer and self.vfm and self.images is not None):
             raise UserError('CKNNA of a net needs a VFM, pictures and the tokenizer that encodes them; give all three')
-        sources = [NetFeatures(self.task.ema.net.eval(), self.tokenizer, t, self.seed) for t in self.ts]
+        sources = [NetFeatures(self.task.ema.net.eval(), self.tokenizer, t, self.seed, path=self.task.flow.path)
+                   for t in self.ts]
         table = layer_scores(sources, [self.vfm], self.images, times=20, seed=self.seed, quiet=True)
         return [dict(t=s.t, **{k: r[k] for k in ('layer', 'value', 'null')})
                 for s in sources for r in table.where(source=s.name)]

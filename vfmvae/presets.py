@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 # %% ../nbs/46_presets.ipynb #3806f098
-from .core import check_fields
+from .core import check_fields, need
 from .files import data_dir
 from .captions import VOCABULARY
 from .vae import VFMVAEConfig
@@ -41,7 +41,11 @@ class FlowPreset:
     precision: str = 'fp32'
     crop: str = 'centre'            # of pictures that are opened by name, a key of `images.CROPS`; published: 'adm'
     sampling: Sampler = Sampler()   # how it is sampled, unless another way is asked for
-    def __post_init__(self) -> None: check_fields(self)
+    def __post_init__(self) -> None:
+        check_fields(self)
+        need(self.sampling.path == self.flow.path,
+             f'FlowPreset.sampling is on the path {self.sampling.path!r}, FlowPreset.flow on {self.flow.path!r}; give '
+             'both the same')
 
 def forward_gflop(net: DiTConfig, latent: tuple[int, int, int]) -> float:
     """Billions of floating-point operations (two for each multiply-add) of one forward pass on one latent (c,h,w);

@@ -25,6 +25,7 @@ from .protocols import Tokenizer
 from .tokenizer import opened
 from .reader import bundled_reader
 from .text import Text, TextEncoder
+from .flow import convert
 from .dit import caption_maps, Condition, DiT
 from .samplers import ImageNoise, internal_guidance, ODES, Sampler, trajectory, velocity_field
 from .generation import encoder_of, nets as bundled, open_net, tokenizer_of
@@ -85,12 +86,15 @@ class Stage(NamedTuple):
     net: DiT
     tokenizer: Tokenizer
 
+def _path(stage: Stage) -> str: return stage.net.path or 'linear'
+
 class _SamplerNets(Lab[Way]):
     "The nets of a lab and their trajectories."
     family = 'dit'                       # of bundled nets, the beginning of their names
     def __init__(self, nets: Any = None, # one, or stage -> net, early first; objects, names or files; None: bundled
                  tokenizer: Tokenizer | PathLike | None = None, # of these nets; None: the one that they name
-                 state: Way | None = None, side: int = 8,  # latent pixels per side
+                 state: Way | None = None,
+                 side: int | None = None,                  # latent pixels per side; None: as its file says, else 8
                  device: Device = None,                   # of nets that are opened by name; None: the best
                  **changes: Any):                         # fields of the state
         super().__init__(state)
@@ -102,7 +106,7 @@ class _SamplerNets(Lab[Way]):
         if nets is not None: named['net'] = dict(nets) if isinstance(nets, Mapping) else {'net': nets}
         need(all(named.values()), 'no nets to sample from; give at least one')
         self.named, self.opened = named, dict[str, list[Stage]]()
-        self.side, self.lock = whole(side, 'side', 1, 512), threading.Lock()
+        self.side, self.lock = None if side is None else whole(side, 'side', 1, 512), threading.Lock()
         self.trajectories: dict[tuple, Trajectory] = {}
         self.begin(changes, nets=nets, tokenizer=tokenizer, side=side)
     def stages(self, state: Way) -> list[Stage]:
@@ -125,10 +129,10 @@ class _Trajectories(_SamplerNets[Way]):
         raise NotImplementedError
     def velocity(self, state: Way, stage: Stage) -> Callable[[Tensor, float], Tensor]:
         "The velocity field of a state, guidance included."
-        net = stage.net
-        asked = self.condition(state, net).to(net.device)
-        if state.guidance == 1: return velocity_field(net, asked[:1])
-        both = velocity_field(net, asked)                    # one pass of two costs a slider less than two of one
+        asked = self.condition(state, stage.net).to(stage.net.device)
+        field = partial(velocity_field, stage.net, path=_path(stage))
+        if state.guidance == 1: return field(asked[:1])
+        both = field(asked)                                  # one pass of two costs a slider less than two of one
         def pair(z: Tensor, t: float) -> tuple[Tensor, Tensor]:
             told, plain = both(torch.cat([z, z]), t).chunk(2)
             return told, plain
@@ -138,9 +142,9 @@ class _Trajectories(_SamplerNets[Way]):
         s = state
         key = self.asked(s), s.guidance, s.steps, s.method, s.seed, identity(stage.net), identity(stage.tokenizer)
         def start() -> Iterator[tuple[float, Tensor]]:
-            shape = stage.tokenizer.channels, self.side, self.side
-            noise = ImageNoise(s.seed, [0], shape, device=stage.net.device)
-            return trajectory(self.velocity(s, stage), noise, Sampler(s.steps, s.method))
+            sides = [self.side]*2 if self.side else (stage.net.meta.get('latent') or (8, 8))[-2:]
+            noise = ImageNoise(s.seed, [0], (stage.tokenizer.channels, *sides), device=stage.net.device)
+            return trajectory(self.velocity(s, stage), noise, Sampler(s.steps, s.method, path=_path(stage)))
         with self.lock:                     # a picture and a job may ask for a new one at once
             if key not in self.trajectories:
                 if len(self.trajectories) > 32: del self.trajectories[next(iter(self.trajectories))]
@@ -185,7 +189,7 @@ class _Ways(_Trajectories[Way]):
         levels, latents = zip(*self.trajectory(s, stage).done, strict=True)
         step, end, complete = min(s.step, len(levels)-1), latents[-1], len(levels) > s.steps
         t, z = levels[step], latents[step]
-        guess = z - t*self.velocity(s, stage)(z, t) if t > 0 else z          # on the linear path, z_t - t v
+        guess = convert(self.velocity(s, stage)(z, t), z, t, 'velocity', 'data', _path(stage)) if t > 0 else z
         images, colours = decode_cpu(torch.cat([z, guess, end]), stage.tokenizer), pca_colours([end, guess, z])[::-1]
         far = torch.stack([(v-end).square().mean() for v in latents]).sqrt().tolist()
         last = 'end' if complete else f'so far, t {levels[-1]:.2f}'
@@ -286,7 +290,8 @@ class PromptState(WayState):
 class _Prompts(_Ways[PromptState]):
     State, family = PromptState, 'lumina'
     def __init__(self, nets: Mapping[str, object] | DiT | PathLike | None = None,
-                 tokenizer: Tokenizer | PathLike | None = None, state: PromptState | None = None, side: int = 8,
+                 tokenizer: Tokenizer | PathLike | None = None, state: PromptState | None = None,
+                 side: int | None = None,
                  device: Device = None,                    # these as for a `SamplerLab`
                  encoder: str | TextEncoder | None = None, # of captions, or its name; None: the net's own words
                  **changes: object):                       # fields of the state

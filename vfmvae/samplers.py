@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/38_samplers.ipynb #db621d6b
-from .core import check_fields, Draws, extra, need, one_of, pick, real, whole
+from .core import check_fields, Draws, extra, first_line, need, one_of, pick, real, UserError, whole
 from .runtime import device_of, in_eval_mode
 from .flow import (check_shapes, coefficients, convert, DATA_FLOOR, half_diffusion, noise_level, shift_t,
                          t_interval)
@@ -37,9 +37,12 @@ def unpack_state(state: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     z, cls = state.split([math.prod(shape), state.shape[1]-math.prod(shape)], 1)
     return z.unflatten(1, tuple(shape)), cls
 
-def _read(net: object, out: Tensor, z: Tensor, t: float, predict: str | None = None, path: str = 'linear') -> Tensor:
+# the noise level at which a net is asked: as it was trained, of noise and score not quite 1, where no data is left
+def _asked(t: float, how: str, path: str) -> float:
+    return t if how == 'data' else min(t, t_interval(path, how)[1])
+
+def _read(out: Tensor, z: Tensor, t: float, how: str, path: str) -> Tensor:
     "What a net says of z at t, as a velocity; a prediction of data as it was weighed in training."
-    how: Any = predict or getattr(getattr(net, 'config', None), 'predict', 'velocity')
     return convert(out, z, max(t, DATA_FLOOR) if how == 'data' else t, how, 'velocity', path)
 
 def velocity_field(net: Callable,                      # net(z, t, y), t (b,)
@@ -49,16 +52,18 @@ def velocity_field(net: Callable,                      # net(z, t, y), t (b,)
                    predict: str | None = None, # what the net says; None: what its configuration says, else 'velocity'
                    path: str = 'linear'
                   ) -> Field:
-    "The velocity field of a net for these conditions."
+    "The velocity field of a net for these conditions; of one that says noise or score it is that of t = .999 at 1."
+    how: Any = predict or getattr(getattr(net, 'config', None), 'predict', 'velocity')
     def f(z: Tensor, t: float, decide: float | None = None) -> Tensor:
         need(len(y) == len(z), f'{len(y)} conditions for {len(z)} latents; give one each')
+        t = _asked(t, how, path)
         level = torch.full((len(z),), t, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
         image, *cls = (z,) if shape is None else unpack_state(z, shape)
         out = net(image, level, y, *cls)
         if cls: out = pack_state(*out)
         need(not isinstance(out, tuple), 'the net returns a velocity of its class token too; give shape=(c,h,w) and '
                                          'joint states, see pack_state')
-        return _read(net, out, z, t, predict, path)
+        return _read(out, z, t, how, path)
     return f
 
 # %% ../nbs/38_samplers.ipynb #ca0e3436
@@ -139,6 +144,9 @@ def _interval(interval: tuple[float, float]) -> tuple[float, float]:
     need(low <= high, f'a guidance interval of {interval}; give (low, high) noise levels in [0, 1]')
     return low, high
 
+def _inside(t: float, interval: tuple[float, float]) -> bool:       # a grid's .3 may be a rounding away from .3
+    return interval[0]-1e-9 <= t <= interval[1]+1e-9
+
 def _scale(value: float, name: str = 'guidance') -> float:
     return real(value, name, -1e4, 1e4)      # far more than anything that still is a picture
 
@@ -155,8 +163,8 @@ def _settings(s: 'Sampler') -> dict[str, Any]:
 def _levels(s: 'Sampler') -> list[float]:
     (low, high), last = t_interval(s.path, sampling=True), s.last_step if s.stochastic and s.last else None
     if s.stochastic and s.form == 'sbdm' and s.path != 'vp': high = 1-1e-3   # w is infinite without data
-    even = time_grid(s.steps, s.shift, (0. if last else low, high), last) if s.grid is None else None
-    ts = noise_level(torch.tensor(s.grid, dtype=torch.float64) if even is None else even).tolist()
+    ts = noise_level(time_grid(s.steps, s.shift, (0. if last else low, high), last) if s.grid is None else
+                     torch.tensor(s.grid, dtype=torch.float64)).tolist()
     need(len(ts) > 1 and all(a > b for a, b in zip(ts, ts[1:], strict=False)),
          'a time grid falls from noise (1) to data (0), without repeats; sort it')
     need(not s.stochastic or not diffusion(ts[0], s.form, 1., s.path) > 1e6,
@@ -182,7 +190,7 @@ class Sampler:
     norm: float = 1.                # ... and its factor
     last: str | None = 'mean'       # an SDE's last step: 'mean' (no noise), 'euler' (nor score), 'tweedie' (predicted
                                     # data); None: as the others
-    last_step: float = .04          # ... and its length
+    last_step: float = .04          # ... and its length, before the shift
     grid: Tensor | tuple[float, ...] | None = None # falling noise levels, instead of steps and shift; kept as a tuple
     atol: float = 1e-6              # of dopri5, which chooses its own steps, for the batch as a whole
     rtol: float = 1e-3
@@ -225,7 +233,10 @@ def _dopri5(f: Field, z: Tensor, s: Sampler) -> Iterator[tuple[float, Tensor]]:
     odeint = extra('torchdiffeq', 'ode', "use method='heun' or 'rk4' instead of 'dopri5'").odeint
     ts = torch.tensor(s.levels(), dtype=torch.float64).to(z.device, z.dtype)
     options = {} if s.overshoot else dict(step_t=ts[-1:])
-    states = odeint(lambda t, x: f(x, t.item()), z, ts, method='dopri5', atol=s.atol, rtol=s.rtol, options=options)
+    try: states = odeint(lambda t, x: f(x, t.item()), z, ts, method='dopri5', atol=s.atol, rtol=s.rtol, options=options)
+    except AssertionError as e:         # NaN, or its steps became too small
+        raise UserError(f"sampling by 'dopri5' ended in {first_line(e)}; guide less, allow it more error (atol, rtol), "
+                        'or look at the net') from None
     yield from zip(s.levels(), states, strict=True)
 
 def _sde(f: Field, z: Tensor, s: Sampler, draw: Callable[[], Tensor]) -> Iterator[tuple[float, Tensor]]:
@@ -288,12 +299,12 @@ def guide(strong: Field, weak: Field,
           interval: tuple[float, float] = (0., 1.) # noise levels (low, high), both included, where weak is asked at all
          ) -> Field:
     "weak + scale (strong - weak). With another net's field as weak: AutoGuidance (Karras et al. 2024)."
-    (low, high), constant = _interval(interval), None if callable(scale) else _scale(scale)
+    interval, constant = _interval(interval), None if callable(scale) else _scale(scale)
     # decide: the noise level that is compared with the interval, if not t
     def f(z: Tensor, t: float, decide: float | None = None) -> Tensor:
         held = {} if decide is None else dict(decide=decide)
         v = strong(z, t, **held)
-        if not low <= held.get('decide', t) <= high or constant == 1: return v
+        if constant == 1 or not _inside(held.get('decide', t), interval): return v
         return v + ((scale(v) if callable(scale) else constant)-1)*(v-weak(z, t, **held))
     return f
 
@@ -320,18 +331,17 @@ def classifier_free(net: Callable, y: Condition, # net(z, t, y) and labels (b,),
         if shape is None: return image
         return torch.cat([image.flatten(), v.new_full((v.shape[1]-image.numel(),), cls_scale or 1.)])
     with_label, without = (velocity_field(net, k, shape, predict, path) for k in (y, _null(y, null)))
-    plain = scale == 1 and (cls_scale or 1.) == 1
-    return guide(with_label, without, 1. if plain else scales, interval)
+    return guide(with_label, without, 1. if scale == (cls_scale or 1.) == 1 else scales, interval)
 
 # of (z, t): velocities of the whole net and of its early exit, in one pass
 Both = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 def internal_guidance(both: Both, scale: float, interval: tuple[float, float] = (0., 1.)) -> Field:
     "early + scale (whole - early) within the interval, the whole net's velocity outside (RAEv2)."
-    (low, high), scale = _interval(interval), _scale(scale)
+    interval, scale = _interval(interval), _scale(scale)
     def f(z: Tensor, t: float, decide: float | None = None) -> Tensor:
         v, early = both(z, t)
-        return early + scale*(v-early) if low <= (t if decide is None else decide) <= high else v
+        return early + scale*(v-early) if _inside(t if decide is None else decide, interval) else v
     return f
 
 # %% ../nbs/38_samplers.ipynb #76ace5a0
@@ -340,14 +350,16 @@ _PLAIN, COARSE = Sampler(), Sampler(25)
 def _guided(net: DiT, y: Condition, shape: Sequence[int] | None, s: Sampler, weak: DiT | None) -> Field:
     "The velocity field of a net for these labels, guided as the sampler says."
     def both(z: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        out = net(z, torch.full((len(z),), t, dtype=torch.float32, device=z.device), y, layers=())
-        return _read(net, out.v, z, t), _read(net, out.base, z, t)
+        t = _asked(t, how := net.config.predict, s.path)
+        out: Any = net(z, torch.full((len(z),), t, dtype=torch.float32, device=z.device), y, layers=())
+        return _read(out.v, z, t, how, s.path), _read(out.base, z, t, how, s.path)
     if weak is None and s.weak == 'base': return internal_guidance(both, s.guidance, s.interval)
     if weak is None:
         return classifier_free(net, y, net.config.num_classes, s.guidance, s.channels, s.interval, shape,
-                               s.cls_guidance)
+                               s.cls_guidance, path=s.path)
     asked = _null(y, weak.config.num_classes) if s.weak_null else y
-    return guide(velocity_field(net, y), velocity_field(weak, asked), s.guidance, s.interval)
+    strong = velocity_field(net, y, path=s.path)
+    return guide(strong, velocity_field(weak, asked, path=s.path), s.guidance, s.interval)
 
 # %% ../nbs/38_samplers.ipynb #6798af65
 @torch.no_grad()
@@ -364,8 +376,9 @@ def sample_latents(net: DiT,
     """Latents (n,c,h,w) on unit scale, on the CPU; with `states` (steps+1,n,c,h,w), noise first. The net is called in
     eval mode, on its own device. UserError: labels, numbers or a weaker net that do not fit."""
     c, batch_size = net.config, whole(batch_size, 'batch_size', 1)
-    y: Condition = labels if isinstance(labels, Tensor | Text) else torch.tensor(
-        [whole(k, 'label', 0, c.num_classes) for k in labels])
+    given: Any = torch.atleast_1d(labels).tolist() if isinstance(labels, Tensor) else labels    # once, for any device
+    y: Condition = labels if isinstance(labels, Text) else torch.tensor(
+        [whole(k, f'label (number {c.num_classes}: no class)', 0, c.num_classes) for k in given], dtype=torch.int64)
     index = list(range(len(y)) if index is None else index)
     need(len(y), 'no labels, so nothing to sample; give one for each picture')
     need(len(index) == len(y), f'{len(index)} numbers for {len(y)} labels; give one each')
@@ -374,12 +387,9 @@ def sample_latents(net: DiT,
     need(weak or sampler.weak is None or sampler.weak == 'base' and c.base_depth,
          f"no weaker net {sampler.weak!r}; give a DiT as weak, or 'base' where the net has a second final layer "
          f"(base_depth)")
+    need(net.path in (None, sampler.path), f'this net learned the path {net.path!r}; sample it with path={net.path!r}')
     need(weak is None or weak.config.in_channels == c.in_channels,
          'the weaker net must be of the same latent; it has other channels')
-    if isinstance(y, Tensor):
-        low, high = (v.item() for v in y.cpu().aminmax())       # once, here: a net on a device does not look
-        need(0 <= low <= high <= c.num_classes,
-             f'labels from {low} to {high}: this net knows 0 to {c.num_classes-1}, and {c.num_classes} for no class')
     here, joint = device_of(net), tuple(shape) if c.cls_dim else None
     size, plain, done = (math.prod(shape)+c.cls_dim,) if joint else tuple(shape), replace(sampler, guidance=1.), []
     with in_eval_mode(net, weak):
