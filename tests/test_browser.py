@@ -475,3 +475,23 @@ def test_an_exported_lab_is_moved_clicked_linked_and_taken_back(sheet, exported)
     sheet.goto('about:blank')
     sheet.goto(address)
     until(sheet, lambda: f'image {exported[1]} of' in words.inner_text() and 'blur 2' in words.inner_text(), 'the address does not hold the state', 5)
+
+
+def test_a_click_in_an_export_finds_numbers_names_and_places(browser, tmp_path):
+    "JSON of Python and of a browser differ: 45.0 and 45, '\\u00e9' and '\u00e9', [1, 2] and [1,2]; such a click did nothing."
+    import numpy as np
+    from vfmvae.lab_parts import export_html
+    from vfmvae.pages import Page, Section, Tile
+    moves = dict(strength=[0., 45.], name=['b', '\u00e9t\u00e9'], place=[(), (.5, .25)], rate=[1., 1e-5])
+    at = [[(0, 1)[i >> k & 1] for k in range(4)] for i in range(16)]
+    go = [Tile(np.zeros((3, 8, 8)), k, go={k: v[1]}) for k, v in moves.items()]
+    frames = {','.join(map(str, i)): [Page([Section('', go)]).html(), 'frame '+''.join(map(str, i))] for i in at}
+    axes = [dict(name=k, values=[str(x) for x in v], raw=v, start=0, slide=False) for k, v in moves.items()]
+    (tmp_path/'lab.html').write_text(export_html('t', axes, frames, Page([]).style), encoding='utf-8')
+    page = browser.new_page()
+    page.goto((tmp_path/'lab.html').as_uri())
+    words = page.locator('[role=status]')
+    for i, k in enumerate(moves):
+        page.locator('.vp .go').nth(i).click()
+        until(page, lambda: words.inner_text() == 'frame '+'1'*(i+1)+'0'*(3-i), f'a click on {k} does nothing', 5)  # noqa: B023
+    page.close()

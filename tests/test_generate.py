@@ -352,13 +352,16 @@ def test_accuracy_is_measured_where_the_extractor_is():
     was, g.gfid = g.gfid, lambda *a, **k: type('R', (), dict(metrics={}))()
     try:
         import dataclasses
+        replace_facts = lambda s, **facts: dataclasses.replace(s, facts=s.facts | facts)
         replace, g.replace = g.replace, lambda r, **k: k['metrics']
         samples = Samples(torch.zeros(2, 3, 8, 8), torch.arange(2), dict(net='x', labels='given'), CLASSES)
         assert evaluate_samples(samples, 'ref', judge)['accuracy'] == 1.
+        said = replace_facts(samples, labels='captions')      # as many captions as the judge has classes are no classes
+        assert evaluate_samples(said, 'ref', judge).metrics == {}
         g.replace = replace
         assert dataclasses.replace is replace
     finally: g.gfid = was
-    assert places == ['meta']
+    assert places == ['meta', 'meta']
 
 
 def test_a_cache_takes_the_sets_of_others(tmp_path):
@@ -371,3 +374,12 @@ def test_a_cache_takes_the_sets_of_others(tmp_path):
 def test_what_is_no_name_of_a_net_is_one_line(wrong):
     with pytest.raises(UserError, match='^no net named .*train_flow') as e: open_net(wrong)
     assert '\n' not in str(e.value)
+
+
+def test_a_record_says_whether_labels_were_counted_named_or_said():
+    "One class by its name was recorded as 'balanced'; names in an array of numpy were refused."
+    net = open_net('dit-conv-f8d16')
+    one, two = net.meta['classes'][:2]
+    for labels, said in ((2, 'balanced'), (one, 'given'), (np.array([one, two]), 'given')):
+        drawn = generate(net, labels, steps=1, method='euler')
+        assert drawn.facts['labels'] == said and drawn.labels.tolist() == [0, 1][:len(drawn)]

@@ -17,7 +17,10 @@ from vfmvae.session import FeatureCache, fingerprint, ReferenceImages, same_net
 from vfmvae.explorer import Explorer, ExplorerState
 from vfmvae.generation import open_net
 from vfmvae.labs import EmbeddingLab, EmbeddingState, LayerLab, NeighbourLab, ReconstructionLab
+from vfmvae.flow import convert
+from vfmvae.pages import _rgb
 from vfmvae.sampler_lab import SamplerLab, SamplerState
+from vfmvae.samplers import ImageNoise, Sampler, trajectory, velocity_field
 from vfmvae.plots import curves, paper_style, STYLE, to_png
 from vfmvae.tokenizer import save_tokenizer, tokenizers
 from vfmvae.vfm import VFM
@@ -459,3 +462,78 @@ def test_no_curve_is_left_out_by_a_logarithmic_axis():
     assert curves({'a': [1., math.nan]}, 'x', 'y', log=True).axes[0].get_yscale() == 'log'
     panels = {ax.get_ylabel(): ax.get_yscale() for ax in training_curves(rows).axes if ax.lines}
     assert panels == {'loss': 'log', 'REPA (minus cosine)': 'linear'}
+
+
+# sets as they come: copies, labels without a name, one picture -----------------------------------------------------------------------------------
+
+SMALL = dict(n=13, source='tiny', second='tiny')
+
+class Bare:
+    "Pictures with labels, of which not all have a name."
+    name, size = 'bare', 64
+    def __init__(self, labels, classes=None):
+        self.x, self.labels = World(13, seed=3).batch(range(13))['image'], labels
+        if classes: self.classes = classes
+    def __len__(self): return 13
+    def batch(self, at): return dict(image=self.x[[*at]], label=torch.tensor([self.labels[i] for i in at]), key=[f'k{i}' for i in at])
+
+
+def test_an_image_with_copies_is_not_its_own_neighbour_in_the_plane():
+    "The first of the nearest was taken for the image itself; with copies it was one of those, and itself stood in their place."
+    x = World(13, seed=3).batch(range(13))['image']
+    x[4] = x[9] = x[2]
+    for i, copies in ((4, [2, 9]), (9, [2, 4]), (2, [4, 9])):
+        lab = EmbeddingLab(images=x, image=i, **SMALL)
+        tiles = [t.go['image'] for t in lab.page().sections[1].tiles]
+        assert tiles[0] == i and len(tiles) == 9 and i not in tiles[1:] and sorted(tiles[1:3]) == copies
+
+
+@pytest.mark.parametrize(('labels', 'classes', 'shown'), [
+    ([0, 1, 2]*4+[0], None, {'label 0', 'label 1', 'label 2'}), ([-1, 0, 1]*4+[1], ('\u00e9t\u00e9', 'b'), {'label -1', '\u00e9t\u00e9', 'b'}),
+    ([0, 1, 7]*4+[0], ('a', 'b'), {'a', 'b', 'label 7'}), ([0, 1]*6+[0], ('a', 'b', 'c'), {'a', 'b'})], ids=str)
+def test_a_label_without_a_name_is_called_by_its_number(labels, classes, shown):
+    "-1 was taken for the last class, a number beyond the classes ended in an error of Python."
+    rows = EmbeddingLab(images=Bare(labels, classes), **SMALL).page().rows
+    assert {r['group'] for r in rows} == shown
+    assert [r['group'] for r in rows] == [classes[k] if classes and 0 <= k < len(classes) else f'label {k}' for k in labels]
+
+
+def test_a_lab_about_one_picture_opens():
+    "The default of the other image is 1, which is not there."
+    x = World(2, seed=3).batch(range(2))['image']
+    lab = ReconstructionLab(images=x[:1], tokenizer='conv-f8d16')
+    assert lab.state.other == 0 and 'Image 0 by conv-f8d16' in lab.text()
+    assert ReconstructionLab(images=x, tokenizer='conv-f8d16').state.other == 1
+    with pytest.raises(UserError, match='no image 1; there are 1'): lab.set(other=1)
+
+
+def test_a_sampler_lab_draws_latents_of_the_size_that_the_net_learned():
+    "8 x 8, whatever its file says."
+    net = copy.deepcopy(open_net('dit-vfmvae-tiny-f8d16'))
+    def drawn(**how): return [t.pixels.shape[-2:] for t in SamplerLab(net, steps=1, method='euler', **how).page().sections[-2].tiles][3:]
+    assert drawn() == [(8, 8)]*3 and drawn(side=4) == [(4, 4)]*3
+    net.meta = net.meta | dict(latent=[16, 4, 6])
+    assert drawn() == [(4, 6)]*3 and drawn(side=4) == [(4, 4)]*3
+    net.meta = {k: v for k, v in net.meta.items() if k != 'latent'}
+    assert drawn() == [(8, 8)]*3
+
+
+def test_a_sampler_lab_goes_along_the_path_that_the_net_learned():
+    net = copy.deepcopy(open_net('dit-vfmvae-tiny-f8d16'))
+    net.meta = net.meta | dict(recipe=dict(flow=dict(path='gvp')))
+    lab = SamplerLab(net, steps=4, step=2, method='euler', guidance=1.)
+    lab.finish()
+    [stage] = lab.stages(lab.state)
+    way = lab.trajectory(lab.state, stage).done
+    noise = ImageNoise(0, [0], (16, 8, 8))
+    with torch.no_grad():
+        want = [*trajectory(velocity_field(net, torch.tensor([0]), path='gvp'), noise, Sampler(4, 'euler', path='gvp'))]
+        (t, z), [*_, latents] = way[2], lab._row(lab.state, stage)
+        guess = convert(net(z, torch.full((1,), t), torch.tensor([0])), z, t, 'velocity', 'data', 'gvp')
+    for (a, x), (b, y) in zip(way, want, strict=True): assert a == b and torch.equal(x, y.float())
+    torch.testing.assert_close(latents[1:2], guess)
+
+
+def test_a_wide_picture_stays_wide(): # beyond 400 pixels both sides were cut to 400
+    for shape, want in {(3, 200, 800): (100, 400, 3), (900, 300): (400, 133, 3), (3, 300, 400): (300, 400, 3), (3, 8, 8): (8, 8, 3)}.items():
+        assert _rgb(torch.rand(shape)).shape == want

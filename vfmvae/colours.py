@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/50_colours.ipynb #d6939629
-from .core import to_grid, to_tokens, UserError
+from .core import need, to_grid, to_tokens
 
 # %% ../nbs/50_colours.ipynb #24b242e7
 def principal_axes(rows: Tensor,  # (n,c), centred
@@ -33,13 +33,13 @@ Grids = Tensor | Sequence[Tensor]
 
 def _grids(z: Grids) -> list[Tensor]:
     many = [z] if isinstance(z, Tensor) else [*z]
-    if not many or any(t.ndim not in (3, 4) or not t.numel() for t in many):
-        raise UserError(f'PCA colours need latents (b,c,h,w) or tokens (b,n,c), not {[tuple(t.shape) for t in many]}')
+    need(many and all(t.ndim in (3, 4) and t.numel() for t in many),
+         f'PCA colours need latents (b,c,h,w) or tokens (b,n,c), not {[tuple(t.shape) for t in many]}')
     grids = [(to_grid(t) if t.ndim == 3 else t).detach().cpu().double() for t in many]
     channels = [g.shape[1] for g in grids]
-    if len({*channels}) > 1: raise UserError(f'one fit needs one number of channels, not {channels}')
-    if not all(g.isfinite().all() for g in grids):
-        raise UserError('these latents contain NaN or infinity; look at the images they come from')
+    need(len({*channels}) == 1, f'one fit needs one number of channels, not {channels}')
+    need(all(g.isfinite().all() for g in grids),
+         'these latents contain NaN or infinity; look at the images they come from')
     return grids
 
 class ColourFit:

@@ -269,7 +269,7 @@ def _labels(labels: int | Sequence[int] | Tensor, classes: int, policy: str, see
 def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str | None, encoder: str | TextEncoder | None
           ) -> tuple[Condition, Tensor, tuple[str, ...]]:
     "(what the net is asked, the number of each sample, what the numbers mean)."
-    texts = [labels] if isinstance(labels, str) else labels
+    texts = [labels] if isinstance(labels, str) else labels.tolist() if isinstance(labels, np.ndarray) else labels
     told = isinstance(texts, Sequence) and len(texts) and all(isinstance(k, str) for k in texts)
     if not net.config.text_dim:
         need(negative is None and encoder is None, 'this net draws classes; leave negative and encoder out')
@@ -323,14 +323,14 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
     if out is not None: out = check_pictures(out, {f'{i:06d}.png' for i in range(len(y))})
     s, weak = _sampler(model, sampler, how, device_of(model))
     if weak: tokenizer_of(weak, tok)
+    told = 'captions' if model.config.text_dim else 'given' if isinstance(labels, str) or np.ndim(labels) else policy
     c, ema = model.config, ((model.meta.get('recipe') or {}).get('flow') or {}).get('ema')
     side = getattr(getattr(tok, 'config', None), 'img_size', 256)//tok.stride
     shape = tuple(model.meta.get('latent') or (c.in_channels, side, side))
     seen = getattr(getattr(tok, 'config', None), 'vfm', None), *(model.meta.get('recipe') or {}).get('vfms', ())
     facts = s.facts() | dict(vfm=', '.join(dict.fromkeys(filter(None, seen))) or None,
                              net='given' if isinstance(net, DiT) else str(net), tokenizer=tok.name, seed=seed, n=len(y),
-                             labels=policy if np.ndim(labels) == 0 else 'given', ema=ema,
-                             precision=str(model.x_embedder.proj.weight.dtype).split('.')[-1])
+                             labels=told, ema=ema, precision=str(model.x_embedder.proj.weight.dtype).split('.')[-1])
     def parts() -> Iterator[tuple[int, Tensor]]:
         for i in range(rank*batch_size, len(y), num_processes*batch_size):
             at = range(i, min(i+batch_size, len(y)))
@@ -354,14 +354,14 @@ def evaluate_samples(samples: Samples,                 # of `generate`
     among its metrics if the extractor gives class probabilities. UserError as `gfid`."""
     f = samples.facts
     kept = 'vfm', 'sampler', 'steps', 'shift', 'guidance', 'ema', 'precision', 'seed'
-    facts: dict[str, Any] = {k: f.get(k) for k in kept}
-    labels = f['labels'] if f['labels'] in LABEL_POLICIES else None
-    r = gfid(samples, against, extractor, subject=f['net'], labels=labels, **facts, **how)
+    facts: dict[str, Any] = {k: f.get(k) for k in kept} | dict(
+        subject=f['net'], labels=f['labels'] if f['labels'] in LABEL_POLICIES else None)
+    r = gfid(samples, against, extractor, **facts, **how)
     size, right, place = how.get('batch_size', 64), [], device_of(extractor)
     for i in range(0, len(samples), size):
         b = samples.batch(range(i, min(i+size, len(samples))))
         with torch.no_grad(): probs = extractor(b['image'].to(place)).get('probs')
-        if probs is None or probs.shape[1] != len(samples.classes): return r
+        if probs is None or probs.shape[1] != len(samples.classes) or f['labels'] == 'captions': return r
         right.append(probs.argmax(1).cpu() == b['label'])
     return replace(r, metrics=dict(r.metrics, accuracy=torch.cat(right).double().mean().item()))
 

@@ -6,7 +6,7 @@
 __all__ = ['LabState', 'Latest', 'Lab']
 
 # %% ../nbs/52_lab_base.ipynb #93d3300a
-import asyncio, html, inspect, itertools, json, math, time
+import asyncio, html, inspect, itertools, math, time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -139,7 +139,7 @@ class _States(Generic[LabState]):
         cannot be shown; then nothing changes."""
         known = {f.name: f for f in fields(self.State)}
         bad = next((k for k in changes if k not in known), None)
-        if bad: raise UserError(f"the lab has no {bad!r}{nearest(bad, known)} (known: {', '.join(known)})")
+        need(bad is None, f"the lab has no {bad!r}{nearest(str(bad), known)} (known: {', '.join(known)})")
         changes = {k: as_field(f, changes[k]) for k, f in known.items() if k in changes}
         self._to(replace(self.state, **self.follow(changes)), self.past)
         self.future.clear()
@@ -485,7 +485,7 @@ class Lab(_Kept[LabState]):
             sheets[page.style] = None
         slider = Control('slide', '')
         axes = [dict(name=k, values=[specs.get(k, slider).show(x) for x in v], start=v.index(getattr(self.state, k)),
-                     raw=[json.dumps(x) for x in v], slide=specs.get(k, slider).kind != 'choice')
+                     raw=v, slide=specs.get(k, slider).kind != 'choice')
                 for k, v in moved.items()]
         text = export_html(self.title, axes, frames, ''.join(sheets))
         return write_atomic(path, lambda p: p.write_text(text, encoding='utf-8'))

@@ -203,7 +203,8 @@ else a.values.forEach((v,j)=>c.add(new Option(v,j)));
 c.addEventListener('input',()=>{{at[i]=+c.value;moved()}})}});
 document.querySelector('#picture').addEventListener('click',e=>{{const m=/go-(\\S+)/.exec(e.target.className);
 if(!m)return;const go=Object.entries(JSON.parse(decodeURIComponent(m[1]))),to=go.map(([n,v])=>{{
-const i=axes.findIndex(a=>a.name===n);return [i,i<0?-1:axes[i].raw.indexOf(JSON.stringify(v))]}});
+const i=axes.findIndex(a=>a.name===n),is=r=>JSON.stringify(r)===JSON.stringify(v);
+return [i,i<0?-1:axes[i].raw.findIndex(is)]}});
 if(to.every(([i,j])=>j>=0)){{to.forEach(([i,j])=>at[i]=j);moved()}}}});
 addEventListener('hashchange',read);read();
 </script></html>
@@ -213,5 +214,5 @@ def _in_script(x: object) -> str: return json.dumps(x).replace('</', '<\\/')    
 
 def export_html(title: str, axes: Sequence[dict], frames: Mapping[str, Sequence], sheet: str) -> str:
     """A page that shows `frames` ('0,2' -> [HTML, words]) by controls, one for each axis: `name`,
-    `values` in words, `raw` as JSON, `start`, `slide`. `sheet`: style sheets of all frames."""
+    `values` in words, `raw` as they are, `start`, `slide`. `sheet`: style sheets of all frames."""
     return _EXPORT.format(title=html.escape(title), axes=_in_script(axes), frames=_in_script(frames), sheet=sheet)

@@ -35,7 +35,7 @@ from .dit import DiT, NetFeatures
 from .generation import nets as bundled, open_net, tokenizer_of
 from .colours import pca_colours, principal_axes
 from .pages import Chart, FRAMES, Page, Section, Spot, Tile
-from .lab_parts import (check_fits, check_state, Control, grouped, image_tile, Job, make_page,
+from .lab_parts import (check_fits, check_state, class_name, Control, grouped, image_tile, Job, make_page,
                         read_images, transform_controls, WORST)
 from .session import claim_name, decode_cpu, encode_cpu, FeatureCache, Nets, SetLab, tokens_of, View
 from .explorer import layer_name
@@ -132,6 +132,8 @@ class _Reconstruction(SetLab[ReconstructionState]):
 class ReconstructionLab(_Reconstruction):
     "A decoder, scale by scale, and a latent edited by hand; see `Lab` and `ReconstructionState`."
     title, scrub = 'Reconstruction lab', ('amount',)
+    def follow(self, changes: dict) -> dict:       # of a set of one image the other is the same
+        return dict(other=min(self.state.other, len(self.data)-1)) | super().follow(changes)
     def panel(self, state: ReconstructionState) -> dict[str, Control]:
         last, amounts = len(self.data)-1, sorted({0., .1, .25, .5, .75, 1., float(state.amount)})
         names = tuple(dict.fromkeys([*self.tokenizer_names(), state.tokenizer]))
@@ -409,7 +411,10 @@ class _Places(SetLab[EmbeddingState]):
     def groups(self, cache: FeatureCache, state: EmbeddingState, rows: Tensor) -> tuple[Sequence[int], tuple[str, ...]]:
         "The group of each point, the names of the groups."
         ref, moved = cache.images, f'{state.transform} {state.strength:g}'
-        if state.colour == 'class': return ref.labels.tolist(), ref.classes or ('all',)
+        if state.colour == 'class':         # a label may have no name, and -1 is none
+            known = [*dict.fromkeys((*range(len(ref.classes)), *sorted(ref.labels.tolist())))]
+            names = tuple(class_name(ref, k) or f'label {k}' for k in known)
+            return [known.index(k) for k in ref.labels.tolist()], names
         if state.colour == 'transform': return [0]*len(ref)+[1]*len(ref), ('clean', moved)
         def make() -> list[int]:
             from sklearn.cluster import KMeans
@@ -440,12 +445,13 @@ class _Embedding(_Places):
         cache = self.start(state)
         if cache is None or SetLab.jobs(self, state): return _waiting()
         s, rows, ref, n = state, self.rows(cache, state), cache.images, len(cache.images)
-        places = self.session.made.get(self.key(cache, s)) if s.method == 'umap' else None
-        waiting, axis = places is None and s.method == 'umap', 'PC' if places is None else 'UMAP'
+        found = self.session.made.get(self.key(cache, s)) if s.method == 'umap' else None
+        waiting, axis = found is None and s.method == 'umap', 'PC' if found is None else 'UMAP'
         centred = (rows-rows[:n].mean(0)).double()
-        if places is None: places = centred @ principal_axes(centred[:n], 2)
+        places = centred @ principal_axes(centred[:n], 2) if found is None else found
         groups, names = self.groups(cache, s, rows)
-        near = (places[:n]-places[s.image]).square().sum(1).argsort(stable=True)[1:9].tolist()
+        near = [i for i in (places[:n]-places[s.image]).square().sum(1).argsort(stable=True).tolist()
+                if i != s.image][:8]            # a copy may be as near as it is itself
         title, ring = f'{s.source}, coloured by {s.colour}', FRAMES['chosen'][1]
         draw = partial(_draw_places, places=places, groups=groups, names=names, axis=axis, title=title)
         rings = ['currentColor' if i == s.image else ring if i % n in s.chosen else '' for i in range(len(places))]
@@ -482,8 +488,8 @@ class EmbeddingLab(_Embedding):
         "More images are chosen: of those that are not, the nearest to the one that is looked at."
         rows = self.compute(self.state).rows[:self.last+1]        # of the clean images; none yet: they are computed
         me = rows[self.state.image] if rows else {}
-        free = [r for r in rows if not r['chosen']]
-        near = sorted(free, key=lambda r: (r['x']-me['x'])**2+(r['y']-me['y'])**2)
+        near = sorted((r for r in rows if not r['chosen']),
+                      key=lambda r: (r['x']-me['x'])**2+(r['y']-me['y'])**2)
         more = [r for r in near if r['group'] == me['group']] if alike else near[:12]
         self.set(chosen=(*self.state.chosen, *(r['image'] for r in more)))
     def enclosed(self, spots: Sequence[int]) -> None:

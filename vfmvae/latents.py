@@ -340,9 +340,8 @@ def finish_cache(folder: Path, manifest: dict) -> None:
 def _manifest(folder: Path, want: dict) -> dict:
     "The manifest of a cache to write or to go on with. UserError if another one lies there."
     file = folder/'manifest.json'
-    if not file.is_file(): return _begin(file, want)
     try: have = _read_manifest(folder)
-    except UserError: return _begin(file, want)              # it cannot be read: whole shards that fit stay
+    except UserError: return _begin(file, want)              # none, or one that cannot be read: whole shards stay
     want = dict(want, dtype=want['dtype'] or have['dtype'])
     unknown = [k for k in ('fingerprint', 'digest') if not have.get(k)]
     copied = have.get('sample') == want['sample'] and have.get('fingerprint') not in (None, want['fingerprint'])
@@ -400,7 +399,7 @@ def cache_latents(tokenizer: Tokenizer,
     num_processes = group if num_processes is None else whole(num_processes, 'num_processes', 1)
     rank = rank_of_this() if rank is None else whole(rank, 'rank', 0, num_processes-1)
     shard_size, batch_size = whole(shard_size, 'shard_size', 1), whole(batch_size, 'batch_size', 1)
-    need(dtype is None or dtype.is_floating_point,
+    need(dtype in (None, torch.float64, torch.float32, torch.float16, torch.bfloat16),
          f'latents cannot be kept as {dtype}; use torch.float32 or torch.float16')
     size = getattr(getattr(tokenizer, 'config', None), 'img_size', None)
     some: Dataset = take(as_dataset(data, size), n)
@@ -418,7 +417,6 @@ def cache_latents(tokenizer: Tokenizer,
     bar.close()
     if group > 1: torch.distributed.barrier()
     if not all((folder/str(f)).is_file() for f, _ in manifest['shards']): return None
-    if rank == 0 or group == 1:
-        if mine or not manifest.get('stats'): finish_cache(folder, manifest)
+    if (rank == 0 or group == 1) and (mine or not manifest.get('stats')): finish_cache(folder, manifest)
     if group > 1: torch.distributed.barrier()
     return LatentCache(folder)

@@ -25,15 +25,12 @@ from .latents import all_finite, as_scale, cache_folder, finish_cache, LatentCac
 # %% ../nbs/42_layouts.ipynb #2732bbf2
 LAYOUTS = ('lightningdit', 'reg')
 
-def _torch_file(path: Path) -> Any:
-    need(path.is_file(), f'no {path.name} in {path.parent}; it holds the scale (mean and std per channel) and belongs '
-                         'to the layout')
-    return read_torch(path)
-
 def _read_scale(folder: Path) -> dict:
-    ours = folder/'latents_stats.json'
-    if ours.is_file() and not (folder/'latents_stats.pt').exists(): return read_json(ours)
-    d = _torch_file(folder/'latents_stats.pt')
+    ours, theirs = folder/'latents_stats.json', folder/'latents_stats.pt'
+    if ours.is_file() and not theirs.exists(): return read_json(ours)
+    need(theirs.is_file(), f'no {theirs.name} in {folder}; it holds the scale (mean and std per channel) and belongs '
+                           'to the layout')
+    d = read_torch(theirs)
     need(isinstance(d, dict) and all(isinstance(d.get(k), Tensor) for k in ('mean', 'std')),
          f'{folder}/latents_stats.pt holds no mean and std; it is of another layout')
     return {k: d[k].float().flatten().tolist() for k in ('mean', 'std')}
@@ -62,8 +59,8 @@ def _read_reg(folder: Path, shard: int = 4096) -> Iterator[tuple[Path, dict[str,
     need(file.is_file(), f"no dataset.json in {folder}; it holds the labels of the layout 'reg'")
     try: rows = [(inside(folder, f), whole(k, 'label')) for f, k in read_json(file)['labels']]
     except (ValueError, KeyError, TypeError) as e:
-        if isinstance(e, UserError): raise UserError(f'{file}: {e}') from None
-        raise UserError(f'{file} holds no {{"labels": [[path, label], ...]}}; copy it again') from None
+        raise UserError(f'{file}: {e}' if isinstance(e, UserError) else
+                        f'{file} holds no {{"labels": [[path, label], ...]}}; copy it again') from None
     for i in range(0, len(rows), shard):
         some = rows[i:i+shard]
         try: t = torch.from_numpy(np.stack([_npy(f) for f, _ in some]))

@@ -112,7 +112,7 @@ def _rgb(pixels: Any) -> np.ndarray:
     a = np.nan_to_num(np.asarray(pixels, dtype=np.float32)).clip(0, 1)
     a = colormaps['cividis'](a)[..., :3] if a.ndim == 2 else a.transpose(1, 2, 0)
     im = Image.fromarray((a*255).round().astype(np.uint8))
-    im = im.resize((min(im.width, _MOST), min(im.height, _MOST)), Image.Resampling.BOX) if max(im.size) > _MOST else im
+    im.thumbnail((_MOST, _MOST), Image.Resampling.BOX)       # nothing, if it has not more
     return np.asarray(im)
 
 def _url(pixels: np.ndarray, kind: str = 'png', **options: int) -> str:

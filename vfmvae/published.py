@@ -139,9 +139,8 @@ def _vfm(sd: Mapping[str, Tensor], vfm: VFM | Mapping | None, name: str) -> VFM 
     if isinstance(vfm, VFM): return vfm
     need(isinstance(vfm, Mapping | None),
          f'vfm is a VFM or a dict such as {{"num_heads": 16}}, not {vfm!r}; try vfm=VFM(...)')
-    if other:
-        raise UserError(f'the VFM in the file is not a SigLIP tower ({len(other)} tensors such as {other[0]}); give '
-                        f'one: vfm=VFM(...)')
+    need(not other, f'the VFM in the file is not a SigLIP tower ({len(other)} tensors such as {"".join(other[:1])}); '
+                    'give one: vfm=VFM(...)')
     odd = sorted(set(vfm or {}) - {'num_heads'})
     need(not odd,
          f"the VFM inside a file takes num_heads only, not {', '.join(odd)}; its sizes are read off the shapes")
@@ -395,7 +394,7 @@ def load_net(source: Mapping | str | Path, # a state dict, a checkpoint's conten
     if one_of(family, [*FAMILIES, *TEXT_FAMILIES], 'family of nets') == 'lumina': return load_text_net(source, **config)
     given = sane_settings(config, NET_COUNTS, f'settings of a {family} net')
     config = {k: v for k, v in given.items() if v is not None}
-    if config.get('encoder_depth') is not None: whole(config['encoder_depth'], 'encoder_depth', 0)
+    whole(config.get('encoder_depth', 0), 'encoder_depth', 0)
     sd, told = _net_tensors(source, config)
     c = _net_config(sd, family, told | config)
     net = on_meta(DiT, c)

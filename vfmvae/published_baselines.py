@@ -51,8 +51,8 @@ def _conv_shape(sd: Mapping[str, Tensor], vfm: Any) -> dict[str, Any]:
     "Fields of a `ConvVAEConfig`, read off the shapes of tensors under latent diffusion's names."
     count = lambda pattern: len({m[1] for k in sd if (m := re.match(pattern, k))})
     needed = ('encoder.conv_in.weight', 'decoder.conv_in.weight', 'encoder.down.0.block.0.conv1.weight')
-    if lost := [k for k in needed if k not in sd or sd[k].ndim != 4 or not sd[k].numel()]:
-        raise UserError(f'not a convolutional KL autoencoder: it lacks {", ".join(lost)}')
+    lost = [k for k in needed if k not in sd or sd[k].ndim != 4 or not sd[k].numel()]
+    need(not lost, f'not a convolutional KL autoencoder: it lacks {", ".join(lost)}')
     width, levels = sd['encoder.conv_in.weight'].shape[0], count(r'encoder\.down\.(\d+)\.')
     widths = [len(sd[k]) for i in range(levels) if (k := f'encoder.down.{i}.block.0.conv1.weight') in sd and sd[k].ndim]
     need(not any(w % width for w in widths),
@@ -235,9 +235,8 @@ def _rae_config(config: Any) -> dict[str, Any]:
     "diffusers' settings, complete. UserError on what it does not have, or we do not."
     need(isinstance(config, Mapping), "an AutoencoderRAE opens with its config.json; give diffusers' folder")
     given = {k: v for k, v in config.items() if not str(k).startswith('_')}
-    if bad := sorted(map(str, set(given)-set(_RAE))):
-        raise UserError(f'AutoencoderRAE has no setting {bad[0]!r} that is known here{nearest(bad[0], _RAE)}; '
-                        f'upgrade vfmvae')
+    bad = ''.join(sorted(map(str, set(given)-set(_RAE)))[:1])
+    need(not bad, f'AutoencoderRAE has no setting {bad!r} that is known here{nearest(bad, _RAE)}; upgrade vfmvae')
     c = _RAE | given
     kind, dim, seen, own = (c[f'encoder_{k}'] for k in ('type', 'hidden_size', 'input_size', 'patch_size'))
     need(isinstance(kind, str) and kind in _TIMM, f"encoder_type={kind!r} is none of {', '.join(_TIMM)}")
@@ -278,9 +277,9 @@ def load_rae(source: Mapping | str | Path,                 # a folder of diffuse
     those without meaning here."""
     source, told = diffusers_folder(source, config)
     c, sd = _rae_config(told), checkpoint_tensors(source)
-    if bad := [k for k in sd if not k.startswith(('encoder.', 'decoder.'))
-               and k not in ('encoder_mean', 'encoder_std', '_latents_mean', '_latents_std')]:
-        raise UserError(f'{bad[0]} is no tensor of an AutoencoderRAE; choose another file')
+    bad = [k for k in sd if not k.startswith(('encoder.', 'decoder.'))
+           and k not in ('encoder_mean', 'encoder_std', '_latents_mean', '_latents_std')]
+    need(not bad, f'{"".join(bad[:1])} is no tensor of an AutoencoderRAE; choose another file')
     check_weights(sd, 'this checkpoint')
     colour = [sd.get(f'encoder_{k}', torch.zeros(0)).double().flatten() for k in ('mean', 'std')]
     need(all(t.numel() == 3 for t in colour) and (colour[1] > 0).all(),
@@ -364,8 +363,8 @@ def vfm_from_hf_siglip(state_dict: Mapping[str, Tensor], # of a SiglipVisionMode
     """A VFM from Hugging Face named SigLIP weights: LayerNorm eps 1e-6, GELU tanh, mean = std = 0.5, position tables
     resampled without antialiasing. UserError that lists missing, extra and misshaped tensors."""
     from timm.models import VisionTransformer
-    if odd := [k for k, v in state_dict.items() if not isinstance(k, str) or not isinstance(v, Tensor)]:
-        raise UserError(f'{str(odd[0])[:60]!r} is no tensor; give the state dict of a SigLIP vision tower')
+    odd = [str(k)[:60] for k, v in state_dict.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
+    need(not odd, f'{"".join(odd[:1])!r} is no tensor; give the state dict of a SigLIP vision tower')
     anchor = 'embeddings.patch_embedding.weight'
     prefix = next((k.removesuffix(anchor) for k in state_dict if k.endswith(anchor)), '')
     sd = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}

@@ -8,7 +8,7 @@ __all__ = ['SEEDED', 'View', 'Net', 'Nets', 'ReferenceImages', 'fingerprint', 'i
            'Session', 'SetLab']
 
 # %% ../nbs/53_session.ipynb #069592c9
-import re, threading
+import itertools, re, threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -212,8 +212,8 @@ def nets_by_name(own: Nets, device: Device) -> dict[str, Any]:
     for o in many:
         named = isinstance(o, str | Path)
         net = opened(o, open_tokenizer if is_tokenizer(o) else lambda name: VFM(str(name)), device) if named else o
-        name = str(o) if named else getattr(as_source(o), 'name', None)
-        if not isinstance(name, str): raise UserError(f'a {type(o).__name__} has no name; give it one (.name = ...)')
+        name: Any = str(o) if named else getattr(as_source(o), 'name', None)
+        need(isinstance(name, str), f'a {type(o).__name__} has no name; give it one (.name = ...)')
         bundled = VFM(name) if name in BUNDLED else tokenizers[name] if name in tokenizers else None
         claim_name(name, net, found.get(name, bundled))
         found.setdefault(name, net)
@@ -251,7 +251,7 @@ class _Opened:
         "The name of a data set that was handed over: words stay words."
         if isinstance(images, str | Path): return str(images)
         made, kind = lab_images(images, self.size), type(images).__name__   # type: ignore[arg-type]
-        names = kind, *(f'{kind} {i}' for i in range(2, 10**6))
+        names = (f'{kind} {i}'.removesuffix(' 1') for i in itertools.count(1))
         name = next(n for n in names if self.sets.get(n, made) is made)
         self.sets[name] = made
         return name

@@ -237,8 +237,8 @@ class CaptionTable:
     def __len__(self) -> int: return len(self.texts)
     def rows(self, captions: Sequence[str]) -> Tensor:
         "(b,) int64. UserError: a caption that is not kept."
-        if lost := [c for c in captions if c not in self._row]:
-            raise UserError(f'{shorten(lost[0])!r} is not among the {len(self)} captions kept; make the table again')
+        lost = [c for c in captions if c not in self._row][:1]
+        need(not lost, f'{shorten("".join(lost))!r} is not among the {len(self)} captions kept; make the table again')
         return torch.tensor([self._row[c] for c in captions], dtype=torch.int64)
     def text(self, captions: Sequence[str] | Tensor) -> Text: # or their rows
         "Of captions, padded to `n`, float32, where the table is."
