@@ -353,8 +353,8 @@ def evaluate_samples(samples: Samples,                 # of `generate`
     """`gfid` with the facts of the samples in the record (among them the VFMs of tokenizer and net), and `accuracy`
     among its metrics if the extractor gives class probabilities. UserError as `gfid`."""
     f = samples.facts
-    kept = 'vfm', 'sampler', 'steps', 'shift', 'guidance', 'ema', 'precision', 'seed'
-    facts: dict[str, Any] = {k: f.get(k) for k in kept} | dict(
+    facts: dict[str, Any] = {k: f.get(k) for k in (
+        'vfm', 'sampler', 'steps', 'shift', 'guidance', 'ema', 'precision', 'seed')} | dict(
         subject=f['net'], labels=f['labels'] if f['labels'] in LABEL_POLICIES else None)
     r = gfid(samples, against, extractor, **facts, **how)
     size, right, place = how.get('batch_size', 64), [], device_of(extractor)

@@ -139,7 +139,7 @@ class _States(Generic[LabState]):
         cannot be shown; then nothing changes."""
         known = {f.name: f for f in fields(self.State)}
         bad = next((k for k in changes if k not in known), None)
-        need(bad is None, f"the lab has no {bad!r}{nearest(str(bad), known)} (known: {', '.join(known)})")
+        if bad: raise UserError(f"the lab has no {bad!r}{nearest(bad, known)} (known: {', '.join(known)})")
         changes = {k: as_field(f, changes[k]) for k, f in known.items() if k in changes}
         self._to(replace(self.state, **self.follow(changes)), self.past)
         self.future.clear()

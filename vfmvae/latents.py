@@ -291,8 +291,7 @@ def _batch(c: LatentCache, indices: Sequence[int], epoch: int, seed: int, as_byt
     at = np.asarray([whole(i, 'index', 0) for i in indices], dtype=np.int64)
     need(len(at), 'a batch of no latents; give at least one index')
     if at.min() < 0 or at.max() >= len(c): raise IndexError(f'index outside 0..{len(c)-1}')
-    none = np.zeros(len(at), dtype=bool)
-    flip = Draws(seed, at.tolist()).uniform(f'flip {epoch}').numpy() < .5 if c.augment else none
+    flip = Draws(seed, at.tolist()).uniform(f'flip {epoch}').numpy() < .5 if c.augment else np.zeros(len(at), bool)
     which = np.searchsorted(c.ends, at, side='right')
     out: dict[str, Any] = {}
     for s in np.unique(which):

@@ -235,8 +235,9 @@ def _rae_config(config: Any) -> dict[str, Any]:
     "diffusers' settings, complete. UserError on what it does not have, or we do not."
     need(isinstance(config, Mapping), "an AutoencoderRAE opens with its config.json; give diffusers' folder")
     given = {k: v for k, v in config.items() if not str(k).startswith('_')}
-    bad = ''.join(sorted(map(str, set(given)-set(_RAE)))[:1])
-    need(not bad, f'AutoencoderRAE has no setting {bad!r} that is known here{nearest(bad, _RAE)}; upgrade vfmvae')
+    if bad := sorted(map(str, set(given)-set(_RAE))):
+        raise UserError(f'AutoencoderRAE has no setting {bad[0]!r} that is known here{nearest(bad[0], _RAE)}; '
+                        f'upgrade vfmvae')
     c = _RAE | given
     kind, dim, seen, own = (c[f'encoder_{k}'] for k in ('type', 'hidden_size', 'input_size', 'patch_size'))
     need(isinstance(kind, str) and kind in _TIMM, f"encoder_type={kind!r} is none of {', '.join(_TIMM)}")
