@@ -490,7 +490,7 @@ def test_an_image_with_copies_is_not_its_own_neighbour_in_the_plane():
 
 @pytest.mark.parametrize(('labels', 'classes', 'shown'), [
     ([0, 1, 2]*4+[0], None, {'label 0', 'label 1', 'label 2'}), ([-1, 0, 1]*4+[1], ('\u00e9t\u00e9', 'b'), {'label -1', '\u00e9t\u00e9', 'b'}),
-    ([0, 1, 7]*4+[0], ('a', 'b'), {'a', 'b', 'label 7'}), ([0, 1]*6+[0], ('a', 'b', 'c'), {'a', 'b'})], ids=str)
+    ([0, 1, 7]*4+[0], ('a', 'b'), {'a', 'b', 'label 7'}), ([0, 1]*6+[0], ('a', 'b', 'c'), {'a', 'b'})], ids=['no names', 'minus one', 'beyond', 'unused'])
 def test_a_label_without_a_name_is_called_by_its_number(labels, classes, shown):
     "-1 was taken for the last class, a number beyond the classes ended in an error of Python."
     rows = EmbeddingLab(images=Bare(labels, classes), **SMALL).page().rows
