@@ -48,9 +48,9 @@ def test_the_pictures_of_the_front_page(page):      # noqa: F811
     frames[0].save(OUT/'explorer.webp', save_all=True, append_images=frames[1:], duration=1300, loop=0, quality=60, method=6)
     lab.moves('back', 'Space')
     for name in ('vfmvae-efficientnet-f8d16', 'conv-f8d16.photo'): lab.moves(name, 'Space')
-    taken(lab).quantize(256, dither=Image.Dither.NONE).save(OUT/'explorer.png', optimize=True)
+    taken(lab).save(OUT/'still.webp', quality=82, method=6)
     others = [scaled(taken(Box(page, i)), 640) for i in range(1, 5)]
     rows = [max(others[i].height, others[i+1].height) for i in (0, 2)]
     whole = Image.new('RGB', (1290, sum(rows)+10), 'white')
     for i, im in enumerate(others): whole.paste(im, (i % 2*650, (i//2)*(rows[0]+10)))
-    whole.quantize(256, dither=Image.Dither.NONE).save(OUT/'others.png', optimize=True)
+    whole.save(OUT/'others.webp', quality=82, method=6)
