@@ -60,12 +60,14 @@ def fit_stats(tokenizer: Tokenizer,          # its `stats` are replaced
     """Per-channel mean and unbiased std of posterior samples, in float64; `encode` is on unit scale afterwards.
     UserError without images."""
     stats, device, seen = tokenizer.stats, device_of(tokenizer), Moments()
-    for batch in batches(images, batch_size):
-        g = tokenizer.encode(batch['image'].to(device))
-        z, var = (t.transpose(0, 1).flatten(1).T for t in (g.mean, g.std.double()**2))          # (b*h*w, c)
-        seen.add(z, full=False, variance=var)
-    mean, var = seen.result()       # of latents on the scale from before, which stands until the new one is known
-    stats.set((stats.mean + stats.std*mean).to(stats.mean), (stats.std*var.sqrt()).to(stats.std))
+    now, rows = (stats.mean.clone(), stats.std.clone()), lambda t: t.transpose(0, 1).flatten(1).T      # (b*h*w, c)
+    stats.set(torch.zeros_like(stats.mean), torch.ones_like(stats.std))
+    try:                                # what is refused leaves the scale as it was
+        for g in (tokenizer.encode(batch['image'].to(device)) for batch in batches(images, batch_size)):
+            seen.add(rows(g.mean), full=False, variance=rows(g.std.double()**2))
+        mean, var = seen.result()
+        now = mean.to(stats.mean), var.sqrt().to(stats.std)
+    finally: stats.set(*now)
     return stats
 
 # %% ../nbs/15_tokenizer.ipynb #0d6148fa
