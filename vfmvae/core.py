@@ -40,8 +40,7 @@ class UserError(ValueError):
     """Bad input. The message is one line: what is wrong, and the way out; names in it may come from anywhere and are
     cut and made printable."""
     def __init__(self, text: object = ''):
-        line = ''.join(c if c.isprintable() else '?' for c in str(text))
-        super().__init__(shorten(line, 900, 200))
+        super().__init__(shorten(''.join(c if c.isprintable() else '?' for c in str(text)), 900, 200))
 
 def need(ok: object, # whether all is well
          text: str   # the message if it is not; it is made in any case
