@@ -275,7 +275,7 @@ def test_every_run_of_our_studies_can_be_built(file, tmp_path, monkeypatch):
     monkeypatch.setenv('VFMVAE_DINO_FOCUS', 'nowhere')
     s, seen = open_study(file), set()
     for t in plan(s, tmp_path):
-        if t.seed or t.folder in seen: continue
+        if t.seed != s.seeds[0] or t.folder in seen: continue
         seen.add(t.folder)
         if t.kind == 'net': DiT(t.preset.net)
         else:
