@@ -1,10 +1,10 @@
 """Recipes and the command line: the main job, and one clear line for every mistake a user can make."""
-import json, re
+import json, re, warnings
 import numpy as np
 import pytest, torch
 from PIL import Image
 from vfmvae.cli import main
-from vfmvae.core import UserError
+from vfmvae.core import Notice, UserError
 from vfmvae.images import to_pil
 from vfmvae.world import World
 from vfmvae.presets import Preset, PRESETS
@@ -136,6 +136,17 @@ def test_a_stage_picked_alone_goes_on_from_the_one_before_it_in_the_run(tmp_path
     before = sorted(p.name for p in (tmp_path/'a/a').iterdir())
     with pytest.raises(UserError, match='began after 16 images'): train_tokenizer(SHORT, num_images=112, **kw)
     assert sorted(p.name for p in (tmp_path/'a/a').iterdir()) == before
+
+
+def test_a_later_stage_that_follows_nothing_says_so(tmp_path):
+    kw = dict(num_images=8, show=lambda h: None)
+    for run in (None, tmp_path/'a'):
+        with pytest.warns(Notice, match='stage b begins from random weights: this run has no a; give start'):
+            train_tokenizer(SHORT, stages=['b'], run=run, **kw)
+    with warnings.catch_warnings(action='error', category=Notice):
+        train_tokenizer(SHORT, stages=['a'], run=tmp_path/'b', **kw)
+        train_tokenizer(SHORT, stages=['b'], run=tmp_path/'b', **kw)
+        train_tokenizer(SHORT, stages=['b'], start=tmp_path/'b/a', **kw)
 
 
 def test_an_impossible_later_stage_is_refused_before_the_first_is_trained(tmp_path):

@@ -218,8 +218,8 @@ def cknna_score(a: Features, b: Features, # as `cknna`
     is too short). All nan, with a warning, where `cknna` is nan."""
     ga, gb = two_graphs(a, b, k, not unbiased)
     weights = _resamples(ga.n, times, seed)
-    own = _own_spread(ga, weights, unbiased), _own_spread(gb, weights, unbiased)
-    return _alignment(*own, weights, unbiased, eps, seed)[0]
+    return _alignment(_own_spread(ga, weights, unbiased), _own_spread(gb, weights, unbiased), weights, unbiased, eps,
+                      seed)[0]
 
 # %% ../nbs/25_align.ipynb #cb88e573
 def cknna_pairs(left: Mapping[str, Features],  # name -> (n,d) prepared rows or a graph

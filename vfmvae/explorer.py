@@ -415,8 +415,8 @@ def explorer_page(r: Explored) -> Page:
         parts += [Section(t.name, tiles, columns=4, share=.58, style=style), _strip(t.overlap, r.reference)]
     if last := _losers_section(r): parts.append(last)
     rows = [_row(r, t, a, b) for t in r.nets for a, b in t.curve]
-    sheet = r.reference.sheet if r.reference else None
-    return make_page(parts, _words(r), rows, r.note, sheet=sheet, facts=explorer_facts(r))
+    return make_page(parts, _words(r), rows, r.note, sheet=r.reference.sheet if r.reference else None,
+                     facts=explorer_facts(r))
 
 # %% ../nbs/54_explorer.ipynb #530f83af
 class Explorer(_Explorer):

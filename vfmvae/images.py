@@ -189,8 +189,7 @@ def _shortened(im: Image.Image) -> Image.Image:
 def centre_crop(im: Image.Image, size: int) -> Image.Image:
     "Evaluation: short side to `size` (bilinear, antialiased), then the centre, as torchvision's Resize and CenterCrop."
     from torchvision.transforms.v2 import functional as TF
-    im = _shortened(im)
-    return TF.center_crop(TF.resize(im, [size], antialias=True), [size, size])
+    return TF.center_crop(TF.resize(_shortened(im), [size], antialias=True), [size, size])
 
 def adm_crop(im: Image.Image, size: int) -> Image.Image:
     """Latents: BOX halving while the short side is at least 2*size, BICUBIC to `size`, centre crop (Dhariwal and Nichol

@@ -286,5 +286,4 @@ def _labelled(source: FeatureSource, ds: Dataset, word: str, layers: Sequence[in
                  f'{word} has a label {max(own)} and {len(names)} classes')
             labels.extend(names[c] if names and isinstance(c, int) else str(c) for c in own)
             yield b['image']
-    features = extract(source, images(), layers, pool=how, batch_size=size, quiet=True)
-    return features, labels
+    return extract(source, images(), layers, pool=how, batch_size=size, quiet=True), labels     # it fills them

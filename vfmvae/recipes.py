@@ -291,10 +291,14 @@ class TrainOptions:
 
 # %% ../nbs/47_recipes.ipynb #96e423ff
 def _before(p: Preset, stage: Stage, folders: Mapping[str, Path | None]) -> Path | None:
-    "The folder of the stage before `stage` in the same run, if it has a checkpoint."
+    """The folder of the stage before `stage` in the same run, if it has a checkpoint. A notice where a later stage
+    follows nothing."""
     at = [s.name for s in p.stages].index(stage.name)
     folder = folders[p.stages[at-1].name] if at else None
-    return folder if folder and checkpoints(folder) else None
+    found = folder if folder and checkpoints(folder) else None
+    if at and not found and not p.start_file:
+        notice(f'stage {stage.name} begins from random weights: this run has no {p.stages[at-1].name}; give start')
+    return found
 
 def _check_stages(model: TrainableTokenizer, todo: Sequence[Stage], folders: Mapping[str, Path | None], seen: int,
                   judged: int) -> None:

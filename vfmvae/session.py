@@ -406,8 +406,7 @@ class SetLab(_Choices[LabState]):
         need(k <= (most := min(_MOST, n-2)) or not k, f'k = {k} neighbours among {n} images; choose at most {most}')
     def k_control(self, k: int, values: Sequence[int] = (2, 3, 5, 10, 20)) -> Control:
         "For the number of neighbours."
-        choices = tuple(sorted({*(v for v in values if v < self.last), k}))
-        return Control('slide', 'neighbours', choices)
+        return Control('slide', 'neighbours', tuple(sorted({*(v for v in values if v < self.last), k})))
     def image_control(self, what: str) -> Control:
         "For one of the images."
         return Control('whole', f'{what}, 0 to {self.last}', last=self.last)

@@ -129,10 +129,13 @@ def table_of(study: Study, root: PathLike # folder of all runs
     return Table([r for t in runs for r in _rows_of(t)], runs=len(done), done=sum(done.values()))
 
 def _kept(runs: Sequence[Trial]) -> dict[str, dict[str, object]]:
-    "What the folders of finished tokenizers and their nets say, by name and file; no weights."
+    """What the folders of finished tokenizers and their nets say, by name and file; no weights, and of rows, which the
+    table has in this order, how many."""
     still = {t.before.folder for t in runs if not t.finished}
-    return {t.folder.name: {p.name: read_json(p) for p in (*_row_files(t), t.folder/'trained.json') if p.exists()}
+    said = {t.folder.name: {p.name: read_json(p) for p in (*_row_files(t), t.folder/'trained.json') if p.exists()}
             for t in runs if t.before.folder not in still}
+    return {name: {k: v | dict(rows=len(v['rows'])) if 'rows' in v else v for k, v in files.items()}
+            for name, files in said.items()}
 
 def _earlier(file: Path, runs: Sequence[Trial]) -> dict[Path, object]:
     """What an earlier table holds of runs that are missing here and whose weights nothing needs any more: each of their
@@ -143,9 +146,12 @@ def _earlier(file: Path, runs: Sequence[Trial]) -> dict[Path, object]:
          f'{file} holds no table of a study; name another file')
     needed = {t.before.folder for t in runs
               if not {rows_at(t, k).name for k in t.todo()} <= {*kept.get(t.folder.name, ())}}
-    back = [t for t in runs if not t.trained and t.folder.name in kept and t.before.folder not in needed]
-    return {p: kept[t.folder.name][p.name] for t in back for p in (*_row_files(t), t.folder/'trained.json')
-            if p.name in kept[t.folder.name]}
+    own = {t.folder.name: [r for r in table['rows'] if all(r[k] == getattr(t, k) for k in COLUMNS[:5])] for t in runs}
+    back = [t for t in runs if not t.trained and t.before.folder not in needed
+            and len(own[n := t.folder.name]) == sum(v.get('rows', 0) for v in kept.get(n, {}).values()) > 0]
+    return {p: v | dict(rows=[own[n].pop(0) for _ in range(v['rows'])]) if 'rows' in v else v
+            for t in back for p in (*_row_files(t), t.folder/'trained.json')
+            if (v := kept[n := t.folder.name].get(p.name))}
 
 # %% ../nbs/61_studies.ipynb #7fe556f1
 def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it holds, or a `Study`
