@@ -119,7 +119,14 @@ def test_a_table_takes_what_is_finished_to_another_machine(whole_study, tmp_path
     # a price is asked of what is left, and writes nothing; another file is no table, and stays
     left = study(spec, tmp_path/'less', tmp_path/'less.csv', dry_run=True, say=quiet)
     assert {r['run'] for r in left} == {*kept['folders'], lost} - back and not (tmp_path/'less').exists()
-    for other in ('[1, 2]', '{"runs": []}', '{"rows": [], "folders": [1]}', '{"rows": [], "folders": {"a": 1}}'):
+    # rows under other names are another run's: it is trained once more, and nothing of it is put back
+    renamed = json.loads((tmp_path/'here.json').read_text())
+    renamed['rows'] = [r | dict(tokenizer='other') for r in renamed['rows']]
+    (tmp_path/'renamed.json').write_text(json.dumps(renamed))
+    assert not studies._earlier(tmp_path/'renamed.json', plan(open_study(spec), tmp_path/'more'))
+    others = ('[1, 2]', '{"runs": []}', '{"rows": 1}', '{"rows": [1]}', '{"rows": [], "folders": [1]}', '{"rows": [], "folders": {"a": 1}}',
+              '{"rows": [], "folders": {"a": {"b": {"rows": []}}}}')
+    for other in others:
         (tmp_path/'other.json').write_text(other)
         with pytest.raises(UserError, match='other.json'): study(spec, tmp_path/'less', tmp_path/'other.csv', say=quiet)
         assert (tmp_path/'other.json').read_text() == other

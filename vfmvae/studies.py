@@ -128,6 +128,7 @@ def table_of(study: Study, root: PathLike # folder of all runs
     done = {t.folder: t.finished for t in runs}
     return Table([r for t in runs for r in _rows_of(t)], runs=len(done), done=sum(done.values()))
 
+# %% ../nbs/61_studies.ipynb #5d1c7e02
 def _kept(runs: Sequence[Trial]) -> dict[str, dict[str, object]]:
     """What the folders of finished tokenizers and their nets say, by name and file; no weights, and of rows, which the
     table has in this order, how many."""
@@ -142,16 +143,18 @@ def _earlier(file: Path, runs: Sequence[Trial]) -> dict[Path, object]:
     files, that which says that a run is whole as its last. UserError: the file is something else."""
     table = read_json(file) if file.exists() else dict(rows=[])
     kept = table.get('folders', {})        # an older table has none
-    need('rows' in table and isinstance(kept, dict) and all(isinstance(v, dict) for v in kept.values()),
+    need(isinstance(table.get('rows'), list) and isinstance(kept, dict)
+         and all(isinstance(v, dict) for v in (*table['rows'], *kept.values()))
+         and all(isinstance(v, dict) and isinstance(v.get('rows', 0), int) for f in kept.values() for v in f.values()),
          f'{file} holds no table of a study; name another file')
     needed = {t.before.folder for t in runs
               if not {rows_at(t, k).name for k in t.todo()} <= {*kept.get(t.folder.name, ())}}
-    own = {t.folder.name: [r for r in table['rows'] if all(r[k] == getattr(t, k) for k in COLUMNS[:5])] for t in runs}
-    back = [t for t in runs if not t.trained and t.before.folder not in needed
-            and len(own[n := t.folder.name]) == sum(v.get('rows', 0) for v in kept.get(n, {}).values()) > 0]
+    own = {t.folder.name: [{k: r.get(k) for k in COLUMNS[5:10]} for r in table['rows']
+                           if all(r.get(k) == getattr(t, k) for k in COLUMNS[:5])] for t in runs}
+    back = {t.folder.name: t for t in runs if not t.trained and t.before.folder not in needed
+            and len(own[t.folder.name]) == sum(v.get('rows', 0) for v in kept.get(t.folder.name, {}).values()) > 0}
     return {p: v | dict(rows=[own[n].pop(0) for _ in range(v['rows'])]) if 'rows' in v else v
-            for t in back for p in (*_row_files(t), t.folder/'trained.json')
-            if (v := kept[n := t.folder.name].get(p.name))}
+            for n, t in back.items() for p in (*_row_files(t), t.folder/'trained.json') if (v := kept[n].get(p.name))}
 
 # %% ../nbs/61_studies.ipynb #7fe556f1
 def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it holds, or a `Study`
