@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from scope import thorough
 from test_latents import Toy
 
 from vfmvae.baselines import ConvVAE, ConvVAEConfig
@@ -207,7 +208,7 @@ def launch(tmp_path, *more, wait=True):
     return p.returncode, out, err
 
 
-@pytest.mark.parametrize('n', [1, 2, 3])
+@pytest.mark.parametrize('n', thorough((1, 2, 3), [2]))
 def test_accelerate_starts_as_many_processes_as_it_was_told(n, tmp_path):
     status, out, err = launch(tmp_path, '--cpu', '--num_processes', str(n), 'talk')
     ranks = [None] if n == 1 else list(range(n))
@@ -228,7 +229,7 @@ def test_one_that_fails_ends_all(tmp_path):
     assert status and 'exit status 7' in err and out.count('waiting') == 1 and time.monotonic()-begin < 110
 
 
-@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('how', thorough((signal.SIGINT, signal.SIGTERM), [signal.SIGTERM]))
 def test_a_signal_reaches_all(how, tmp_path):
     p = launch(tmp_path, '--cpu', '--num_processes', '2', 'wait', wait=False)
     assert [p.stdout.readline() for _ in range(2)] == ['waiting\n']*2
