@@ -151,8 +151,8 @@ def _earlier(file: Path, runs: Sequence[Trial]) -> dict[Path, object]:
               if not {rows_at(t, k).name for k in t.todo()} <= {*kept.get(t.folder.name, ())}}
     own = {t.folder.name: [{k: r.get(k) for k in COLUMNS[5:10]} for r in table['rows']
                            if all(r.get(k) == getattr(t, k) for k in COLUMNS[:5])] for t in runs}
-    back = {t.folder.name: t for t in runs if not t.trained and t.before.folder not in needed
-            and len(own[t.folder.name]) == sum(v.get('rows', 0) for v in kept.get(t.folder.name, {}).values()) > 0}
+    back = {n: t for t in runs if not t.trained and t.before.folder not in needed and (n := t.folder.name) in kept
+            and len(own[n]) == sum(kept[n].get(p.name, {}).get('rows', 0) for p in _row_files(t))}      # by these names
     return {p: v | dict(rows=[own[n].pop(0) for _ in range(v['rows'])]) if 'rows' in v else v
             for n, t in back.items() for p in (*_row_files(t), t.folder/'trained.json') if (v := kept[n].get(p.name))}
 
