@@ -147,6 +147,7 @@ def test_a_later_stage_that_follows_nothing_says_so(tmp_path):
         train_tokenizer(SHORT, stages=['a'], run=tmp_path/'b', **kw)
         train_tokenizer(SHORT, stages=['b'], run=tmp_path/'b', **kw)
         train_tokenizer(SHORT, stages=['b'], start=tmp_path/'b/a', **kw)
+        train_tokenizer(SHORT, stages=['b'], run=tmp_path/'a', **kw)              # it goes on from its own checkpoint
 
 
 def test_an_impossible_later_stage_is_refused_before_the_first_is_trained(tmp_path):

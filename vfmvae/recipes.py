@@ -296,7 +296,7 @@ def _before(p: Preset, stage: Stage, folders: Mapping[str, Path | None]) -> Path
     at = [s.name for s in p.stages].index(stage.name)
     folder = folders[p.stages[at-1].name] if at else None
     found = folder if folder and checkpoints(folder) else None
-    if at and not found and not p.start_file:
+    if at and not found and not p.start_file and not ((own := folders[stage.name]) and checkpoints(own)):
         notice(f'stage {stage.name} begins from random weights: this run has no {p.stages[at-1].name}; give start')
     return found
 

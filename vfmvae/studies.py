@@ -147,14 +147,15 @@ def _earlier(file: Path, runs: Sequence[Trial]) -> dict[Path, object]:
          and all(isinstance(v, dict) for v in (*table['rows'], *kept.values()))
          and all(isinstance(v, dict) and isinstance(v.get('rows', 0), int) for f in kept.values() for v in f.values()),
          f'{file} holds no table of a study; name another file')
-    needed = {t.before.folder for t in runs
-              if not {rows_at(t, k).name for k in t.todo()} <= {*kept.get(t.folder.name, ())}}
     own = {t.folder.name: [{k: r.get(k) for k in COLUMNS[5:10]} for r in table['rows']
                            if all(r.get(k) == getattr(t, k) for k in COLUMNS[:5])] for t in runs}
-    back = {n: t for t in runs if not t.trained and t.before.folder not in needed and (n := t.folder.name) in kept
-            and len(own[n]) == sum(kept[n].get(p.name, {}).get('rows', 0) for p in _row_files(t))}      # by these names
+    there = {n: f for t in runs if (f := kept.get(n := t.folder.name))         # its rows are there, under today's names
+             and len(own[n]) == sum(f.get(p.name, {}).get('rows', 0) for p in _row_files(t))}
+    needed = {t.before.folder for t in runs
+              if not {rows_at(t, k).name for k in t.todo()} <= {*there.get(t.folder.name, ())}}
     return {p: v | dict(rows=[own[n].pop(0) for _ in range(v['rows'])]) if 'rows' in v else v
-            for n, t in back.items() for p in (*_row_files(t), t.folder/'trained.json') if (v := kept[n].get(p.name))}
+            for n, t in {t.folder.name: t for t in runs if not t.trained and t.before.folder not in needed}.items()
+            if n in there for p in (*_row_files(t), t.folder/'trained.json') if (v := there[n].get(p.name))}
 
 # %% ../nbs/61_studies.ipynb #7fe556f1
 def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it holds, or a `Study`
