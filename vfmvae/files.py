@@ -124,8 +124,8 @@ def _plain(x: Any) -> Any:
     return x if x is None or isinstance(x, bool | int | str) else str(x)
 
 def to_json(obj: object, indent: int | None = 1) -> str: # anything; what JSON does not know becomes text
-    "Standard JSON: NaN and infinity are null."
-    return json.dumps(_plain(obj), indent=indent, allow_nan=False)
+    "Standard JSON: NaN and infinity are null; without indent in one line and without spaces."
+    return json.dumps(_plain(obj), indent=indent, allow_nan=False, separators=(',', ':') if indent is None else None)
 
 def write_json(path: PathLike, obj: object, indent: int | None = 1) -> Path:
     "Standard JSON (see `to_json`), readable unless indent is None, written atomically."
