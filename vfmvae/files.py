@@ -123,13 +123,15 @@ def _plain(x: Any) -> Any:
     if isinstance(x, float): return float(x) if math.isfinite(x) else None
     return x if x is None or isinstance(x, bool | int | str) else str(x)
 
-def to_json(obj: object, indent: int | None = 1) -> str: # anything; what JSON does not know becomes text
-    "Standard JSON: NaN and infinity are null; without indent in one line and without spaces."
-    return json.dumps(_plain(obj), indent=indent, allow_nan=False, separators=(',', ':') if indent is None else None)
+def to_json(obj: object, # anything; what JSON does not know becomes text
+            indent: int | None = 1, separators: tuple[str, str] | None = None) -> str:
+    "Standard JSON: NaN and infinity are null."
+    return json.dumps(_plain(obj), indent=indent, allow_nan=False, separators=separators)
 
 def write_json(path: PathLike, obj: object, indent: int | None = 1) -> Path:
-    "Standard JSON (see `to_json`), readable unless indent is None, written atomically."
-    return write_atomic(path, lambda p: p.write_text(to_json(obj, indent)+'\n', encoding='utf-8'))
+    "Standard JSON (see `to_json`), readable, or without a space if indent is None; written atomically."
+    return write_atomic(path, lambda p: p.write_text(
+        to_json(obj, indent, (',', ':') if indent is None else None)+'\n', encoding='utf-8'))
 
 def parse_json(text: str | bytes, whose: object, way_out: str = 'copy it again') -> dict:
     "The one object that `text` holds. UserError, as `read_json`."
