@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from vfmvae.core import UserError
+from vfmvae.core import Notice, UserError
 from vfmvae.world import CLASSES, World
 from vfmvae.folders import folder, shards
 from vfmvae.dit import DiT
@@ -240,6 +240,16 @@ def test_a_class_has_a_name_and_a_number():
     assert torch.equal(generate(net, 'class 2', **how).images, generate(net, [3], **how).images)
     assert 'nearest: class 2' in one_line(generate, net, ['clas 2'], **how) and 'share a name' in one_line(generate, net, ['crane'], **how)
     one_line(generate, net, ['class 2', 3], **how)
+
+
+def test_a_number_that_is_a_name_is_the_name():
+    "Folders called 1, 2 ... are usual; from a shell there are only words."
+    net, how = net_of(), dict(tokenizer=Grey(), steps=1)
+    net.meta['classes'] = ['1', '10', '11', '2', *'abcdefghijkl']
+    with pytest.warns(Notice, match="'2' is the class of this name, number 3"): assert generate(net, '2', **how).labels.tolist() == [3]
+    assert generate(net, ['5'], **how).labels.tolist() == [5] == generate(net, [5], **how).labels.tolist()      # no name: a number
+    assert generate(net, [2], **how).labels.tolist() == [2]
+    for bad in ('16', '9'*30): one_line(generate, net, bad, **how)
 
 
 def test_numbers_of_numpy_and_torch_count(tmp_path):

@@ -8,7 +8,6 @@ __all__ = ['demo']
 # %% ../nbs/57_demo.ipynb #a602780b
 import base64, html, time
 from dataclasses import replace
-from functools import partial
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -18,11 +17,11 @@ from torch import Tensor
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/57_demo.ipynb #6fbd3976
-from .core import Device, whole
-from .files import check_out, write_atomic, write_json
+from .core import Device, need, whole
+from .files import check_ours, check_out, is_file, write_atomic, write_json
 from .runtime import provenance
 from .plots import loss_curves, show_images, to_png
-from .images import Dataset, to_pil
+from .images import Dataset, write_png
 from .world import CLASSES, World
 from .data import take
 from .vfm import VFM
@@ -92,8 +91,7 @@ def _samples(of: str, nets: Sequence[Tokenizer], labels: Sequence[int], seed: in
     names = [next(iter(drawn.values())).classes[k] for k in labels]
     for net, d in drawn.items():
         for i, y in enumerate(d.images):
-            write_atomic(out/'samples'/f'{net}-{i:02d}-{names[i].replace(" ", "-")}.png',
-                         partial(to_pil(y).save, format='PNG'))
+            write_png(out/'samples'/f'{net}-{i:02d}-{names[i].replace(" ", "-")}.png', y)
     how = '; '.join(f"{k}: guidance {d.facts['guidance']['guidance']:g}, {d.facts['steps']} steps of "
                     f"{d.facts['sampler']}" for k, d in drawn.items())
     return _section(f'From noise to {of}', 'A diffusion net on the latents of each tokenizer starts from the same '
@@ -134,6 +132,8 @@ def demo(data: Data | None = None, # one's own images: a folder, shards, a list,
     samples; writes `index.html`, `results.json` and `samples/` into `out`, returns the page."""
     seed, num_images = whole(seed, 'seed', 0, 2**40), max(whole(num_images, 'num_images', 1), _SHORT.batch_size)
     start, out, device, test = time.time(), check_out(out), accelerator_on(device).device, open_data('clothes-val')
+    check_ours(told := out/'results.json', 'demo', 'rows', 'made')
+    need(is_file(told) or not (out/'index.html').exists(), f'{out} holds another page; name another folder')
     own, drawn = open_data('examples' if data is None else data, size=64), World(10_000, seed=8)
     *three, of_world = [opened(k, device=device) for k in (*_THREE, 'vfmvae-tiny-f8d16')]
     nets, vfm = dict(zip(_THREE, three, strict=True)), VFM('photo').to(device)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['home', 'data_dir', 'as_path', 'is_file', 'write_atomic', 'sweep', 'to_json', 'write_json', 'parse_json', 'read_json',
-           'check_out', 'inside', 'digest', 'check_weights', 'check_state_dict', 'sidecar', 'tensors_at',
+           'check_ours', 'check_out', 'inside', 'digest', 'check_weights', 'check_state_dict', 'sidecar', 'tensors_at',
            'save_weights', 'load_weights', 'halve', 'Table']
 
 # %% ../nbs/01_files.ipynb #46ba2d1e
-import csv, hashlib, json, math, os, platform, shutil, tempfile, time, uuid
+import csv, hashlib, json, math, os, platform, re, shutil, tempfile, time, uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -45,6 +45,7 @@ def data_dir() -> Path:
 # %% ../nbs/01_files.ipynb #c54b20c9
 _BORN, _SWEPT = time.time(), set[Path]()
 _HOST = hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
+_TEMPORARY = re.compile(r'(?s)\..*\.([0-9a-f]{6})-(\d+)-[0-9a-f]{8}\.tmp')      # host, process
 
 def as_path(path: object, what: str = 'path' # of an error
            ) -> Path:
@@ -100,13 +101,13 @@ def sweep(folder: PathLike,   # of `write_atomic`'s files
     writes stays."""
     import psutil
     gone = []
-    for p in Path(folder).glob('.*.tmp'):
-        host, pid, _ = (p.name.split('.')[-2].split('-') + ['', ''])[:3]
+    for own in filter(None, (_TEMPORARY.fullmatch(p.name) for p in Path(folder).glob('.*.tmp'))):
+        p, (host, pid) = Path(folder, own[0]), own.groups()
         try:
             made = p.stat().st_mtime
             # of a program that had this number before
             mine = host == _HOST and pid == str(os.getpid()) and made < _BORN-60
-            dead = time.time()-made > days*86400 if host != _HOST else pid.isdigit() and not psutil.pid_exists(int(pid))
+            dead = time.time()-made > days*86400 if host != _HOST else not psutil.pid_exists(int(pid))
             if not (dead or mine): continue
             shutil.rmtree(p) if p.is_dir() else p.unlink()
         except OSError: continue           # another process swept it
@@ -156,12 +157,21 @@ def read_json(path: PathLike,                    # a file that holds one JSON ob
     return parse_json(text, path, way_out)
 
 # %% ../nbs/01_files.ipynb #6cc2ff23
+def check_ours(path: Path,   # a JSON file that is to be written
+               what: str,    # it tells of, for the message
+               *names: str   # that ours has
+              ) -> None:
+    "UserError where a file is there that lacks these names: somebody else's, which nobody asked to replace."
+    try: ours = not is_file(path) or {*names} <= {*read_json(path)}
+    except UserError: ours = False
+    need(ours, f'{path} is there already and belongs to no {what} of ours; move it, or choose another name')
+
 def check_out(path: PathLike,             # to be written at the end
               suffix: str | None = None,  # of a file, such as '.safetensors'; None: a folder
               make: bool = True           # the folders; False: only look whether they could be made
              ) -> Path:
     """The path, once something could be written there. UserError: empty, of another ending, a folder for a file or the
-    reverse, not writable."""
+    reverse, not writable, for weights somebody else's JSON beside them."""
     p = as_path(path, 'what is written')
     need(not suffix or p.suffix.lower() == suffix, f'cannot write to {p}; name a file that ends with {suffix}')
     try:
@@ -173,6 +183,7 @@ def check_out(path: PathLike,             # to be written at the end
         with tempfile.TemporaryFile(dir=folder): pass
         if suffix and p.exists() and not os.access(p, os.W_OK): raise PermissionError(13, 'Permission denied')
     except OSError as e: raise _cannot(p, e) from None
+    if suffix == '.safetensors' and not is_file(p): check_ours(p.with_suffix('.json'), 'weights', 'pair')
     return p
 
 def inside(folder: PathLike, # that may be written to
@@ -182,7 +193,7 @@ def inside(folder: PathLike, # that may be written to
     can be called so."""
     parts = PurePosixPath(name).parts
     away = not parts or '..' in parts or PureWindowsPath(name).anchor or '\0' in name      # an anchor: '/', 'C:' ...
-    need(not away and all(len(s.encode()) <= 240 for s in parts),
+    need(not away and all(len(os.fsencode(s)) <= 240 for s in parts),
          f'the name {shorten(name, 60)!r} cannot be a file below {folder}; rename it where it comes from')
     p = Path(folder, *parts)
     need(p.resolve().is_relative_to(Path(folder).resolve()), f'{p} leads out of {folder} by a link; remove the link')
@@ -257,10 +268,7 @@ def save_weights(path: PathLike,            # `*.safetensors`, or a folder; the 
     path, side = tensors_at(path), sidecar(path)
     need('family' not in meta or path.suffix.lower() == '.safetensors', f'nobody would know {path} for a net; name a '
          'file that ends with .safetensors, or a folder that is there')
-    if is_file(side) and not is_file(path):
-        try: ours = 'pair' in read_json(side)
-        except UserError: ours = False
-        need(ours, f'{side} is there already and belongs to no weights of ours; move it, or choose another name')
+    if not is_file(path): check_ours(side, 'weights', 'pair')
     own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     text = to_json(dict(meta, pair=(pair := digest(own)), vfmvae_format=_FORMAT))
     # one entry, since safetensors writes several in any order; it may not pass 100 MB
@@ -306,8 +314,7 @@ def halve(path: PathLike,                         # of `save_weights`
 
 # %% ../nbs/01_files.ipynb #298df7bf
 class Table(list):
-    """Rows (dicts) and, as attributes, what they have in common: `t.mean`, all of it in `t.facts`. Displays itself;
-    `pandas.DataFrame(t)` takes it."""
+    "Rows (dicts) and, as attributes, what they have in common (`t.facts`). Shows itself; `pandas.DataFrame(t)`."
     def __init__(self, rows: Iterable[Mapping] = (), **facts: Any):
         super().__init__(dict(r) for r in rows)
         taken = sorted(k for k in facts if hasattr(type(self), k))
@@ -339,7 +346,8 @@ class Table(list):
     def csv(self, path: PathLike) -> Path:
         "Writes the rows as CSV, atomically; full precision."
         def write(p: Path) -> None:
-            with open(p, 'w', newline='', encoding='utf-8') as f:
+            # escapes: a file's name need not be UTF-8
+            with open(p, 'w', newline='', encoding='utf-8', errors='surrogateescape') as f:
                 out = csv.DictWriter(f, self.columns)
                 out.writeheader()
                 out.writerows(self)

@@ -21,11 +21,11 @@ import numpy as np
 from torch import nn, Tensor
 
 # %% ../nbs/48_generation.ipynb #bdfc17c6
-from .core import build_config, Device, Draws, need, one_of, Registry, UserError, whole
-from .files import check_out, data_dir, tensors_at, to_json, write_atomic, write_json
+from .core import build_config, Device, Draws, need, notice, one_of, Registry, UserError, whole
+from .files import check_out, data_dir, tensors_at, to_json, write_json
 from .runtime import (average, device_of, make_accelerator, num_processes as num_together, progress, provenance,
                             rank as rank_of_this, seed_all)
-from .images import check_pictures, Dataset, to_pil
+from .images import check_pictures, Dataset, write_png
 from .world import World
 from .data import fingerprint, loader, Subset, take
 from .captions import captions_of, check_captions
@@ -274,9 +274,12 @@ def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str | None, 
     if not net.config.text_dim:
         need(negative is None and encoder is None, 'this net draws classes; leave negative and encoder out')
         known = tuple(net.meta.get('classes', ()))
-        named = {k: known.index(one_of(k, known, 'class', '; this net draws no captions'))
+        named = {k: int(k) if k not in known and k.isdecimal() and len(k) < 20 else
+                 known.index(one_of(k, known, 'class', '; this net draws no captions'))
                  for k in (dict.fromkeys(texts) if told else ())}        # each is looked for once
-        need(all(known.count(k) == 1 for k in named), 'classes of this net share a name; give numbers')
+        need(all(known.count(k) <= 1 for k in named), 'classes of this net share a name; give numbers')
+        for k in named:
+            if k.isdecimal() and int(k) != named[k]: notice(f'{k!r} is the class of this name, number {named[k]}')
         y = _labels([named[k] for k in texts] if told else labels, net.config.num_classes, policy, seed)
         return y, y, known
     need(told, 'this net draws captions; give a sentence for each picture')
@@ -339,7 +342,7 @@ def generate(net: str | Path | DiT = 'dit-vfmvae-tiny-f8d16', # a bundled net, o
     if out is None: return Samples(torch.cat([x for _, x in parts()]), y, facts, classes)
     files: list[Path] = []
     for i, x in progress(parts(), total=-(-len(y)//batch_size), desc='generate'):
-        files += [write_atomic(out/f'{i+j:06d}.png', partial(to_pil(im).save, format='PNG')) for j, im in enumerate(x)]
+        files += [write_png(out/f'{i+j:06d}.png', im) for j, im in enumerate(x)]
     if group > 1: torch.distributed.barrier()               # who reads the folder finds all of it
     if rank == 0: write_json(out/'samples.json', dict(facts, classes=y.tolist(), names=classes))
     return files

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Batch', 'Images', 'Set', 'SUFFIXES', 'FORMATS', 'PIXELS', 'CROPS', 'TRANSFORMS', 'Dataset', 'Loader', 'ImageItems',
-           'to_rgb', 'check_pictures', 'open_image', 'to_tensor', 'to_byte_tensor', 'from_uint8', 'to_uint8', 'to_pil',
-           'check_images', 'centre_crop', 'adm_crop', 'square_crop', 'GivenUniforms', 'random_crop_flip', 'Transform',
-           'transform', 'published_draw', 'published_noise']
+           'to_rgb', 'check_pictures', 'Unreadable', 'open_image', 'to_tensor', 'to_byte_tensor', 'from_uint8',
+           'to_uint8', 'to_pil', 'write_png', 'check_images', 'centre_crop', 'adm_crop', 'square_crop', 'GivenUniforms',
+           'random_crop_flip', 'Transform', 'transform', 'published_draw', 'published_noise']
 
 # %% ../nbs/05_images.ipynb #f7b5d0a8
-import io, math, os, random
+import contextlib, io, math, os, random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable, TypeVar
 
@@ -20,12 +21,13 @@ import torch
 import numpy as np
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 # %% ../nbs/05_images.ipynb #5fd3d63f
 from .core import (at_least_float32, Draws, first_line, need, normal_like, PathLike, pick, real, resized,
                          UserError, whole)
-from .files import check_out
+from .files import check_ours, check_out, write_atomic
 
 # %% ../nbs/05_images.ipynb #473d1b4b
 Batch = dict[str, Any]  # image (b,3,H,W) in [-1,1], label (b,) int64, key: list of b names
@@ -83,18 +85,30 @@ SUFFIXES = frozenset('.jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .ppm .pgm
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'PPM', 'GIF')   # others, such as EPS, start programs
 PIXELS = 2**26    # of a picture; a few kilobytes may declare billions, and a transparent pixel takes 16 bytes
 
+def _drawn_here(path: Path) -> bool:
+    "Whether a picture says that `write_png` made it."
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as f:
+        return f.info.get('Software') == 'vfmvae'
+    return False
+
 def check_pictures(path: PathLike,       # a folder
                    names: Collection[str] # of the PNG files that will be written into it
                   ) -> Path:
-    "As `check_out`. UserError, too, where other pictures lie there: who measures the folder would measure a mixture."
+    """As `check_out`. UserError, too, where other pictures lie there: who measures the folder would measure a mixture,
+    and one of those names that `write_png` did not make is somebody's own."""
     p, old = check_out(path), list[str]()
+    check_ours(p/'samples.json', 'pictures', 'net', 'classes')
     for at, folders, files in os.walk(p):
         folders[:] = [f for f in folders if not f.startswith('.')]      # of `write_atomic`, perhaps of another process
-        old += [n for f in files
-                if Path(f).suffix.lower() in SUFFIXES and (n := Path(at, f).relative_to(p).as_posix()) not in names]
+        old += [n for f in files if Path(f).suffix.lower() in SUFFIXES and (
+            (n := Path(at, f).relative_to(p).as_posix()) not in names or not _drawn_here(Path(at, f)))]
     need(not old, f'{p} holds {len(old)} other pictures, such as {min(old, default="")}; empty it, or name another '
                   'folder')
     return p
+
+# %% ../nbs/05_images.ipynb #2f3ac9d1
+class Unreadable(UserError):
+    "A picture that is damaged: among millions there is one, and a training goes on without it (`data.loader`)."
 
 def open_image(path: PathLike | io.BytesIO,   # a file, or its bytes
                upright: bool = True,          # turn a photo the way its EXIF tag says; the published tools do not
@@ -119,7 +133,7 @@ def open_image(path: PathLike | io.BytesIO,   # a file, or its bytes
     except Image.DecompressionBombError:
         raise UserError(f'{name} has more pixels than is safe to open ({PIXELS:,}); shrink it first') from None
     except Exception as e:    # a damaged file fails in the decoders in ways that nobody lists
-        raise UserError(f'{name[:300]} cannot be read ({first_line(e)}); copy it again') from None
+        raise Unreadable(f'{name[:300]} cannot be read ({first_line(e)}); copy it again') from None
     need(min(im.size) >= min_side,
          f'{name} is {im.width} x {im.height}; the shorter side must have at least {min_side} pixels')
     return to_rgb(im, name, form)
@@ -155,6 +169,13 @@ def to_pil(x: Tensor # (3,H,W) in [-1,1]; clamped
     "An RGB PIL image. UserError: NaN or infinity in it."
     need(x.isfinite().all(), 'a picture holds NaN or infinity; look at the weights and settings that made it')
     return Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
+
+def write_png(path: PathLike, x: Tensor # (3,H,W) in [-1,1]; clamped
+             ) -> Path:
+    "Writes a picture, atomically. It says who made it, so that `check_pictures` knows it from somebody's own."
+    made = PngInfo()
+    made.add_text('Software', 'vfmvae')
+    return write_atomic(path, partial(to_pil(x).save, format='PNG', pnginfo=made))
 
 # %% ../nbs/05_images.ipynb #52db4a52
 def check_images(x: Tensor,             # (b,3,H,W) in [-1,1]

@@ -19,8 +19,8 @@ from torch import nn, Tensor
 
 # %% ../nbs/39_latents.ipynb #7e4794b6
 from .core import Draws, first_line, Gaussian, Moments, need, notice, shorten, UserError, whole
-from .files import (as_path, check_out, home, inside, parse_json, read_json, sweep, to_json, write_atomic,
-                          write_json)
+from .files import (as_path, check_ours, check_out, home, inside, parse_json, read_json, sweep, to_json,
+                          write_atomic, write_json)
 from .runtime import device_of, num_processes as num_together, progress, provenance, rank as rank_of_this
 from .images import Dataset, Images
 from .world import World
@@ -340,7 +340,9 @@ def _manifest(folder: Path, want: dict) -> dict:
     "The manifest of a cache to write or to go on with. UserError if another one lies there."
     file = folder/'manifest.json'
     try: have = _read_manifest(folder)
-    except UserError: return _begin(file, want)              # none, or one that cannot be read: whole shards stay
+    except UserError:                        # none, or one that cannot be read: whole shards stay
+        if not any(folder.glob('shard-*.safetensors')): check_ours(file, 'latents', 'tokenizer', 'shards')
+        return _begin(file, want)
     want = dict(want, dtype=want['dtype'] or have['dtype'])
     unknown = [k for k in ('fingerprint', 'digest') if not have.get(k)]
     copied = have.get('sample') == want['sample'] and have.get('fingerprint') not in (None, want['fingerprint'])

@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 
 # %% ../nbs/47_recipes.ipynb #34abcb6c
 from .core import build_config, Device, nearest, need, notice, one_of, PathLike, real, UserError, whole
-from .files import (as_path, check_out, home, inside, is_file, load_weights, read_json,
-                          sidecar, write_atomic)
+from .files import as_path, check_out, home, inside, is_file, load_weights, read_json, sidecar
 from .runtime import best_device, device_of, make_accelerator, progress, provenance, seed_all
 from .plots import show_images
-from .images import check_pictures, Dataset, Images, SUFFIXES, to_pil
+from .images import check_pictures, Dataset, Images, SUFFIXES, write_png
 from .world import World
 from .folders import folder, photographs, PHOTOGRAPHS, shards
 from .data import as_dataset, fingerprint, loader, take
@@ -480,6 +479,9 @@ def picture_files(out: PathLike,       # a folder
                  ) -> list[Path]:
     """The PNG file of each, class folders as they are: an image suffix is replaced, and a name that is there already,
     capitals or not, gets -2, -3 ... UserError: a name that leaves the folder, or other pictures in it."""
+    if names and all(map(os.path.isabs, names)):      # of pictures that were given by their paths
+        shared = os.path.commonpath([os.path.dirname(k) for k in names])
+        names = [Path(k).relative_to(shared).as_posix() for k in names]
     for name in names: inside(out, name)              # before the name is changed
     taken = {p.as_posix().casefold() for n in names for p in Path(n).parents}
     files = []
@@ -508,5 +510,5 @@ def decode_latents(tokenizer: str | Path | Tokenizer, # the one that made them
         pictures = tok.decode(cache.batch(at)['mean'].to(device_of(tok))).cpu()
         _check_finite(pictures, tok, f'a picture of {names[i]} and those after it')
         for f, x in zip(files[i:i+batch_size], pictures, strict=True):
-            write_atomic(f, partial(to_pil(x).save, format='PNG'))
+            write_png(f, x)
     return files

@@ -8,7 +8,7 @@ __all__ = ['Task', 'sharded', 'here', 'EMA', 'save_shard', 'load_shards', 'share
            'write_bytes', 'Run', 'read_nets', 'load_nets']
 
 # %% ../nbs/20_run.ipynb #f3f438b2
-import copy, dataclasses, inspect, json, os, warnings
+import copy, dataclasses, inspect, json, os, re, warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ if TYPE_CHECKING: from torch.distributed.tensor import DTensor
 
 # %% ../nbs/20_run.ipynb #2a61cc6f
 from .core import need, real, UserError, whole
-from .files import (as_path, check_out, check_weights, digest, home, inside, is_file, load_weights, save_weights,
-                          sidecar, sweep, tensors_at, to_json, write_atomic)
+from .files import (as_path, check_ours, check_out, check_weights, digest, home, inside, is_file, load_weights,
+                          save_weights, sidecar, sweep, tensors_at, to_json, write_atomic)
 from .runtime import num_processes, provenance, rank
 from .images import Loader
 from .data import fingerprints
@@ -236,10 +236,14 @@ def _differences(meta: dict, task: Task, loop: Mapping[str, Any]) -> tuple[list[
     return bad, said
 
 # %% ../nbs/20_run.ipynb #71fe55fa
+# files of a step, which a run removes in time; whatever else lies in its folder is not its own
+_OWN = re.compile(r'(?:step-(\d{8,})|shard-(\d{8,})-\d+-of-\d+)\.(?:safetensors|json)')
+_LOGS = 'log.jsonl', 'watch.jsonl', 'skipped*.jsonl'
+
 def checkpoints(folder: str | Path) -> list[Path]:
     """Whole checkpoints in a run's folder, oldest first (the JSON is written last, so a checkpoint with JSON is whole);
     none if there is no such folder."""
-    return sorted(p for p in Path(folder).glob('step-*.safetensors') if sidecar(p).exists())
+    return sorted(p for p in Path(folder).glob('step-*.safetensors') if _OWN.fullmatch(p.name) and sidecar(p).exists())
 
 # %% ../nbs/20_run.ipynb #ddca2331
 class _Folder:
@@ -250,6 +254,7 @@ class _Folder:
         self.dir = inside(home()/'runs', str(name)) if bare else as_path(name)
         self.keep = whole(keep, 'keep', 1)
         if not self.dir.is_dir(): check_out(self.dir)
+        check_ours(self.dir/'config.json', 'run', 'task', 'made')
         sweep(self.dir)
     def __repr__(self) -> str: return f'Run({self.dir})'
     def checkpoints(self) -> list[Path]:
@@ -280,7 +285,7 @@ class _Folder:
         kept = [r for r in rows if r['step'] <= before]
         seen = kept[-1]['images'] if kept else 0
         def early(r: dict) -> bool: return r['step'] <= before if 'step' in r else r.get('images', 0) <= seen
-        for path in self.dir.glob('*.jsonl'):
+        for path in (p for k in _LOGS for p in self.dir.glob(k)):
             some = kept if path.name == 'log.jsonl' else filter(early, self.rows(path.name))
             text = ''.join(to_json(r, None)+'\n' for r in some)
             if text.encode() != path.read_bytes(): write_atomic(path, partial(write_bytes, text.encode()))
@@ -311,8 +316,8 @@ class Run(_Folder):
         path = save_weights(path, {k: t for k, t in tensors.items() if k not in mine}, meta)
         kept = {p.stem for p in self.checkpoints()[-self.keep:]}
         # the large file first: without its JSON nobody would know it; halves that a killed writer left go too
-        for old in sorted([*self.dir.glob('step-*'), *self.dir.glob('shard-*')], reverse=True):
-            if f"step-{old.stem.split('-')[1]}" not in kept: old.unlink(missing_ok=True)
+        for own in filter(None, (_OWN.fullmatch(k) for k in sorted(os.listdir(self.dir), reverse=True))):
+            if f'step-{own[1] or own[2]}' not in kept: (self.dir/own[0]).unlink(missing_ok=True)
         return path
     def _shards(self, step: int, n: int) -> list[Path]:
         return [self.dir/f'shard-{step:08d}-{r+1}-of-{n}.safetensors' for r in range(n)]
