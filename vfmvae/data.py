@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stamps', 'fingerprint', 'fingerprints', 'spread', 'Subset', 'take', 'taken', 'select_classes', 'TensorSet',
-           'as_dataset', 'gives_bytes', 'ImageLoader', 'loader']
+           'from_zero_to_one', 'as_dataset', 'gives_bytes', 'ImageLoader', 'loader']
 
 # %% ../nbs/09_data.ipynb #8311dad4
 import hashlib, inspect, io, itertools, math, os
@@ -24,7 +24,7 @@ from torch import Tensor
 from .core import first_line, need, notice, one_of, PathLike, shorten, UserError, whole
 from .files import as_path, digest
 from .images import (Batch, check_images, Dataset, from_uint8, ImageItems, Images, open_image, Set, to_pil,
-                           to_rgb, to_uint8)
+                           to_rgb, to_uint8, Unreadable)
 from .world import uniforms
 from .tar import Column, number_column
 from .folders import ImageSet, number_classes
@@ -247,8 +247,8 @@ def _readable(name: str, read: Callable[[str], tuple | Image.Image]) -> Any:
     try: return read(name)
     except UserError: raise
     except Exception as e:
-        raise UserError(f'{name} cannot be read ({type(e).__name__}: {first_line(e)}); look at where it comes '
-                        'from') from e
+        raise Unreadable(f'{name} cannot be read ({type(e).__name__}: {first_line(e)}); look at where it comes '
+                         'from') from e
 
 def _class(v: Any, name: str) -> int | str | None:
     if v is None or isinstance(v, str): return v
@@ -278,6 +278,15 @@ def _hugging_face(x: Any) -> tuple[Any, Sequence | None, list[str] | None, str]:
     return items, labels, names, getattr(x, '_fingerprint', '')
 
 # %% ../nbs/09_data.ipynb #bf834bf8
+def from_zero_to_one(pictures: Iterable[object], name: str # of the set, for the notice
+                    ) -> bool:
+    "Whether the float tensors among pictures, if any, all lie in [0,1], as torchvision's ToTensor makes them; says so."
+    floats = [i for i in pictures if isinstance(i, Tensor) and i.is_floating_point() and i.numel()]
+    if not floats or not all(i.min() >= 0 and i.max() <= 1 for i in floats): return False
+    notice(f"{name}: tensors from 0 to 1 are taken for pictures of that range, as of torchvision's ToTensor")
+    return True
+
+# %% ../nbs/09_data.ipynb #6f1e07ab
 def as_dataset(x: Images | PathLike,                # see below; what has `len` and `batch` is returned as it is
                size: int | None = None,    # pixels; None: the short side of the first picture
                augment: bool = False, crop: str = 'centre', # as `folder`
@@ -291,6 +300,9 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
                         'vfmvae.recipes.open_data')
     if isinstance(x, Tensor) and not augment and (size is None or x.shape[-2:] == (size, size)):
         return TensorSet(x, name)
+    need(not isinstance(x, np.ndarray) or x.ndim != 3 or x.shape[2] > 4,
+         f'{name}: an array {getattr(x, "shape", ())} is one picture; give a list of them')
+    if hasattr(x, 'iloc'): x = [*x]          # a column of pandas, in its order, whatever the numbers of its rows
     items, labels, names, version = cast(Any, check_images(x, name) if isinstance(x, Tensor) else x), None, None, ''
     if type(x).__module__.partition('.')[0] == 'datasets': items, labels, names, version = _hugging_face(x)
     elif isinstance(x, Dataset): return x
@@ -306,11 +318,7 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
     first = next(iter(some.values()))[0]        # all are looked at only while they are such tensors
     ready = size is None and isinstance(x, Sequence) and all(
         isinstance(i, Tensor) and i.is_floating_point() and i.shape == first.shape for i in x)
-    floats = [i for i in (items if ready else [i for i, _ in some.values()])
-              if isinstance(i, Tensor) and i.is_floating_point() and i.numel()]
-    zero_one = not isinstance(x, Tensor) and bool(floats) and all(i.min() >= 0 and i.max() <= 1 for i in floats)
-    if zero_one:
-        notice(f"{name}: tensors from 0 to 1 are taken for pictures of that range, as of torchvision's ToTensor")
+    zero_one = not isinstance(x, Tensor) and from_zero_to_one(items if ready else [i for i, _ in some.values()], name)
     if ready: return TensorSet(torch.stack([i*2-1 for i in items] if zero_one else [*items]), name)
     # a set that gives its items in an order or with labels of its own may keep those of another beside them
     if labels is not None and any((isinstance(v, int | str) or getattr(v, 'ndim', 1) == 0)
@@ -321,7 +329,8 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
     numbers, classes = number_classes(found, names or [*_class_names(x)] or None, name)
     listed = map(_parts, x) if isinstance(x, list | tuple) else ()      # another sequence may open its pictures
     paths = [as_path(p) for p, _ in listed if isinstance(p, str | os.PathLike)]
-    keys = [p.as_posix() for p in paths] if len({*paths}) == n else [f'{i:06d}' for i in range(n)]
+    keys = [(p.resolve() if '..' in p.parts else p).as_posix() for p in paths]
+    keys = keys if len({*keys}) == n else [f'{i:06d}' for i in range(n)]
     def read(i: int) -> Image.Image:
         return _readable(f'{name} {keys[i]}', lambda called: _picture(_parts(items[i])[0], called, zero_one))
     return ImageSet(read, keys, numbers, classes, size or min(read(0).size), augment, crop, name,
@@ -362,12 +371,23 @@ class _Order:
     def indices(self, step: int) -> np.ndarray:
         "(batch_size/world_size,) which images this rank gets at `step`."
         return np.concatenate([i for _, i in self.places(step)])
+    def _batch(self, at: list[int], how: dict[str, Any]) -> Batch:
+        "As of the set; for a picture that is damaged stands the next one of the set, and a notice names it."
+        try: return self.ds.batch(at, **how)
+        except Unreadable: return self.ds.batch([*map(self._undamaged, at)], **how)
+    def _undamaged(self, i: int, tries: int = 8) -> int:
+        try: self.ds.batch([i])
+        except Unreadable as e:
+            if tries == 1: raise            # so many in a row are no damage of one file
+            notice(f'{e}. Until then the next image stands in for it')
+            return self._undamaged((i+1) % len(self.ds), tries-1)
+        return i
     def batch_at(self, step: int # counts from 0 over all epochs
                 ) -> Batch:
         "The batch of `step`: image (b,3,H,W), label (b,), key, with b = batch_size/world_size."
         how: dict[str, Any] = dict(as_bytes=True) if self.far and gives_bytes(self.ds) else {}
-        if not getattr(self.ds, 'augment', False): return self.ds.batch(self.indices(step).tolist(), **how)
-        parts = [self.ds.batch(i.tolist(), epoch=e, seed=self.seed, **how) for e, i in self.places(step)]
+        if not getattr(self.ds, 'augment', False): return self._batch(self.indices(step).tolist(), how)
+        parts = [self._batch(i.tolist(), dict(how, epoch=e, seed=self.seed)) for e, i in self.places(step)]
         if len(parts) == 1: return parts[0]
         return {k: torch.cat([p[k] for p in parts]) if isinstance(v, Tensor) else sum((p[k] for p in parts), [])
                 for k, v in parts[0].items()}

@@ -23,7 +23,7 @@ from .core import Device, need, PathLike, pick, some_of, UserError
 from .files import check_weights, load_weights, save_weights
 from .runtime import best_device, device_of, held_nets, progress
 from .images import Batch, check_images, Dataset, Images
-from .data import as_dataset, stamps
+from .data import as_dataset, from_zero_to_one, stamps
 
 # %% ../nbs/11_features.ipynb #4af06975
 Layer = int | str
@@ -82,8 +82,10 @@ def as_images(images: Images) -> Images:
     if not hasattr(images, '__getitem__'): return images
     picture = first.get('image') if isinstance(first := images[0], dict) else first
     if isinstance(picture, Tensor) and picture.ndim == 4:       # of a list of batches, each picture counts
-        return [s if isinstance(first, dict) else s['image'] for s in samples(images)]
-    return images if isinstance(picture, Tensor) and picture.is_floating_point() else as_dataset(images)
+        images = [s if isinstance(first, dict) else s['image'] for s in samples(images)]
+    if not isinstance(picture, Tensor) or not picture.is_floating_point(): return as_dataset(images)
+    if not isinstance(images, list | tuple) or not from_zero_to_one(images, 'images'): return images
+    return [i*2-1 if isinstance(i, Tensor) else i for i in images]
 
 def batches(images: Images, size: int) -> Iterator[Batch]:
     """Batches dict(image (b,3,H,W), key [str], empty if nameless), b <= size, in order, from a tensor, a dataset

@@ -183,7 +183,8 @@ def _expand(pattern: str, most: int = 100_000) -> list[str]:
     numbers = range(int(m[1]), int(m[2])+1)
     need(len(numbers) <= most, f'{pattern} names more than 100,000 shards; give fewer')
     named = (f'{pattern[:m.start()]}{n:0{len(m[1])}d}{pattern[m.end():]}' for n in numbers)
-    return [p for one in named for p in _expand(one, most//len(numbers))]
+    # one that is missing keeps its name, by which it is missed, also where brackets made it a pattern
+    return [p for one in named for p in _expand(one, most//len(numbers)) or [one]]
 
 def _class_names(paths: Sequence[str]) -> list[str] | None:
     """The names in `classes.json` beside the first shard: a list, `{'classes': list}`, or name -> number; None without

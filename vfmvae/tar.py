@@ -97,7 +97,9 @@ def _keyed(members: Iterable[Iterable[tuple[str, int, int, Any]]],
                 ext = name.rpartition('/')[2].partition('.')[2]
                 key = name[:-len(ext)-1]
             kind = kinds[ext] = f'.{ext.lower()}'
-        if kind not in SUFFIXES and kind != '.cls': skipped[kind if ext else 'file without ending'] += 1
+        if kind not in SUFFIXES and kind != '.cls':
+            dots = f".{kind.rpartition('.')[2]}" in SUFFIXES         # a name in a tar ends at its first dot
+            skipped['picture with dots in its name' if dots else kind if ext else 'file without ending'] += 1
         elif not key or key[-1] == '/': skipped['member without a name'] += 1
         elif key in (labels if kind == '.cls' else images):
             several = 'classes' if kind == '.cls' else 'pictures'
