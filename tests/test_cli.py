@@ -81,6 +81,11 @@ def test_a_label_is_a_number_or_a_name(label, says, capsys, tmp_path):
     assert says in (said := capsys.readouterr().err.splitlines()[-1]) and said.startswith('vfmvae: ') and not [*tmp_path.rglob('*.png')]
 
 
+def test_a_price_is_that_of_what_is_asked(capsys):
+    assert main(['train-flow', '--dry-run', '--preset', 'dit-conv-f8d16', '--num-images', '1000', '--batch-size', '8']) == 0
+    assert '1,000 images in 125 steps' in capsys.readouterr().out
+
+
 def test_what_is_right_is_read_as_meant():
     a = parser().parse_args(['train-flow', '--lr', '1e-3', '--seed', '0', '--num-images', '+7', '--workers', '0'])
     assert (a.lr, a.seed, a.num_images, a.workers, a.n, a.batch_size) == (1e-3, 0, 7, 0, None, None)

@@ -207,6 +207,21 @@ def test_every_published_width_of_siglip_has_its_heads(dim, heads, theirs):
     torch.testing.assert_close(vfm(x), net(x).last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_files_as_others_save_them(tmp_path):
+    "Meta's file of DINOv2 has a mask token beside timm's names, training in parallel or compiled a prefix."
+    name, kw, x = 'vit_small_patch14_dinov2', dict(depth=1, embed_dim=32, num_heads=2, img_size=28), image(28, 28)
+    net = timm.create_model(name, num_classes=0, **kw).eval()
+    want, sd = VFM(name, net=net)(x), net.state_dict()
+    for given in (sd | {'mask_token': torch.zeros(1, 32)}, {f'module.{k}': v for k, v in sd.items()}, {f'_orig_mod.module.{k}': v for k, v in sd.items()}):
+        torch.save(given, tmp_path/'a.pth')
+        assert torch.equal(VFM(name, tmp_path/'a.pth', **kw)(x), want)
+    torch.save(sd | {'module.norm.weight': sd['norm.weight']}, tmp_path/'b.pth')
+    with pytest.raises(UserError, match='share a name'): VFM(name, tmp_path/'b.pth', **kw)
+    torch.save(sd | {'stranger': torch.zeros(1)}, tmp_path/'c.pth')
+    with pytest.raises(UserError, match='1 extra: stranger'): VFM(name, tmp_path/'c.pth', **kw)
+
+
 def test_weights_of_timms_hub_bring_their_preprocessing(tmp_path):
     from timm.models._hub import save_config_for_hf
     name, kw = 'vit_small_patch16_224', dict(depth=1, embed_dim=32, num_heads=2, img_size=32)

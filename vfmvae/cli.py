@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'bundled', 'Command', 'parser', 'main']
 # %% ../nbs/62_cli.ipynb #6d34d1f1
 import argparse, ast, difflib, math, os, re, sys, warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import vfmvae
 
 # %% ../nbs/62_cli.ipynb #97e4157c
-from .doctor import diagnose, doctor, error_line
+from .doctor import diagnose, doctor, error_line, of_a_user
 from .signatures import Option, options_of, PACKAGE, source_of
 
 # %% ../nbs/62_cli.ipynb #c134d4dc
@@ -180,9 +181,9 @@ def _train_flow(g_kwargs: str | None = None,
                 **how: Any) -> None:
     "train a diffusion net on latents by preset"
     from vfmvae.generation import train_flow
-    presets = vfmvae.presets
-    p = vfmvae.recipes.get_preset(how['preset'], presets.FlowPreset)
-    if dry_run: return print(f"{how['preset']}: {presets.cost_text(p)}")
+    p = vfmvae.recipes.get_preset(how['preset'], vfmvae.presets.FlowPreset)
+    p = replace(p, num_images=how['num_images'] or p.num_images, batch_size=how['batch_size'] or p.batch_size)
+    if dry_run: return print(f"{how['preset']}: {vfmvae.presets.cost_text(p)}")
     _kept(None, how['run'] or how['out'])
     vfmvae.core.need(how['tokenizer'] or not g_kwargs, _ALONE)
     vfmvae.recipes.accelerator_on(device)
@@ -242,8 +243,7 @@ def _generate(n: int = 16,               # how many
     from vfmvae.generation import generate
     vfmvae.core.need(prompt is None or label is None, 'a net draws classes or captions; give --label or --prompt')
     said = vfmvae.captions.read_prompts(prompt) if prompt and prompt.lower().endswith('.txt') else [prompt]
-    labels: Any = ([k for k in said for _ in range(n)] if prompt else n if label is None else
-                   [int(label) if label.isdecimal() and len(label) < 20 else label]*n)
+    labels: Any = [k for k in said for _ in range(n)] if prompt else n if label is None else [label]*n
     folder, how = vfmvae.files.check_out(out), how | _sampling(**_take(how, _sampling))
     vfmvae.core.need(tokenizer or not g_kwargs, _ALONE)
     tok = _tokenizer(tokenizer, g_kwargs, device) if tokenizer else None
@@ -417,7 +417,7 @@ _LOOK = '; look at what was given'
 
 def _explained(e: BaseException) -> str | None:
     "The line for what is the user's or the machine's; None for what is ours, where a traceback helps."
-    line, text, kind = error_line(e), str(e).lower(), type(e).__name__
+    line, text = error_line(e), str(e).lower()
     full = isinstance(e, MemoryError) or 'out of memory' in text or "can't allocate memory" in text
     where = getattr(e, 'filename', ''), getattr(e, 'strerror', '') or line
     lines = {'stopped': isinstance(e, KeyboardInterrupt),
@@ -426,8 +426,8 @@ def _explained(e: BaseException) -> str | None:
              f'text that is not UTF-8 ({line}){_LOOK}': isinstance(e, UnicodeError),
              f'{line} (vfmvae doctor says more)': isinstance(e, ImportError) and "from 'vfmvae" not in str(e),
              ': '.join(str(t) for t in where if t): isinstance(e, OSError),
-             line: kind == 'SafetensorError' or isinstance(e, RuntimeError) and diagnose(str(e))}
-    return line if kind == 'UserError' else next((said for said, holds in lines.items() if holds), None)
+             line: type(e).__name__ == 'SafetensorError' or isinstance(e, RuntimeError) and diagnose(str(e))}
+    return line if of_a_user(e) else next((said for said, holds in lines.items() if holds), None)
 
 def _run(argv: Sequence[str]) -> int:
     name, jupyter = argv[0] if argv and argv[0] in COMMANDS else None, {}

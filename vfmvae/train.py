@@ -282,6 +282,14 @@ def _postfix(bar: Any, row: Mapping[str, float]) -> None:
     speed = f"{row['images_per_s']:.0f} img/s {row['memory_gb']:.1f} GB"
     bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f} {speed}", refresh=False)
 
+def _same_rate(rate: Callable[[int], float] | None, history: Sequence[dict]) -> None:
+    "Says so where a schedule gives another rate for the last logged step: its length has changed, say."
+    for row in history[-1:] if rate else ():
+        was, now = row.get('lr'), rate(row['step']-1)
+        if was is not None and not math.isclose(was, now, rel_tol=1e-6):
+            notice(f"step {row['step']} was taken at a learning rate of {was:.3g}, now it would be {now:.3g}: the "
+                   'schedule is another one, so this run does not go on as one of this length would')
+
 def _set_rate(task: Task, rate: Callable[[int], float] | None, step: int) -> dict[str, float]:
     "Sets the learning rate of this step, if there is a schedule; returns it for the log."
     if rate is None: return {}
@@ -425,9 +433,8 @@ def fit(task: Task, loader: Loader,
         shard: bool = False,     # over the processes; at the end the nets are whole again, as other objects
         accelerator: 'Accelerator | None' = None # None: a default one
        ) -> list[dict]:
-    """Trains until `num_images` images were seen, resuming from `run` if it has a checkpoint; returns the log rows. The
-    same on one CPU and under `accelerate launch` on many machines. UserError before the first step on a number out of
-    range, another run, a full disk; after `patience` skipped steps in a row."""
+    """Trains until `num_images` images were seen, resuming from `run` if it has a checkpoint; returns the log rows. On
+    one CPU as under `accelerate launch`. UserError: before the first step; after `patience` skipped ones in a row."""
     counts = dict(accumulate=accumulate, log_every=log_every, save_every=save_every, patience=patience)
     accumulate, log_every, save_every, patience = (whole(v, k, 1) for k, v in counts.items())
     seed = whole(seed, 'seed', -2**63, 2**63-1)
@@ -436,6 +443,7 @@ def fit(task: Task, loader: Loader,
     acc, show, in_a_row = accelerator or make_accelerator(), show or LivePlot(preview=preview), 0
     shard = _sharding(shard, acc, task)
     loop, steps, first, history, spare = _begin(task, loader, num_images, run, seed, accumulate, acc, shard)
+    _same_rate(rate, history)
     kept, per_step, sync = run if acc.is_main_process else None, loop['batch'], partial(synchronise, task, acc)
     bar, batches = progress(total=steps-first, desc='train'), _micro(loader, first, accumulate)
     with closing(bar), closing(batches), closing(Trackers(trackers, run, task.config(), acc)) as track:

@@ -111,10 +111,10 @@ def _fill(net: nn.Module, # a timm model without classifier
     not fit. What timm's config.json beside it says of images is true of these weights, whatever others want."""
     (given, side), wanted, own = read_weights(path), net.state_dict(), getattr(net, 'pretrained_cfg', None) or {}
     translate = getattr(importlib.import_module(type(net).__module__), 'checkpoint_filter_fn', None)
-    if translate and set(wanted) - set(given):
-        with contextlib.suppress(Exception): given = translate(given, net)
     ends = own.get('classifier') or ('head', 'head_dist')
     ends = {f'{k}.{end}' for k in ([ends] if isinstance(ends, str) else ends) for end in ('weight', 'bias')}
+    if translate and set(wanted) ^ (set(given)-ends):       # DINOv2's own file holds a mask token beside these names
+        with contextlib.suppress(Exception): given = translate(given, net)
     given = {k: v for k, v in given.items() if k in wanted or k not in ends}
     check_state_dict(wanted, given, f'the weights in {path}', f'this {type(net).__name__}',
                      'give those of this very architecture')
