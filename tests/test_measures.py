@@ -385,6 +385,31 @@ def test_rounding_of_single_precision_is_no_direction(offset):
     assert linear_r2(small, y) == pytest.approx(linear_r2(small.double(), y), abs=1e-6) and linear_r2(small, y) > linear_r2(x, y)
 
 
+@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16))
+def test_rounding_of_half_precision_is_no_direction(dtype):
+    "It counted as one for each column: a CCA of .44 where .23 is right, an R^2 of .21 for .01."
+    x, y = normal(600, 4)@normal(4, 64, 2), normal(600, 3, 1)
+    assert len(similarity._Set(x.to(dtype)).basis[1]) == 4
+    for measure in (cca, linear_r2, svcca): assert measure(x.to(dtype), y) == pytest.approx(measure(x.float(), y), abs=2e-3)
+    assert linear_r2(x, y) < .02 and linear_r2(torch.cat([x, y], 1).to(dtype), y) > .999
+
+
+def test_integers_are_exact():
+    small = torch.stack([torch.arange(300) % 7, 10**10*(torch.arange(300) % 5)], 1)      # float32 would call the first column rounding
+    assert len(similarity._Set(small).basis[1]) == 2 and linear_r2(small, small[:, :1]) == pytest.approx(1, abs=1e-9)
+    assert linear_r2(2**40+torch.arange(50)[:, None], torch.arange(50)[:, None]) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize('measure', (cca, pwcca, linear_r2))
+@pytest.mark.parametrize('unit', (1e-12, 1e7, 1e12))
+def test_units_of_columns_do_not_matter_where_a_linear_map_is_allowed(measure, unit):
+    "Beside a column in millions float32's rounding hid the others: R^2 2e-5 for 1."
+    a, b = pair(n=200)
+    other = torch.cat([unit*a[:, :1], a[:, 1:]], 1).float()
+    if measure is not pwcca: assert measure(other, b) == pytest.approx(measure(a.float(), b), abs=1e-6)
+    assert measure(other, a[:, 1:]) == pytest.approx(1, abs=1e-6)
+
+
 
 def test_what_does_not_apply_is_left_out_and_named():
     a, b = pair(n=30)

@@ -6,7 +6,8 @@
 __all__ = ['Device', 'PathLike', 'V', 'Words', 'DrawsLike', 'Config', 'shorten', 'UserError', 'need', 'first_line', 'Notice',
            'notice', 'extra', 'raises', 'whole', 'real', 'nearest', 'one_of', 'pick', 'Registry', 'philox',
            'box_muller', 'Draws', 'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'resized', 'to_tokens',
-           'to_grid', 'some_of', 'numbers', 'rows', 'Moments', 'DataclassLike', 'check_fields', 'build_config']
+           'to_grid', 'some_of', 'numbers', 'rows', 'rounding', 'Moments', 'DataclassLike', 'check_fields',
+           'build_config']
 
 # %% ../nbs/00_core.ipynb #a14ce521
 import copy, dataclasses, difflib, importlib, math, operator, os, sys, threading, types, typing, warnings
@@ -405,6 +406,13 @@ def rows(x: ArrayLike | Tensor,          # (n,d), as `numbers` takes it
     need(x.ndim == 2 and len(x) >= least and x.shape[1],
          f'{name} must be (n,d) with n >= {least}, not {tuple(x.shape)}; pool the tokens first')
     return x.to(dtype or (torch.float64 if x.dtype == torch.float64 else torch.float32))
+
+def rounding(x: ArrayLike | Tensor # as it was given: its type says how finely it was rounded
+            ) -> float:
+    """eps of the type, a step of rounding of a number near 1; what varies by 8 of them or less does not vary. Integers,
+    exact in float64, have its eps; half precision and bfloat16 count a quarter, because 8 would be 6 % there."""
+    kind = (x if isinstance(x, Tensor) else numbers(x)).dtype
+    return torch.finfo(kind).eps/(4 if kind.itemsize < 4 else 1) if kind.is_floating_point else 2.**-52
 
 # %% ../nbs/00_core.ipynb #961de545
 _NOTHING = torch.zeros((), dtype=torch.float64)

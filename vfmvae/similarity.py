@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 # %% ../nbs/27_similarity.ipynb #12314fca
-from .core import need, numbers, one_of, real, rows as rows_of, UserError, whole
+from .core import need, numbers, one_of, real, rounding, rows as rows_of, UserError, whole
 from .files import Table
 from .features import Bank
 from .neighbours import Features, Graph, knn_graph, mutual_knn, prepare, two_graphs, unit_rows
@@ -30,8 +30,7 @@ class _Set:
     "Rows (n,d) in float64 with what the measures need of them, each computed once."
     def __init__(self, x: ArrayLike, name: str = 'a'):
         self.given, self.name = numbers(x, name), name
-        self.x, self.eps = rows_of(self.given, name, 2, torch.float64), torch.finfo(
-            torch.promote_types(self.given.dtype, torch.float32)).eps
+        self.x, self.eps = rows_of(self.given, name, 2, torch.float64), rounding(self.given)
         # a fourth power must not leave float64; a power of two moves no digit
         power = math.frexp(self.x.abs().max().item())[1]
         self.scale = 2.**-max(-1000, min(power, 1000)) if abs(power) > 200 else 1.
@@ -48,6 +47,8 @@ class _Set:
     def centred(self) -> Tensor: return self.moving - self.moving.mean(0)
     @cached_property
     def basis(self) -> tuple[Tensor, Tensor]: return _left(self.moving, self.eps)
+    # the same with columns of one length, so that their units do not decide what is rounding
+    span = cached_property(lambda self: _left(unit_rows(self.moving, dim=0), self.eps))
     @cached_property
     def spectrum(self) -> Tensor: return torch.linalg.svdvals(self.x)
     @cached_property
@@ -152,7 +153,7 @@ def linear_r2(a: ArrayLike,          # (n,d) raw rows: the predictor
     """1 - squared residual/total, pooled over the columns of b, of the best linear map a -> b, in [0, 1]. Not
     symmetric; lam = 0 allows any invertible map of a."""
     lam, (s, t) = real(lam, 'lam', low=0), _two(a, b)
-    (U, S), y = s.basis, t.centred
+    (U, S), y = s.basis if lam else s.span, t.centred
     root = (lam/(s.n-1)/s.d)**.5*S.norm() if relative else lam**.5*s.scale
     kept = 1 - (1/(1 + (S/root).square())).square()
     return min(1., (kept@(U.T@y).square().sum(1)/y.square().sum()).item())
@@ -167,7 +168,7 @@ def cca(a: ArrayLike,         # (n,d) raw rows
     """Mean canonical correlation over min(rank a, rank b) pairs, in [0, 1] (Hotelling 1936). Symmetric, invariant to
     invertible maps; 1 whenever n <= d."""
     s, t = _two(a, b)
-    rho = _correlations(s.basis[0], t.basis[0])
+    rho = _correlations(s.span[0], t.span[0])
     return (rho.square() if squared else rho).mean().item()
 
 def pwcca(a: ArrayLike, # (n,d) raw rows, whose variance weighs
@@ -176,8 +177,8 @@ def pwcca(a: ArrayLike, # (n,d) raw rows, whose variance weighs
     """Canonical correlations weighted by sum_j |<variate, column j of a>|, in [0, 1] (Morcos et al. 2018). Not
     symmetric; not unique for n <= d+e."""
     s, t = _two(a, b)
-    W, rho, _ = torch.linalg.svd(s.basis[0].T@t.basis[0], full_matrices=False)
-    weight = ((s.basis[0]@W).T@s.centred).abs().sum(1)
+    W, rho, _ = torch.linalg.svd(s.span[0].T@t.span[0], full_matrices=False)
+    weight = ((s.span[0]@W).T@s.centred).abs().sum(1)
     return (weight@rho.clamp(max=1)/weight.sum()).item()
 
 def svcca(a: ArrayLike, # (n,d) raw rows
