@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 # %% ../nbs/25_align.ipynb #6524e671
-from .core import need, notice, one_of, PathLike, real, rows, whole
+from .core import need, notice, one_of, PathLike, real, rounding, rows, whole
 from .files import Table
 from .images import Images
 from .features import Bank, FeatureSource
@@ -298,12 +298,12 @@ def cka(a: ArrayLike,           # (n,d)
        ) -> float:
     """HSIC(a,b)/(sqrt(HSIC(a,a) HSIC(b,b)) + eps) in float64 (Kornblith et al. 2019). With the linear kernel the same
     for features in any unit; the rbf kernel has its width in the unit of the features. With a warning nan where all
-    rows of a side are the same, where all are as near by this kernel, or the denominator vanishes."""
+    rows of a side are the same but for rounding, where all are as near by this kernel, or the denominator vanishes."""
     one_of(kernel, ('linear', 'rbf'), 'kernel')
-    sigma, eps, (a, b) = real(sigma, 'sigma', above=0), real(eps, 'eps', low=0), (rows(x) for x in (a, b))
+    sigma, eps, given, (a, b) = real(sigma, 'sigma', above=0), real(eps, 'eps', 0), (a, b), (rows(x) for x in (a, b))
     need(len(a) == len(b), f'{len(a)} and {len(b)} rows: both sides must describe the same images')
     need(len(a) >= 4, f'CKA of {len(a)} rows; it takes at least 4')
-    if not (_vary(a, 'a') and _vary(b, 'b')): return float('nan')
+    if not (_vary(a, given[0], 'a') and _vary(b, given[1], 'b')): return float('nan')
     a, b = (_centred(x, kernel == 'linear') for x in (a, b))
     if kernel == 'linear' and max(a.shape[1], b.shape[1]) <= len(a):
         parts = [_linear_hsic(x, y, unbiased) for x, y in ((a, b), (a, a), (b, b))]
@@ -314,10 +314,11 @@ def cka(a: ArrayLike,           # (n,d)
         return float('nan')
     return _value(parts[0], parts[1], parts[2], eps)
 
-def _vary(x: Tensor, name: str) -> bool:
-    if (x[-1] != x[0]).any() or (x != x[0]).any(): return True
-    notice(f'all rows of {name} are the same: features that never vary have nothing to compare, and this score is nan')
-    return False
+def _vary(x: Tensor, given: ArrayLike, name: str) -> bool:
+    if not (moves := bool((x.double().std(0) > 8*rounding(given)*x.abs().amax(0)).any())):
+        notice(f'all rows of {name} are the same: features that never vary have nothing to compare, and this score is '
+               'nan', 4)
+    return moves
 
 # %% ../nbs/25_align.ipynb #aad3671a
 Source = FeatureSource | Tokenizer | PathLike          # or the name or file of one, see `views.as_source`
