@@ -6,7 +6,7 @@
 __all__ = ['PENALTIES', 'Score', 'share', 'classes_of', 'knn_accuracy', 'linear_probe', 'ridge_probe', 'probe']
 
 # %% ../nbs/28_probes.ipynb #78f06a87
-import warnings
+import math, warnings
 from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist
 from typing import Any, cast, NamedTuple, TYPE_CHECKING
@@ -19,7 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING: from sklearn.pipeline import Pipeline
 
 # %% ../nbs/28_probes.ipynb #836f44de
-from .core import need, notice, numbers, PathLike, real, rows, some_of, UserError, whole
+from .core import need, notice, numbers, PathLike, real, rounding, rows, some_of, UserError, whole
 from .files import Table
 from .images import Dataset, Images
 from .features import extract, FeatureSource
@@ -53,9 +53,9 @@ def share(k: int, # of n
 # %% ../nbs/28_probes.ipynb #f6cd87cb
 def _targets(y: Any, n: int, name: str) -> np.ndarray:
     "One target (or row of targets) for each row, as an array of numbers or of words."
-    try: words = not isinstance(y, Tensor) and all(isinstance(v, str) for v in np.ravel(y))  # also those of pandas
+    try: words = not isinstance(y, Tensor) and all(isinstance(v, str | bytes) for v in np.ravel(y))    # also of pandas
     except (ValueError, TypeError, RuntimeError): words = False              # of unequal length: `numbers` says so
-    if words: y = np.asarray(y, str)
+    if words: y = np.reshape([v if isinstance(v, str) else str(v, 'utf8', 'replace') for v in np.ravel(y)], np.shape(y))
     else:
         y = numbers(y.cpu() if isinstance(y, Tensor) else y, name)
         y = (y.float() if y.dtype in (torch.float16, torch.bfloat16) else y).numpy()
@@ -82,7 +82,7 @@ def _features(train_x: ArrayLike, test_x: ArrayLike) -> tuple[np.ndarray, np.nda
          f'features of {a.shape[1]} and {b.shape[1]} dimensions; use the same layer for both parts')
     warn_of_copies(copies_of(a if train_x is test_x else torch.cat([a, b.to(a)])), 'rows of a probe')
     # rounding of a constant feature is no variation, whatever its unit: what never varies in training is left out
-    moves = (a.double().std(0) > 8*torch.finfo(a.dtype).eps*a.abs().amax(0)).numpy()
+    moves = (a.double().std(0) > 8*rounding(train_x)*a.abs().amax(0)).numpy()
     if not moves.any(): notice('no training feature varies: this probe is nan; look at the features')
     return a.double().numpy()[:, moves], b.double().numpy()[:, moves]
 
@@ -122,7 +122,9 @@ def _vote(a: np.ndarray, ya: np.ndarray, b: np.ndarray, yb: np.ndarray, k: int,
     if not a.shape[1]: return _NOTHING
     keys, asking = (unit_rows(torch.from_numpy(x)).numpy() for x in (a, b))
     far, idx = NearestNeighbors(n_neighbors=k, metric='cosine').fit(keys).kneighbors(None if alone else asking)
-    weight = np.ones_like(far) if temperature is None else np.exp(-far/real(temperature, 'temperature', above=0))
+    # the nearest weighs 1: small temperatures would leave no weight at all
+    weight = np.exp((far[:, :1]-far)/(math.inf if temperature is None
+                                      else real(temperature, 'temperature', above=0)))
     known, codes = np.unique(ya, return_inverse=True)
     votes = np.stack([(weight*(codes[idx] == c)).sum(1) for c in range(len(known))], 1)
     return share((known[votes.argmax(1)] == yb).sum().item(), len(yb))
@@ -193,9 +195,9 @@ def _factors(y: ArrayLike, n: int, name: str) -> np.ndarray:
     need(y.dtype.kind != 'U' and y.ndim <= 2,
          f'{name} of type {y.dtype} and shape {y.shape}; give numbers, (n,) or (n,m)')
     y = y.reshape(n, -1)
-    eps = np.finfo(y.dtype).eps if y.dtype.kind == 'f' else 0
-    need(not (y.std(0) <= 8*eps*np.abs(y).max(0)).any(), 'a factor that never varies cannot be probed; leave it out')
-    return y.astype(np.float64)
+    eps, y = rounding(torch.from_numpy(y)), y.astype(np.float64)
+    need((y.std(0) > 8*eps*np.abs(y).max(0)).all(), 'a factor that never varies cannot be probed; leave it out')
+    return y
 
 # %% ../nbs/28_probes.ipynb #8382242e
 def ridge_probe(train_x: ArrayLike,                     # (n,d) features; a fifth of them chooses the penalty
