@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,25 @@ def test_twins_keep_the_index_order():
     assert g.idx[:40].tolist() == [[i+40, i+80] for i in range(40)] and g.idx[80:].tolist() == [[i, i+40] for i in range(40)]
 
 
+@pytest.mark.parametrize('kind, says', [('plain', ''), ('signs', 'beyond'), ('signs of 12', 'beyond'), ('some twins', ''), ('one in twenty', '')])
+def test_ties_at_rank_k_are_said_and_change_nothing(kind, says):
+    "Ties are broken by index on both sides alike: 12 signs of 1,000 rows, unrelated, had p <= .05 in up to half of all pairs, in silence."
+    x = normal(400, 24)
+    rows = {'plain': x, 'signs': x.sign(), 'signs of 12': x[:, :12].sign(), 'some twins': torch.cat([x, x[:200]]),
+            'one in twenty': torch.cat([x[:380], x[:20].sign()])}[kind]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        g = knn_graph(rows, 7)
+    found = [str(w.message) for w in said if 'as near as the k-th' in str(w.message)]
+    assert len(found) == bool(says) and all('\n' not in t and 'p too low' in t for t in found)
+    wide = rows.double()
+    sim = (wide@wide.T).fill_diagonal_(-torch.inf).to(rows.dtype)
+    assert torch.equal(g.idx, sim.argsort(dim=1, descending=True, stable=True)[:, :7]) and g.val.shape == (len(rows), 7)
+    with warnings.catch_warnings(): # all neighbours: nothing is beyond
+        warnings.simplefilter('error')
+        knn_graph(x.sign()[:60], None)
+
+
 def test_null_is_a_shuffle_of_rows():
     a, b = pair()
     orders, g = [], torch.Generator().manual_seed(5)
@@ -326,6 +346,27 @@ def test_prepare_takes_the_order_statistic():
         assert torch.allclose(prepare(x, q), F.normalize(x.clamp(-v, v), dim=1), atol=1e-15)
 
 
+def test_a_clamp_that_erases_all_says_so():
+    "More than 95 % of zeros, as in one-hot rows of 21 classes: all was clamped away, and then 'never varied'."
+    one = torch.eye(21)[torch.arange(63) % 21]
+    with pytest.warns(match='more than 95% of the numbers are 0.*give q=1'): assert not prepare(one).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert torch.equal(prepare(one, 1), one) and prepare(torch.eye(19)).any() and not prepare(0*one).any()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_what_varies_by_rounding_alone_has_no_cka(dtype):
+    "Two readings of one constant, .1 and its last bit, had a CKA of up to .77."
+    still = lambda s: (.1*(1 + torch.finfo(dtype).eps*(normal(200, 8, s) > 1).double())).to(dtype)
+    a, b = still(1), still(2)
+    assert (a != a[0]).any()
+    for x, y in ((a, b), (a, normal(200, 8)), (normal(200, 8), b)):
+        with pytest.warns(match='are the same'): assert np.isnan(cka(x, y))
+    with pytest.warns(match='no training feature varies'): assert np.isnan(knn_accuracy(a, torch.arange(200) % 2).value)
+    assert cka(normal(200, 8).to(dtype), normal(200, 8).to(dtype)) == pytest.approx(1, abs=1e-6)
+
+
 def clouds(n, d=20, classes=5, seed=0, apart=.6):
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(classes, (n,), generator=g)
@@ -392,10 +433,18 @@ def test_a_rare_factor_has_an_interval():
     assert -1 < s.low < s.value < s.high < 1
 
 
+def test_a_small_temperature_is_the_nearest_neighbour():
+    "All weights vanished below about 1/745 of the distance, and the first class won."
+    (x, y), (u, v) = clouds(200), clouds(100, seed=1)
+    one = knn_accuracy(x, y, u, v, k=1)
+    assert knn_accuracy(x, y, u, v, k=9, temperature=1e-6) == knn_accuracy(x, y, u, v, k=9, temperature=1e-300) == one
+
+
 def test_words_are_classes_however_they_are_kept():
     x, words = normal(60, 4), np.array(['cat', 'dog']*30)
-    for y in (words.astype(object), words.tolist(), tuple(words), words.astype(object)[:, None][::-1][::-1]):
+    for y in (words.astype(object), words.tolist(), tuple(words), words.astype(object)[:, None][::-1][::-1], words.astype('S'), [w.encode() for w in words]):
         assert knn_accuracy(x, y, k=3) == knn_accuracy(x, words, k=3)
+    assert knn_accuracy(x, ['ä', 'ö']*30, x, np.array(['ä'.encode(), 'ö'.encode()]*30), k=3) == knn_accuracy(x, words, x, words, k=3)     # as in HDF5
     with pytest.raises(UserError, match='different lengths'): knn_accuracy(x, np.array(['cat', 1]*30, object), k=3)
 
 

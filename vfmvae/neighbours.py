@@ -56,6 +56,8 @@ def prepare(x: ArrayLike,   # (n,d); float32 and float64 are kept, everything el
     at = int(q*x.numel())
     if at < x.numel():
         top = _selected(x, at)
+        if not top and x.any():
+            notice(f'more than {q:.0%} of the numbers are 0: the clamp of q = {q:g} makes the rest 0, too; give q=1')
         x = x.clamp(-top, top)
     return unit_rows(x)
 
@@ -295,11 +297,18 @@ def knn_graph(a: ArrayLike,       # (n,d) rows, as `prepare` makes them
     warn_of_copies(copies := copies_of(a))
     scale = _scale(a)
     x = a if scale == 1 else a*scale
-    idx, val = nearest_rows(x, k, not loops)
+    idx, val = nearest_rows(x, min(k+1, top), not loops)
+    # where the k-th and the next are as near, and no copies of each other, which have their own notice, the index chose
+    if (tied := int(((val[:, k-1:k].to(x.dtype) == val[:, k:].to(x.dtype))
+                     & (True if copies is None else copies[idx[:, k-1:k]] != copies[idx[:, k:]])).sum())) > len(x)/10:
+        notice(f'{tied} of {len(x)} rows have more neighbours as near as the k-th: those of the smaller index are '
+               'taken, on both sides alike, so that scores of these features come out too high and p too low; take '
+               'features with more values')
     size = _lengths(x).double()
     square = (size.square().sum()/(size > 0).sum().clamp(min=1)).item()/scale/scale
     # rows of unit length up to rounding, and rows of zeros, count as they are
-    return Graph(idx, val/scale/scale, loops, 1. if square == 0 or abs(square-1) < 1e-5 else square, copies)
+    return Graph(idx[:, :k], val[:, :k]/scale/scale, loops, 1. if square == 0 or abs(square-1) < 1e-5 else square,
+                 copies)
 
 # %% ../nbs/23_neighbours.ipynb #055a6f10
 Features = ArrayLike | Graph     # (n,d) rows prepared by the caller, or their graph: what a neighbour score takes
