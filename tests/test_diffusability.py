@@ -229,6 +229,18 @@ def test_lpc_does_not_depend_on_batches_and_takes_one_number_a_batch():
         assert local_continuity(f, z, rms, batch_size=size).column('distance') == pytest.approx(want.column('distance'), rel=1e-5)
     assert local_continuity(f, z, lambda a, b: rms(a, b).mean(), batch_size=3).lpc == pytest.approx(want.lpc, rel=1e-5)
     assert local_continuity(f, z, rms, seed=1).lpc != want.lpc and local_continuity(f, z.half(), rms).lpc == pytest.approx(want.lpc, rel=1e-2)
+    for number in (float, np.float32, np.asarray):
+        assert local_continuity(f, z, lambda a, b, n=number: n(rms(a, b).mean())).lpc == pytest.approx(want.lpc, rel=1e-5)
+
+
+def test_rounding_is_no_variation():
+    "A channel of .1 and its last bit was brought to unit scale, and counted as much as any other."
+    z = normal(20, 3, 4, 4)
+    for dtype, step in ((torch.float32, 1e-8), (torch.float64, 1e-17), (torch.bfloat16, 3e-4)):
+        still = torch.cat([z[:, :1], .1 + step*z[:, 1:]], 1).to(dtype)
+        assert (still[:, 1:] != still[0, 1, 0, 0]).any() or dtype == torch.float64
+        with pytest.raises(UserError, match='never varies'): spectral_energy(still)
+    assert spectral_energy(torch.cat([z[:, :1], .1 + 1e-4*z[:, 1:]], 1).float()) == pytest.approx(spectral_energy(z), rel=1e-2)
 
 
 # paths --------------------------------------------------------------------------------------------------------------------------------------------------
@@ -240,6 +252,10 @@ def test_a_straight_line_is_straight_and_efficient_at_any_speed():
         for given in (states, [*states], states.float()):
             assert path_shape(given) == pytest.approx(dict(straightness=1, efficiency=1), abs=1e-5)
     assert path_shape([a, b, a]) == pytest.approx(dict(straightness=-1, efficiency=0), abs=1e-9)
+    pause = path_shape([a, a, (a+b)/2, b, b])                     # it was a right angle: 1/3
+    assert pause == pytest.approx(dict(straightness=1, efficiency=1), abs=1e-9)
+    alone = path_shape([torch.cat([a, a]), torch.cat([b, a]), torch.cat([2*b-a, b])])       # of one path two steps, of the other one
+    assert alone['straightness'] == pytest.approx(1) and math.isnan(path_shape([a, b, b])['straightness'])
 
 
 def test_a_circle_has_its_own_numbers_and_rotation_changes_none():
@@ -370,6 +386,17 @@ def test_epochs_to_a_level():
     with pytest.raises(UserError, match='unguided'): epochs_to(record[1:], 2)
     for rows in (noise, []):
         with pytest.raises(UserError, match='unguided'): epochs_to(rows, 2)
+
+
+def test_a_log_may_be_a_table_of_text():
+    "Rows of csv.DictReader were a TypeError, rows without images a KeyError, and the NaN of pandas counted as guidance."
+    log = [dict(images=1000*i, gfid=64/2**i) for i in range(1, 6)]
+    want, nan = epochs_to(log, 5), float('nan')
+    text = [{k: str(v) for k, v in r.items()} | dict(guidance=g) for r, g in zip(log, ('', '1', '1.0', None, nan), strict=True)]
+    odd = [dict(gfid=.5), dict(images='', gfid='.5'), dict(images='2', gfid=''), dict(images=2, gfid='none'), dict(images=2, gfid='.5', guidance='1.5'),
+           dict(images=2, gfid=.5, guidance="{'guidance': 1.5}"), dict(images=2, gfid=math.inf), dict(images=nan, gfid=.5)]
+    assert epochs_to(text, 5) == epochs_to(text+odd, 5) == epochs_to(log+odd, 5) == want
+    with pytest.raises(UserError, match='unguided'): epochs_to(odd, 5)
 
 
 # the row ------------------------------------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 # %% ../nbs/40_diffusability.ipynb #dfs00005
-from .core import Device, Draws, need, numbers, PathLike, pick, real, to_tokens, whole
+from .core import Device, Draws, need, numbers, PathLike, pick, real, rounding, to_tokens, whole
 from .files import Table
 from .images import Images
 from .features import batches, move_source
@@ -38,7 +38,7 @@ def _unit(z: Tensor) -> Tensor:
     x = numbers(z, 'latents').double()
     need(x.ndim == 4 and len(x) > 1 and min(x.shape), f'latents are (n,c,h,w), n >= 2, not {tuple(x.shape)}')
     std, size = x.std((0, 2, 3), correction=0, keepdim=True), x.abs().amax((0, 2, 3), keepdim=True)
-    need((std > 1e-12*size).all(), 'a latent channel never varies; leave it out, or use more images')
+    need((std > 8*rounding(z)*size).all(), 'a latent channel never varies; leave it out, or use more images')
     return (x-x.mean((0, 2, 3), keepdim=True))/std
 
 def _classes(labels: Sequence[int | str] | Tensor | None, x: Tensor
@@ -115,7 +115,7 @@ def spatial_structure(z: Tensor,                  # (n,c,h,w) latents, in any un
 @torch.no_grad()
 def local_continuity(tokenizer: Tokenizer,    # its `decode` is asked
                      z: Tensor,               # (n,c,h,w) latents as it decodes them
-                     distance: Callable[[Tensor, Tensor], Tensor], # of two batches of images: one number, or (b,)
+                     distance: Callable[[Tensor, Tensor], Tensor | float], # of two batches of images: a number, or (b,)
                      rhos: Sequence[float] = (.1, .5, 1., 2.), # steps, in units of a latent's length
                      seed: int = 0,           # of the directions
                      batch_size: int = 32, device: Device = None
@@ -129,7 +129,8 @@ def local_continuity(tokenizer: Tokenizer,    # its `decode` is asked
     for a, s in zip(raw.split(size), step.float().split(size), strict=True):
         y = tokenizer.decode(a.to(place))
         parts.append(torch.tensor([
-            distance(tokenizer.decode((a+e*s).to(place)), y).double().mean().item() for r in rhos for e in (r, -r)
+            torch.as_tensor(distance(tokenizer.decode((a+e*s).to(place)), y)).double().mean().item()
+            for r in rhos for e in (r, -r)
         ]).view(len(rhos), 2).mean(1)*len(a)/len(raw))
     curve, rho = sum(parts, torch.zeros(len(rhos))), torch.tensor(rhos)
     need(rhos and curve.isfinite().all(), 'no rho was given, or a distance is NaN or infinite; look at rhos')
@@ -140,12 +141,13 @@ def local_continuity(tokenizer: Tokenizer,    # its `decode` is asked
 def path_shape(states: Tensor | Sequence[Tensor] # (steps+1,n,...) of two steps or more; a list on the CPU
               ) -> dict[str, float]:
     """`straightness`, the mean cosine of successive steps, and `efficiency`, the mean of |last - first| / length of the
-    path (arXiv 2606.03578). Both are 1 for straight paths; the first rises with the number of steps."""
+    path (arXiv 2606.03578). Both are 1 for straight paths; the first rises with the number of steps. A step that does
+    not move has no direction: its two cosines do not count (nan where none is left)."""
     x = numbers(states, 'states').double()
     need(x.ndim > 2 and len(x) > 2, f'states are (steps+1,n,...), two steps or more, not {tuple(x.shape)}')
     d = x.flatten(2).diff(dim=0)
     need(d.any(2).any(0).all(), 'a path does not move; give the states of a sampler, sample_latents(..., states=True)')
-    return dict(straightness=((u := unit_rows(d, dim=2))[:-1]*u[1:]).sum(2).mean().item(),
+    return dict(straightness=((u := unit_rows(d, dim=2))[:-1]*u[1:]).sum(2)[d[:-1].any(2) & d[1:].any(2)].mean().item(),
                 efficiency=(d.sum(0).norm(dim=1)/d.norm(dim=2).sum(0)).mean().item())
 
 # %% ../nbs/40_diffusability.ipynb #dfs00039
@@ -234,17 +236,23 @@ def fdr6(images: Images | PathLike,                    # judged, as `evaluate.gf
     return Table(rows, fdr6=sum(r.value/FDR6[k][2] for k, r in records.items())/len(records), records=records)
 
 # %% ../nbs/40_diffusability.ipynb #dfs00053
+def _number(v: object) -> float:
+    "The number v, which a table may hold as text; nan where it has none, infinite where it has something else."
+    try: return math.nan if v is None or v == '' else float(v)                               # type: ignore[arg-type]
+    except (TypeError, ValueError): return math.inf
+
 def epochs_to(rows: Iterable[Mapping], # of a log, with `images` seen; rows with guidance do not count
               level: float,            # the distance to reach; published: 2
               epoch: int = 1,          # images in an epoch; 1: the answer is in images
               value: str = 'gfid'      # column of the distance
              ) -> float | None:
     """EPFID: epochs until `value` is at most `level` for the first time; None where the log never gets there (RAEv2).
-    Between two points log(value) is linear in images. UserError: no row has an unguided value."""
+    Between two points log(value) is linear in images. Numbers may be text, as in csv; rows without both are passed
+    over. UserError: no row has an unguided value."""
     level, epoch, points = real(level, 'level', above=0), whole(epoch, 'epoch', 1), sorted(
-        (r['images'], max(r[value], 1e-9)) for r in rows
-        if r.get(value) is not None and r[value] >= 0
-        and (g.get('guidance') if isinstance(g := r.get('guidance'), Mapping) else g) in (None, 1))
+        (n, max(v, 1e-9)) for r in rows
+        if 0 <= (n := _number(r.get('images'))) < math.inf and 0 <= (v := _number(r.get(value))) < math.inf
+        and not abs(_number(g.get('guidance') if isinstance(g := r.get('guidance'), Mapping) else g)-1) > 0)
     need(points, f'no row has images and an unguided {value!r}; give rows that hold both')
     return next(((b if a == b else a + (b-a)*math.log(u/level)/math.log(u/v))/epoch
                  for (a, u), (b, v) in zip([points[0], *points], points, strict=False) if v <= level), None)
