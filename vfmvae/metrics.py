@@ -158,8 +158,10 @@ def _inside(points: Tensor, centres: Tensor, k: int, chunk: int = 1024) -> float
     distance included."""
     # k+1: each is its own nearest
     radius = torch.cat([torch.cdist(c, centres).kthvalue(k+1, dim=1).values for c in centres.split(chunk)])
-    reach = (radius.square() + 1e-13*max(x.square().sum(1).max() for x in (points, centres))).sqrt()
-    return torch.cat([(torch.cdist(p, centres) <= reach).any(1) for p in points.split(chunk)]).double().mean().item()
+    # the error of a squared distance is a share of the squares of its own two rows, whatever rows there are elsewhere
+    reach, slack = radius.square() + 1e-13*centres.square().sum(1), 1e-13*points.square().sum(1, keepdim=True)
+    return torch.cat([(torch.cdist(p, centres).square() <= reach+s).any(1)
+                      for p, s in zip(points.split(chunk), slack.split(chunk), strict=True)]).double().mean().item()
 
 def precision_recall(real: ArrayLike, # (n,d) features
                      fake: ArrayLike, # (m,d)
@@ -170,8 +172,8 @@ def precision_recall(real: ArrayLike, # (n,d) features
     a, b = _features(real, 'real features'), _features(fake, 'fake features')
     need(a.shape[1] == b.shape[1],
          f'features of {a.shape[1]} and {b.shape[1]} dimensions; use the same feature extractor for both')
-    # a common offset costs digits, squares of large numbers overflow
-    k, centre = whole(k, 'k', 1, min(len(a), len(b))-1), a.mean(0)
+    # a common offset costs digits, squares of large numbers overflow; one far row moves a mean
+    k, centre = whole(k, 'k', 1, min(len(a), len(b))-1), a.median(0).values
     largest = max((x-centre).abs().max().item() for x in (a, b)) or 1.
     a, b = (a-centre)/largest, (b-centre)/largest
     return _inside(b, a, k), _inside(a, b, k)
