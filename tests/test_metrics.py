@@ -93,6 +93,15 @@ def test_scores_do_not_depend_on_the_unit_of_the_features(scale):
     if scale in (1e-6, 1e6): assert frechet_features(a*scale, b*scale) == pytest.approx(scale**2*frechet_features(a, b), rel=1e-10)
 
 
+@pytest.mark.parametrize('far', [1e7, 1e12])
+def test_one_far_row_says_nothing_about_the_others(far):
+    "The slack for rounding was that of the largest row: one of 1e9 made the recall of samples elsewhere 1."
+    a, b = normal(200, 8), normal(200, 8, 1)
+    spoilt = torch.cat([a[:-1], torch.full((1, 8), far)])
+    assert precision_recall(spoilt, b+9)[1] == precision_recall(b+9, spoilt)[0] == 0
+    assert precision_recall(spoilt, b)[1] == _inside(a[:-1], b, 3)*199/200
+
+
 def test_twins_lie_in_each_others_balls_of_radius_zero():
     a = normal(40, 64).repeat(4, 1)+3
     order = torch.randperm(160, generator=torch.Generator().manual_seed(2))
@@ -161,6 +170,16 @@ def test_a_correlation_of_what_never_varies_is_none_whatever_its_digits():
     rise = np.array([1., 2., 4., 3.])
     for unit in (1e-170, 1e-9, 1e200): assert correlation(rise*unit, rise) == pytest.approx((1, 1))
     assert np.isnan(correlation([1, NAN, 3], [1, 2, 3])).all()
+    for x, y in (([1, 2, 3], [1, 2]), ([1], [2]), ([[1, 2]], [[1, 2]])):                    # it was a ValueError of numpy, or nan
+        for f in (correlation, scatter_fit):
+            with pytest.raises(UserError, match='two equal rows of at least 2 numbers'): f(x, y)
+
+
+def test_a_correlation_is_scipys():
+    stats, g = pytest.importorskip('scipy.stats'), np.random.default_rng(0)
+    for x in (g.normal(size=40), g.integers(0, 5, 40), g.normal(size=40) > 0):
+        y = x + g.normal(size=40)
+        assert correlation(x, y) == (stats.pearsonr(x.astype(float), y)[0], stats.spearmanr(x, y)[0])
 
 
 def test_a_figure_keeps_the_numbers_that_it_was_given():

@@ -8,7 +8,7 @@ __all__ = ['PALETTE', 'MARKERS', 'LINES', 'WIDTHS', 'STYLE', 'LOOKS', 'LIVE', 's
            'scatter_fit', 'save_figure', 'loss_curves', 'training_curves', 'LivePlot']
 
 # %% ../nbs/04_plots.ipynb #a72b88db
-import base64, csv, io, itertools, math, sys, threading, time
+import base64, csv, io, itertools, math, sys, threading, time, warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 # %% ../nbs/04_plots.ipynb #ca6d1102
-from .core import UserError
+from .core import need, UserError
 from .files import write_atomic
 
 # %% ../nbs/04_plots.ipynb #ceb02af6
@@ -310,16 +310,15 @@ def _cell_numbers(ax: 'Axes', m: np.ndarray, fmt: str, norm: Any) -> None:
         ax.text(j, i, format(v, fmt), ha='center', va='center', fontsize=7, color=colour)
 
 # %% ../nbs/04_plots.ipynb #4bc57dee
-def correlation(x: 'Array', y: 'Array' # (n,) each
+def correlation(x: 'Array', y: 'Array' # (n,) each, n >= 2
                ) -> tuple[float, float]:
-    "(Pearson r, Spearman rho), ranks averaged over ties; nan when either side is constant or has a NaN."
-    def pearson(a, b):
-        # equal numbers are exactly 0 then, in any unit
-        a, b = ((w := (u := v-v[:1])/(abs(u).max(initial=0) or 1)) - w.mean() for v in (a, b))
-        return float(a@b/math.sqrt(d)) if (d := (a@a)*(b@b)) > 0 else math.nan
-    def ranks(a): return np.where(a == a, (a[:, None] > a).sum(1) + ((a[:, None] == a).sum(1)-1)/2, math.nan)
+    """(Pearson r, Spearman rho) by scipy, ranks averaged over ties; nan when either side is constant or has a NaN.
+    UserError: fewer than two points, unequal lengths."""
+    from scipy.stats import pearsonr, spearmanr         # here, because it takes half a second to import
     a, b = (_array(v).astype(float) for v in (x, y))
-    return pearson(a, b), pearson(ranks(a), ranks(b))
+    need(a.shape == b.shape and a.ndim == 1 and len(a) > 1,
+         f'two equal rows of at least 2 numbers are wanted, not {a.shape} and {b.shape}; give one y for each x')
+    with warnings.catch_warnings(action='ignore'): return float(pearsonr(a, b)[0]), float(spearmanr(a, b)[0])
 
 # %% ../nbs/04_plots.ipynb #3ab870fd
 def scatter_fit(x: 'Array', y: 'Array',              # (n,) each, n >= 2
@@ -329,10 +328,7 @@ def scatter_fit(x: 'Array', y: 'Array',              # (n,) each, n >= 2
                ) -> 'Figure':
     "Points, their least-squares line, r, rho and n. Raises UserError for fewer than two points or unequal lengths."
     a, b = _array(x).astype(float), _array(y).astype(float)
-    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
-        raise UserError(f'a fit needs two equal rows of at least 2 numbers, not {a.shape} and {b.shape}')
-    fig, ax = _axes(ax, width)
-    r, rho = correlation(a, b)
+    (r, rho), (fig, ax) = correlation(a, b), _axes(ax, width)
     with paper_style():
         ax.plot(a, b, 'o', color=PALETTE[0])
         ends = np.array([a.min(), a.max()])
