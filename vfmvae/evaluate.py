@@ -222,10 +222,10 @@ def _halves(data: Dataset, n: int, seed: int) -> tuple[list[int], list[int]]:
     pairs, swap = np.array(spread(2*n, len(data))).reshape(n, 2), np.random.default_rng(seed % 2**63).permutation(n) % 2
     return pairs[range(n), swap].tolist(), pairs[range(n), 1-swap].tolist()
 
-def labels_of(data: Dataset) -> list[int]:
-    "The class of each image of a set. Pictures are opened only where the set does not know."
+def labels_of(data: Dataset) -> list[int | str]:
+    "The class of each image of a set, a number or a word. Pictures are opened only where the set does not know."
     if isinstance(data, World): return data.factors(range(len(data)))['label'].tolist()
-    if (known := getattr(data, 'labels', None)) is not None: return [int(k) for k in known]
+    if (known := getattr(data, 'labels', None)) is not None: return [k if isinstance(k, str) else int(k) for k in known]
     return [k for j in range(0, len(data), 512) for k in data.batch(range(j, min(j+512, len(data))))['label'].tolist()]
 
 # %% ../nbs/32_evaluate.ipynb #c18d4427
@@ -255,7 +255,7 @@ def validate(extractor: Extractor,
     halves, rows, rises = distance(stats(second)), [], {}
     by_n = {k: halves if k == n else distance(*map(stats, _halves(data, k, seed))) for k in sorted({n, *sizes})}
     for axis, strengths in axes.items():
-        label = labels_of(data) if axis == 'missing' else []
+        label = np.unique(labels_of(data) if axis == 'missing' else (), return_inverse=True)[1]
         last, up = halves, True
         for s in strengths:
             if axis == 'missing':

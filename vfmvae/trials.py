@@ -391,7 +391,7 @@ class _Rebuilt:
 
 def _halves(ds: Dataset) -> list[Subset]:
     "Two halves of a labelled set, with as many of each class in both."
-    places: dict[int, list[int]] = {}
+    places: dict[int | str, list[int]] = {}
     for i, y in enumerate(labels_of(ds)): places.setdefault(y, []).append(i)
     return [Subset(ds, sorted(i for at in places.values() for i in at[k::2])) for k in (0, 1)]
 
