@@ -5,7 +5,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from vfmvae.core import UserError
 from vfmvae.files import save_weights
-from vfmvae.losses import lpips
+from vfmvae.losses import lpips, perceptual, pixel, ssim_loss
 
 
 @pytest.fixture(scope='module')
@@ -26,6 +26,18 @@ def reference(vgg):
 
 
 def images(seed, size=16): return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(seed))*2-1
+
+
+@pytest.mark.parametrize('spoil, says', [(torch.Tensor.byte, 'hold integers'), (lambda x: x[:, :1], r'are \(b,3,H,W\)'), (lambda x: x[0], r'are \(b,3,H,W\)'),
+                                         (lambda x: x[:1], 'cannot be compared')])
+def test_losses_take_images_alone(vgg, spoil, says):
+    "Bytes and grey images, which broadcast, gave a number."
+    x, net = images(0), lpips(vgg)
+    for f in (pixel, ssim_loss, net, lambda x, y: perceptual(x, y, lambda x: [x])):
+        for pair in ((x, spoil(x)), (spoil(x), x)):
+            with pytest.raises(UserError, match=says): f(*pair)
+    for f in (pixel, net): assert f(x*float('nan'), x).isnan()          # training names it
+    assert net(x.double(), images(1).double()) == net(x, images(1))     # it was a foreign RuntimeError
 
 
 @torch.no_grad()

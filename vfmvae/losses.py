@@ -22,6 +22,7 @@ from torch import nn, Tensor
 from .core import at_least_float32, Draws, DrawsLike, need, normal_like, resized, to_tokens
 from .files import as_path, check_state_dict, check_weights
 from .runtime import average
+from .images import check_images
 from .checkpoints import read_weights
 
 # %% ../nbs/18_losses.ipynb #fbe4200a
@@ -79,7 +80,8 @@ def sample_equivariance(scales: Sequence[float] = (.25, .5, .75, 1.), # the last
 
 # %% ../nbs/18_losses.ipynb #4979e960
 def _same(x: Tensor, y: Tensor) -> None:
-    need(x.shape == y.shape, f'images of shape {tuple(x.shape)} and {tuple(y.shape)} cannot be compared; resize one')
+    need(check_images(x, values=False).shape == check_images(y, 'targets', values=False).shape,
+         f'images of shape {tuple(x.shape)} and {tuple(y.shape)} cannot be compared; resize one')
 
 def pixel(x: Tensor,  # (b,3,H,W) in [-1,1]
           y: Tensor,  # the target, same shape
@@ -193,8 +195,7 @@ class _Mean(nn.Module):
     def train(self, mode: bool = True): return super().train(False)
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         _same(x, y)
-        x, y = at_least_float32(x), at_least_float32(y)
-        with torch.autocast(x.device.type, enabled=False): return self.net(x, y).mean()
+        with torch.autocast(x.device.type, enabled=False): return self.net(x.float(), y.float()).mean()
 
 # %% ../nbs/18_losses.ipynb #7fddb336
 def _matched(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
