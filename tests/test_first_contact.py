@@ -15,6 +15,7 @@ from vfmvae.probes import knn_accuracy, linear_probe, probe, ridge_probe
 from vfmvae.core import UserError
 from vfmvae.images import to_pil, transform
 from vfmvae.world import World
+from vfmvae.features import extract
 from vfmvae.folders import folder, shards
 from vfmvae.data import take
 from vfmvae.robustness import layer_scores, robustness
@@ -110,6 +111,16 @@ def test_labels_of_any_form_give_the_same_probe():
         assert '\n' not in str(e.value)
     with pytest.raises(UserError, match='give numbers'): ridge_probe(x[:50], words[:50], x[50:], words[50:])
     with pytest.raises(UserError, match='2 and 1 factors'): ridge_probe(x[:50], x[:50, :2], x[50:], x[50:, :1])
+
+
+def test_a_loader_of_pairs_is_a_set_of_images():
+    "A TensorDataset was taken, a DataLoader of it refused."
+    x = torch.rand(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))*2-1
+    own = torch.utils.data.TensorDataset(x, torch.arange(7))
+    for images in (torch.utils.data.DataLoader(own, 3), iter(own), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), 2)):
+        assert torch.equal(extract(Colour(), images, quiet=True)[0], x.mean((2, 3)))
+    for images in (iter([[x[0], x[1]]]), iter([[x, x]])):               # a list of pictures is no pair: none is left out in silence
+        with pytest.raises(UserError, match='gave a list'): extract(Colour(), images, quiet=True)
 
 
 # names ----------------------------------------------------------------------------------------------------------------------------------------

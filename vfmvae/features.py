@@ -62,12 +62,13 @@ def pool(h: Tensor,        # tokens (b,n,c)
     return way(h)
 
 # %% ../nbs/11_features.ipynb #05735ec2
-def samples(images: Images # a dataset, or an iterable of tensors, samples or batches of either
+def samples(images: Images # a dataset, or an iterable of tensors, samples, (image, label) pairs or batches of these
            ) -> Iterator[Batch]:
-    "Samples (dicts with 'image' (3,H,W)) one by one. UserError on what is no tensor."
+    "Samples (dicts with 'image' (3,H,W)) one by one. UserError on what is no tensor, and on a list of several images."
     many: Any = images
     for x in (many[i] for i in range(len(many))) if hasattr(many, '__getitem__') else many:
-        s = x if isinstance(x, dict) else {'image': x}
+        s = x if isinstance(x, dict) else {'image': x[0] if isinstance(x, tuple | list) and x and not any(
+            getattr(v, 'ndim', 0) > 2 for v in x[1:]) else x}           # beside a picture stands its label, no picture
         image: Any = s.get('image')
         need(isinstance(image, Tensor), f'an iterator gave a {type(image).__name__}, not a tensor (3,H,W); give a list')
         if image.ndim == 3: yield s
