@@ -65,18 +65,18 @@ class _Boxes:
     "Boxes to tick as one control: `.value` is the tuple of the options that are ticked."
     def __init__(self, value: Sequence, name: str, c: Control):
         import ipywidgets as w
-        self.description, self.tooltip, self.options, self.handlers = name, c.help, c.options, list[Callable]()
+        self.description, self.tooltip, self.options = name, c.help, c.options
         line = w.Layout(width='auto', margin='0 0 0 8px', height='24px')
         self.buttons = [w.Checkbox(o in value, description=c.show(o), tooltip=f'{name}: {c.show(o)}', indent=False,
                                    layout=line) for o in c.options]
         self.box = w.VBox([w.Label(name), *self.buttons], layout=w.Layout(max_height='150px', flex='0 0 auto'))
-        for b in self.buttons: b.observe(lambda _: [f(dict(new=self.value)) for f in self.handlers], 'value')
     @property
     def value(self) -> tuple: return tuple(o for o, b in zip(self.options, self.buttons, strict=True) if b.value)
     @value.setter
     def value(self, new: Sequence) -> None:
         for o, b in zip(self.options, self.buttons, strict=True): b.value = o in new
-    def observe(self, f: Callable, names: str = 'value') -> None: self.handlers.append(f)
+    def observe(self, f: Callable, names: str = 'value') -> None:
+        for b in self.buttons: b.observe(lambda _: f(dict(new=self.value)), names)
 
 def _stepped(chooser: Any) -> Any:
     "A slider or a list, with two buttons beside it that the space bar presses."
