@@ -360,7 +360,7 @@ def latency(lab, moves, burst=()):
             await lab._latest.task
             walls.append(time.perf_counter()-t)
             cpus.append(time.process_time()-c)
-            assert lab.picture.value != before and not lab._latest.busy, f'{name} = {value} gave no new picture'
+            assert lab.picture.value != before and not lab._latest.open, f'{name} = {value} gave no new picture'
             if lab._filler is not None: await lab._filler
             wholes.append(time.perf_counter()-t)
         drawn, t = 0, time.perf_counter()

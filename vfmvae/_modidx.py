@@ -837,7 +837,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vfmvae.lab_base.Latest._finish': ('lab_base.html#latest._finish', 'vfmvae/lab_base.py'),
                                  'vfmvae.lab_base.Latest._run': ('lab_base.html#latest._run', 'vfmvae/lab_base.py'),
                                  'vfmvae.lab_base.Latest.ask': ('lab_base.html#latest.ask', 'vfmvae/lab_base.py'),
-                                 'vfmvae.lab_base.Latest.busy': ('lab_base.html#latest.busy', 'vfmvae/lab_base.py'),
                                  'vfmvae.lab_base.Latest.settle': ('lab_base.html#latest.settle', 'vfmvae/lab_base.py'),
                                  'vfmvae.lab_base._Box': ('lab_base.html#_box', 'vfmvae/lab_base.py'),
                                  'vfmvae.lab_base._Box.widget': ('lab_base.html#_box.widget', 'vfmvae/lab_base.py'),

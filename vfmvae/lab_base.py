@@ -30,12 +30,8 @@ class Latest:
     """`ask(question)` computes `work(question)` beside the event loop and hands the newest answer to `show`; an
     error becomes `show(error)`. Without a running loop the answer comes before `ask` returns."""
     def __init__(self, work: Callable, show: Callable):
-        self.work, self.show, self.open = work, show, list[object]()     # the question without an answer
+        self.work, self.show, self.open = work, show, list[object]()     # the question without an answer, or nothing
         self.task: asyncio.Task | None = None
-    @property
-    def busy(self) -> bool:
-        "Is a question without an answer?"
-        return bool(self.open)
     def _answer(self, question: object) -> Any:
         try: return self.work(question)
         except Exception as e: return e      # whatever it is, it must not end the loop that answers
@@ -47,7 +43,7 @@ class Latest:
         if self.task is None or self.task.done(): self.task = loop.create_task(self._run(loop))
     async def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         await asyncio.sleep(0)
-        while self.busy:
+        while self.open:
             mine = self.open
             answer = await loop.run_in_executor(None, self._answer, mine[0])
             if mine is self.open: self._finish(answer)
@@ -56,7 +52,7 @@ class Latest:
         self.show(answer)
     def settle(self) -> None:
         "Answers what is still open, now."
-        if self.busy: self._finish(self._answer(self.open[0]))
+        if self.open: self._finish(self._answer(self.open[0]))
 
 # %% ../nbs/52_lab_base.ipynb #d18d5f81
 _WIDE = 320    # pixels of the rail of controls
@@ -392,7 +388,7 @@ class _Filled(_Screen[LabState]):
     async def _background(self, loop: asyncio.AbstractEventLoop) -> None:
         "Job after job of the newest state, until the picture is whole; it is drawn anew after each."
         def step_aside() -> None:      # an error: nobody waits for the job any more
-            while self._latest.busy: time.sleep(.005)
+            while self._latest.open: time.sleep(.005)
             if self.mark.description not in [j.name for j in self.jobs(self.state)]: raise InterruptedError
         def tick(n: int) -> None: loop.call_soon_threadsafe(lambda: setattr(self.mark, 'value', self.mark.value+n))
         try:
@@ -416,7 +412,7 @@ class _Kept(_Filled[LabState]):
         display(self.widget())
         self.overlay.value = f'<style>{_LIVE}</style>'
         self._stills = tuple(display(Markdown('...'), display_id=True) for _ in range(2))
-        if not self._latest.busy: self._keep_soon()
+        if not self._latest.open: self._keep_soon()
     def settle(self) -> Self:
         "As before; what is kept in the notebook is brought up to date, too."
         super().settle()
@@ -430,7 +426,7 @@ class _Kept(_Filled[LabState]):
         self._timer = loop.call_later(1.5, self._keep)     # not at every move of a slider
     def _keep(self) -> None:
         from IPython.display import Markdown
-        if self._latest.busy or self._incomplete or not self._page.sections: return
+        if self._latest.open or self._incomplete or not self._page.sections: return
         words = Markdown(f'{self._page.words}\n\n`{self.code}`')
         for still, shown in zip(self._stills, (self._page.figure(), words), strict=True): still.update(shown)
     def page(self, state: LabState | None = None) -> Page:
