@@ -857,7 +857,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vfmvae.lab_base._Filled._background': ('lab_base.html#_filled._background', 'vfmvae/lab_base.py'),
                                  'vfmvae.lab_base._Filled._fill': ('lab_base.html#_filled._fill', 'vfmvae/lab_base.py'),
                                  'vfmvae.lab_base._Filled._finish_now': ('lab_base.html#_filled._finish_now', 'vfmvae/lab_base.py'),
-                                 'vfmvae.lab_base._Filled.settle': ('lab_base.html#_filled.settle', 'vfmvae/lab_base.py'),
                                  'vfmvae.lab_base._Kept': ('lab_base.html#_kept', 'vfmvae/lab_base.py'),
                                  'vfmvae.lab_base._Kept._ipython_display_': ('lab_base.html#_kept._ipython_display_', 'vfmvae/lab_base.py'),
                                  'vfmvae.lab_base._Kept._keep': ('lab_base.html#_kept._keep', 'vfmvae/lab_base.py'),

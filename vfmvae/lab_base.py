@@ -369,13 +369,6 @@ class _Screen(_Box[LabState]):
 # %% ../nbs/52_lab_base.ipynb #f2145911
 class _Filled(_Screen[LabState]):
     "The part of `Lab` that does heavy work for the picture on the screen."
-    def settle(self) -> Self:
-        "Draws what is still open, heavy work included, now: after it, the picture is the whole picture of the state."
-        if self._box is None: return self
-        self._latest.settle()
-        if self._incomplete: self._finish_now()
-        self._latest.settle()
-        return self
     def _finish_now(self) -> None:
         try: self.finish()
         except Exception as e: return self.complain(e)
@@ -412,21 +405,24 @@ class _Kept(_Filled[LabState]):
         display(self.widget())
         self.overlay.value = f'<style>{_LIVE}</style>'
         self._stills = tuple(display(Markdown('...'), display_id=True) for _ in range(2))
-        if not self._latest.open: self._keep_soon()
+        self._keep_soon()
     def settle(self) -> Self:
-        "As before; what is kept in the notebook is brought up to date, too."
-        super().settle()
-        if self._stills: self._keep()
+        """Draws what is still open, heavy work included, now: after it, the picture is the whole picture of the state,
+        and so is what is kept in the notebook."""
+        if self._box is None: return self
+        self._latest.settle()
+        if self._incomplete: self._finish_now()
+        self._latest.settle()
+        self._keep()
         return self
     def _keep_soon(self) -> None:
-        if not self._stills: return
         try: loop = asyncio.get_running_loop()
         except RuntimeError: return self._keep()
         if self._timer: self._timer.cancel()
         self._timer = loop.call_later(1.5, self._keep)     # not at every move of a slider
     def _keep(self) -> None:
+        if not self._stills or self._latest.open or self._incomplete or not self._page.sections: return
         from IPython.display import Markdown
-        if self._latest.open or self._incomplete or not self._page.sections: return
         words = Markdown(f'{self._page.words}\n\n`{self.code}`')
         for still, shown in zip(self._stills, (self._page.figure(), words), strict=True): still.update(shown)
     def page(self, state: LabState | None = None) -> Page:
