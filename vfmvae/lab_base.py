@@ -18,7 +18,7 @@ from typing import Any, Generic, Self, TYPE_CHECKING, TypeVar
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/52_lab_base.ipynb #4fe3e773
-from .core import DataclassLike, extra, nearest, need, one_of, PathLike, UserError
+from .core import DataclassLike, extra, need, one_of, PathLike, UserError
 from .files import check_out, write_atomic
 from .runtime import progress
 from .plots import save_figure
@@ -134,8 +134,7 @@ class _States(Generic[LabState]):
         """Changes the state, and the widget with it; returns the lab. UserError: no such field, or a value that
         cannot be shown; then nothing changes."""
         known = {f.name: f for f in fields(self.State)}
-        bad = next((k for k in changes if k not in known), None)
-        if bad: raise UserError(f"the lab has no {bad!r}{nearest(bad, known)} (known: {', '.join(known)})")
+        for k in changes: one_of(k, known, 'field of the lab')
         changes = {k: as_field(f, changes[k]) for k, f in known.items() if k in changes}
         self._to(replace(self.state, **self.follow(changes)), self.past)
         self.future.clear()
