@@ -460,11 +460,10 @@ class Lab(_Kept[LabState]):
         specs, path = self.panel(self.state), check_out(path, Path(path).suffix.lower() or '.html')
         for k, v in values.items():
             one_of(k, [f.name for f in fields(self.State)], 'field of the lab')
-            need(isinstance(v, Sequence) and not isinstance(v, str), f'{k} = {v!r}; give a list of values')
+            need(isinstance(v, Sequence) and not isinstance(v, str) and v, f'{k} = {v!r}; give a list of values')
         moved = {k: [*v] for k, v in values.items()} or {k: [*specs[k].options] for k in self.scrub if k in specs}
         for name, v in moved.items():
-            need(v, f'no values for {name!r}; give a list of them')
-            if (now := getattr(self.state, name, None)) not in v: v.append(now)
+            if (now := getattr(self.state, name)) not in v: v.append(now)
         n = math.prod(map(len, moved.values()))
         need(n <= 300, f'{n} frames make no page; name fewer values: export(path, field=[...])')
         frames, sheets = {}, dict[str, None]()
