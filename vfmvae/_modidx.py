@@ -950,7 +950,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'vfmvae.labs._Embedding.compute': ('labs.html#_embedding.compute', 'vfmvae/labs.py'),
                              'vfmvae.labs._LayerSources': ('labs.html#_layersources', 'vfmvae/labs.py'),
                              'vfmvae.labs._LayerSources.__init__': ('labs.html#_layersources.__init__', 'vfmvae/labs.py'),
-                             'vfmvae.labs._LayerSources.follow': ('labs.html#_layersources.follow', 'vfmvae/labs.py'),
                              'vfmvae.labs._LayerSources.noised': ('labs.html#_layersources.noised', 'vfmvae/labs.py'),
                              'vfmvae.labs._LayerSources.pair': ('labs.html#_layersources.pair', 'vfmvae/labs.py'),
                              'vfmvae.labs._LayerSources.source': ('labs.html#_layersources.source', 'vfmvae/labs.py'),

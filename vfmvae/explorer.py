@@ -39,8 +39,8 @@ from .pages import Chart, Page, Section, Spot, Tile
 from .lab_parts import (about_nets, check_fits, check_state, class_name, Control, grouped, image_tile,
                         join_sentences, make_page, read_images, slider_values, transform_controls, WORST)
 from .lab_base import Lab
-from .session import (decode_cpu, encode_cpu, FeatureCache, is_tokenizer, Nets, ReferenceImages, SEEDED,
-                            Session, SetLab, tokens_of, View)
+from .session import (decode_cpu, encode_cpu, FeatureCache, find_layer, is_tokenizer, Nets, ReferenceImages,
+                            SEEDED, Session, SetLab, tokens_of, View)
 
 # %% ../nbs/54_explorer.ipynb #f74d4f23
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class DecibelSource:
 class _ExplorerState(SetLab[ExplorerState]):
     "What can be chosen in the explorer."
     State = ExplorerState
+    starts = dict(images=dict(image=0, uploaded='', label=''), image=dict(uploaded=''), vfm=dict(layer=-1))
     def __init__(self, state: ExplorerState | None = None, # None: the default
                  size: int = 64,                           # pixels of the square images
                  n: int = 256,                             # images that neighbours and scores are taken among
@@ -171,10 +172,10 @@ class _ExplorerState(SetLab[ExplorerState]):
         given: Any = changes.get('images')
         return super().set(**(changes | (dict(images=self.session.give(given)) if 'images' in changes else {})))
     def follow(self, changes: dict) -> dict:
-        new = changes.get('images', self.state.images) != self.state.images
-        if new: changes = dict(image=0, uploaded='', label='') | changes
-        if changes.get('image', self.state.image) != self.state.image: changes = dict(uploaded='') | changes
-        return super().follow(changes)
+        "As of any lab about a set; a layer is called as its VFM calls it."
+        changes = super().follow(changes)
+        vfm, layer = (changes.get(k, getattr(self.state, k)) for k in ('vfm', 'layer'))
+        return changes if layer == -1 else changes | dict(layer=find_layer(self.session.vfm(vfm), layer))
     def allow(self, state: ExplorerState) -> None:
         """UserError: no such images, image, upload, tokenizer, VFM or layer; a set too small for k, images for the
         strength."""

@@ -107,6 +107,7 @@ LabState = TypeVar('LabState', bound=DataclassLike) # the state of a lab: a froz
 class _States(Generic[LabState]):
     "The part of `Lab` that changes its state, and remembers where it was."
     State: Any = None                  # the class of the state
+    starts: Mapping[str, dict] = {}    # field -> where others begin when it changes, unless they are given, too
     def __init__(self, state: LabState | None = None): # None: the default
         need(state is None or isinstance(state, self.State),
              f'a state is a {self.State.__name__}, not {state!r}; give one, or name its fields')
@@ -114,6 +115,8 @@ class _States(Generic[LabState]):
         self.past, self.future = list[LabState](), list[LabState]()      # for `back` and `forward`
     def follow(self, changes: dict) -> dict:
         "These changes of the state, with those that they bring about."
+        for name, others in self.starts.items():
+            if name in changes and changes[name] != getattr(self.state, name): changes = others | changes
         return changes
     def allow(self, state: LabState) -> None:
         "UserError on what the state cannot know to be impossible."

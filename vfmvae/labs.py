@@ -269,7 +269,7 @@ def _net_and_tokenizer(x: Any, device: Device) -> tuple[DiT, Tokenizer]:
     return net, opened(tok, device=device) if tok is not None else tokenizer_of(net)
 
 class _LayerSources(SetLab[LayerState]):
-    State = LayerState
+    State, starts = LayerState, dict(first=dict(row=0), second=dict(column=0))     # another source: its first layer
     def __init__(self, state: LayerState | None = None, nets: Mapping[str, Any] | None = None, **more: Any):
         need(isinstance(nets, Mapping | None), f'{shorten(nets)!r} names no nets; give {{name: net}}')
         self.nets = {str(n): _net_and_tokenizer(v, more.get('device')) for n, v in dict(nets or {}).items()}
@@ -278,11 +278,6 @@ class _LayerSources(SetLab[LayerState]):
             if name in bundled: claim_name(name, net, open_net(name))
             need(name not in (*self.session.own, *BUNDLED, *tokenizers),
                  f'{name!r} is the name of a VFM or a tokenizer; name the net otherwise')
-    def follow(self, changes: dict) -> dict:
-        "Another source starts at its first layer."
-        for name, layer in (('first', 'row'), ('second', 'column')):
-            if changes.get(name, getattr(self.state, name)) != getattr(self.state, name): changes = {layer: 0} | changes
-        return changes
     @property
     def velocity(self) -> tuple[str, ...]:
         "Names of velocity nets: the lab's own, then the bundled ones."

@@ -375,15 +375,8 @@ class _Choices(Lab[LabState]):
         own = (n for n, o in self.session.own.items() if hasattr(o, 'encode'))
         return tuple(dict.fromkeys([*(n for n in LOOKS if n in tokenizers), *own, *tokenizers]))
     def follow(self, changes: dict) -> dict:
-        """A new VFM starts at its last layer, a layer is called as its VFM calls it, a new transform has a strength
-        of its own."""
-        now: Any = self.state
-        if hasattr(now, 'transform'): changes = default_strength(changes, now.transform)
-        if not hasattr(now, 'layer'): return changes
-        if changes.get('vfm', now.vfm) != now.vfm: changes = dict(layer=-1) | changes
-        layer = changes.get('layer', now.layer)
-        if layer == -1: return changes
-        return changes | dict(layer=find_layer(self.session.vfm(changes.get('vfm', now.vfm)), layer))
+        "As of any lab; a new transform has a strength of its own."
+        return super().follow(default_strength(changes, getattr(self.state, 'transform', '')))
 
 # %% ../nbs/53_session.ipynb #b5a7784a
 class SetLab(_Choices[LabState]):
