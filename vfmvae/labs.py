@@ -269,7 +269,8 @@ def _net_and_tokenizer(x: Any, device: Device) -> tuple[DiT, Tokenizer]:
     return net, opened(tok, device=device) if tok is not None else tokenizer_of(net)
 
 class _LayerSources(SetLab[LayerState]):
-    State, starts = LayerState, dict(first=dict(row=0), second=dict(column=0))     # another source: its first layer
+    State = LayerState
+    starts = dict(first=dict(row=0), second=dict(column=0))        # another source: its first layer
     def __init__(self, state: LayerState | None = None, nets: Mapping[str, Any] | None = None, **more: Any):
         need(isinstance(nets, Mapping | None), f'{shorten(nets)!r} names no nets; give {{name: net}}')
         self.nets = {str(n): _net_and_tokenizer(v, more.get('device')) for n, v in dict(nets or {}).items()}

@@ -9,7 +9,7 @@ __all__ = ['SEEDED', 'View', 'Net', 'Nets', 'ReferenceImages', 'fingerprint', 'i
 
 # %% ../nbs/53_session.ipynb #069592c9
 import itertools, re, threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -130,15 +130,13 @@ def same_net(a: object, b: object) -> bool:
 SEEDED = ('noise', 'colour', 'occlusion', 'translation', 'crop') # of TRANSFORMS: those whose draws depend on the seed
 View = tuple[str, float] | None      # a transform and its strength; None: the clean images
 
-class _Yielding:
-    "Reference images that call `free` before each batch and report it to `tick`."
-    def __init__(self, images: ReferenceImages, free: Callable, tick: Callable):
-        self.images, self.free, self.tick = images, free, tick
-    def __len__(self) -> int: return len(self.images)
-    def batch(self, indices: Sequence[int]) -> dict:
-        self.free()
-        self.tick(len(indices))
-        return self.images.batch(indices)
+def _yielding(images: ReferenceImages, free: Callable, tick: Callable) -> Iterator[Batch]:
+    """Batches of reference images; `free` is called before each, and it is reported to `tick`. A picture waits for the
+    batch that is on its way: of 32, for most of a second."""
+    for at in torch.arange(len(images)).split(8):
+        free()
+        tick(len(at))
+        yield images.batch(at.tolist())
 
 # %% ../nbs/53_session.ipynb #fec3cce1
 class FeatureCache:
@@ -170,10 +168,8 @@ class FeatureCache:
         "Computes what `get` lacks of these sources, all their layers in one pass."
         def run(free: Callable, tick: Callable) -> None:
             todo = {str(self.key(s, view, seed)): (s, s.layers) for s in sources if self.get(s, view, seed) is None}
-            images = _Yielding(self.images, free, tick)
-            # a picture waits for the batch that is on its way: of 32, for most of a second
-            found = extract_views(todo, images, [view] if view else (), batch_size=8, seed=seed, quiet=True,
-                                  clean=view is None)
+            found = extract_views(todo, _yielding(self.images, free, tick), [view] if view else (), batch_size=8,
+                                  seed=seed, quiet=True, clean=view is None)
             for name, (s, layers) in todo.items():
                 key, made = self.key(s, view, seed), {k: found[view_name(view), name, k].features for k in layers}
                 if str(key) != name: continue       # somebody wrote into its weights meanwhile
