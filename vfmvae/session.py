@@ -43,7 +43,9 @@ from .lab_parts import (about_nets, about_set, class_name, Control, default_stre
 from .lab_base import Lab, LabState
 
 # %% ../nbs/53_session.ipynb #154e6103
-class _Held:
+class ReferenceImages:
+    """`n` images of a data set, taken by `data.take`, held as 8 bit: those among which neighbours are searched.
+    `words`: which these are. UserError: fewer than 12, or one that cannot be read."""
     def __init__(self, images: Dataset,
                  n: int = 256,
                  # called with the number of images of each batch that was read
@@ -69,11 +71,6 @@ class _Held:
     def called(self, i: int) -> str:
         "Image i for a sentence: its number, and its key where that is not its number in the set."
         return f'{i} ({self.names[i]})' if self.spread else f'{i}'
-
-# %% ../nbs/53_session.ipynb #2b9385df
-class ReferenceImages(_Held):
-    """`n` images of a data set, taken by `data.take`, held as 8 bit: those among which neighbours are searched.
-    `words`: which these are. UserError: fewer than 12, or one that cannot be read."""
     @cached_property
     def sheet(self) -> Sheet:
         "All of them, at most 64 px, for a page."
