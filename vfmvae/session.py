@@ -233,6 +233,8 @@ class _Opened:
         self.sets: dict[str, Dataset] = {}      # name -> data set that was handed over
         self.made: dict[tuple, Any] = {}
         self.files: dict[tuple, tuple] = {}     # of what was made: the files behind it, and how they were
+        self.last: dict[tuple, tuple[Tensor, Any]] = {}
+        self.now: dict[int, str] = {}           # what tells the sources of this picture apart
         self.lock = threading.RLock()
     def once(self, key: tuple, make: Callable[[], V]) -> V:
         "What `make` gives, made once."
@@ -248,12 +250,12 @@ class _Opened:
         name = next(n for n in names if self.sets.get(n, made) is made)
         self.sets[name] = made
         return name
-    def _of_files(self, key: tuple, paths: Sequence[PathLike]) -> None: self.files[key] = paths, file_stamps(paths)
     def data(self, spec: str) -> Dataset:
         "The data set of that name."
         def make() -> Dataset:
             made = self.sets[spec] if spec in self.sets else lab_images(spec, self.size)
-            self._of_files(('data', spec), files_of_set(made, self.n))
+            paths = files_of_set(made, self.n)
+            self.files['data', spec] = paths, file_stamps(paths)
             return made
         return self.once(('data', spec), make)
     def vfm(self, name: str) -> FeatureSource:
@@ -267,20 +269,16 @@ class _Opened:
         def make() -> Tokenizer:
             if name in self.own: return self.own[name]
             paths = sorted(Path(name).iterdir()) if Path(name).is_dir() else (name, sidecar(name))
-            if name not in tokenizers: self._of_files(('tokenizer', name), paths)
+            if name not in tokenizers: self.files['tokenizer', name] = paths, file_stamps(paths)
             return opened(name, device=self.device)
         return self.once(('tokenizer', name), make)
-    def latents(self, name: str) -> FeatureSource:
-        "The tokenizer of that name as a source."
-        return self.once(('source', name), lambda: as_source(self.tokenizer(name)))
 
 # %% ../nbs/53_session.ipynb #45fbba72
 class _Caches(_Opened):
     "The feature caches of a lab, and what tells its sources apart."
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.last: dict[tuple, tuple[Tensor, Any]] = {}
-        self.now: dict[int, str] = {}           # what tells the sources of this picture apart
+    def latents(self, name: str) -> FeatureSource:
+        "The tokenizer of that name as a source."
+        return self.once(('source', name), lambda: as_source(self.tokenizer(name)))
     def who(self, source: object) -> str:
         "As `identity`, asked once a picture."
         if id(source) not in self.now: self.now[id(source)] = identity(source)
