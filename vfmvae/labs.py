@@ -11,13 +11,12 @@ __all__ = ['EDITS', 'UMAP_BUTTON', 'MORE', 'ALIKE', 'LET_GO', 'edit_latent', 'Re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 # %% ../nbs/56_labs.ipynb #4b87e865
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../nbs/56_labs.ipynb #69349ac8
 from .core import Device, extra, need, one_of, PathLike, real, shorten, whole
@@ -195,8 +194,8 @@ class _Pairs(SetLab[NeighbourState]):
         ring = FRAMES['chosen'][1]
         spots = [Spot(j, i, ring*((i, j) == at), dict(first=a, second=b), f'{a}\n{b}\n{table[i, j]:.3f}', width=1.)
                  for i, a in enumerate(names) for j, b in enumerate(names)]
-        def draw(ax: 'Axes') -> None: heat(table, words, words, label='CKNNA', ax=ax)
-        chart = Chart((*key[1:], *words), draw, spots, .2*len(names)+1.1, (1.4, .4, .9, .1))
+        chart = Chart((*key[1:], *words), lambda ax: heat(table, words, words, label='CKNNA', ax=ax), spots,
+                      .2*len(names)+1.1, (1.4, .4, .9, .1))
         return Section('all against all (CKNNA): click a cell', chart=chart)
 
 # %% ../nbs/56_labs.ipynb #2680a738
@@ -219,12 +218,11 @@ class NeighbourLab(_Pairs):
                          *(ref.tile(j, '', 'both' if j in shared else 'alone') for j in at[:10])], columns=11)
                  for at, where in zip(near, (s.first, s.second), strict=True)]
         share = adds[order]/adds.sum().clamp(min=1e-12)
-        def draw(ax: 'Axes') -> None:
-            curves({'adds': share}, 'images, those that add most first', 'share of the sum', ax=ax)
         ring = FRAMES['chosen'][1]
         spots = [Spot(rank, share[rank].item(), ring if j == s.image else '', dict(image=j),
                       f'{ref.about(j)}\nadds {adds[j]:.3f}', j) for rank, j in enumerate(order)]
-        chart = Chart((*share.tolist(),), draw, spots, 1.5)
+        chart = Chart((*share.tolist(),), lambda ax: curves({'adds': share}, 'images, those that add most first',
+                                                            'share of the sum', ax=ax), spots, 1.5)
         rows = [dict(image=j, key=key, adds=x, first=s.first, second=s.second, cknna=score)
                 for j, (key, x) in enumerate(zip(ref.names, adds.tolist(), strict=True))]
         words = [f'Image {ref.called(s.image)}: {len(shared)} of {s.k} neighbours are the same in {s.first} '
@@ -323,11 +321,12 @@ class LayerLab(_LayerSources):
         chosen = [n[i] for n, i in zip(names, layers, strict=True)]
         tiles = [image_tile(x[0], f'image {s.image}'), *map(Tile, (pca_colours(h)[0] for h in tokens), chosen)]
         fmt, title = '.2f' if table.numel() <= 120 else '', f'{s.first} (rows), {s.second} (columns)'
-        def draw(ax: 'Axes') -> None: heat(table, names[0], names[1], label='CKNNA', fmt=fmt, title=title, ax=ax)
         spots = [Spot(j, i, FRAMES['chosen'][1] if (i, j) == layers else '', dict(row=i, column=j),
                       f'{s.first}, {x}\n{s.second}, {y}\n{table[i, j]:.3f}', width=1.)
                  for i, x in enumerate(names[0]) for j, y in enumerate(names[1])]
-        chart = Chart((*key[1:], title), draw, spots, max(1.2, .2*len(table))+.9, (.9, .5, .65, .25))
+        chart = Chart((*key[1:], title),
+                      lambda ax: heat(table, names[0], names[1], label='CKNNA', fmt=fmt, title=title, ax=ax),
+                      spots, max(1.2, .2*len(table))+.9, (.9, .5, .65, .25))
         i, j = divmod(int(table.argmax()), table.shape[1])
         ref = cache.images.words
         facts = dict(n=len(cache.images), taken=cache.images.taken, k=s.k) | (dict(t=s.t) if self.noised(s) else {})
