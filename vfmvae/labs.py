@@ -437,8 +437,7 @@ class _Embedding(_Places):
     @torch.no_grad()
     def compute(self, state: EmbeddingState) -> Page:
         "The plane; the chosen images, or the nearest points of one. PCA, until UMAP is computed."
-        cache = self.start(state)
-        if cache is None or SetLab.jobs(self, state): return _waiting()
+        if (cache := self.ready(state)) is None: return _waiting()
         s, rows, ref, n = state, self.rows(cache, state), cache.images, len(cache.images)
         found = self.session.made.get(self.key(cache, s)) if s.method == 'umap' else None
         waiting, axis = found is None and s.method == 'umap', 'PC' if found is None else 'UMAP'
