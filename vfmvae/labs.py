@@ -73,6 +73,8 @@ class ReconstructionState:
         check_state(self)
         edit_latent(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), self.edit, self.amount)
 
+_RING = FRAMES['chosen'][1]      # around what was chosen
+
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x[None], tuple(size), mode='bilinear', antialias=True)[0]
 
@@ -87,8 +89,7 @@ class _Reconstruction(SetLab[ReconstructionState]):
                  own: Nets = (),                       # tokenizers, known by their name; objects, names or files
                  device: Device = None,               # of nets that are opened by name; None: the best
                  **changes: Any):                     # fields of the state
-        super().__init__(state, images, size, 32, own, device, **changes)
-        self.options = {k: v for k, v in self.options.items() if k != 'n'}
+        super().__init__(state, images, size, own=own, device=device, **changes)
     def jobs(self, state: ReconstructionState) -> list[Job]:
         "None: two images are all it needs."
         return []
@@ -191,8 +192,7 @@ class _Pairs(SetLab[NeighbourState]):
         key = 'matrix', cache, s.k, *(cache.key(self.source(n), None) for n in names)
         table, words = self.session.once(key, scores), _short(names)
         at = names.index(s.first), names.index(s.second)
-        ring = FRAMES['chosen'][1]
-        spots = [Spot(j, i, ring*((i, j) == at), dict(first=a, second=b), f'{a}\n{b}\n{table[i, j]:.3f}', width=1.)
+        spots = [Spot(j, i, _RING*((i, j) == at), dict(first=a, second=b), f'{a}\n{b}\n{table[i, j]:.3f}', width=1.)
                  for i, a in enumerate(names) for j, b in enumerate(names)]
         chart = Chart((*key[1:], *words), lambda ax: heat(table, words, words, label='CKNNA', ax=ax), spots,
                       .2*len(names)+1.1, (1.4, .4, .9, .1))
@@ -218,8 +218,7 @@ class NeighbourLab(_Pairs):
                          *(ref.tile(j, '', 'both' if j in shared else 'alone') for j in at[:10])], columns=11)
                  for at, where in zip(near, (s.first, s.second), strict=True)]
         share = adds[order]/adds.sum().clamp(min=1e-12)
-        ring = FRAMES['chosen'][1]
-        spots = [Spot(rank, share[rank].item(), ring if j == s.image else '', dict(image=j),
+        spots = [Spot(rank, share[rank].item(), _RING if j == s.image else '', dict(image=j),
                       f'{ref.about(j)}\nadds {adds[j]:.3f}', j) for rank, j in enumerate(order)]
         chart = Chart((*share.tolist(),), lambda ax: curves({'adds': share}, 'images, those that add most first',
                                                             'share of the sum', ax=ax), spots, 1.5)
@@ -321,7 +320,7 @@ class LayerLab(_LayerSources):
         chosen = [n[i] for n, i in zip(names, layers, strict=True)]
         tiles = [image_tile(x[0], f'image {s.image}'), *map(Tile, (pca_colours(h)[0] for h in tokens), chosen)]
         fmt, title = '.2f' if table.numel() <= 120 else '', f'{s.first} (rows), {s.second} (columns)'
-        spots = [Spot(j, i, FRAMES['chosen'][1] if (i, j) == layers else '', dict(row=i, column=j),
+        spots = [Spot(j, i, _RING if (i, j) == layers else '', dict(row=i, column=j),
                       f'{s.first}, {x}\n{s.second}, {y}\n{table[i, j]:.3f}', width=1.)
                  for i, x in enumerate(names[0]) for j, y in enumerate(names[1])]
         chart = Chart((*key[1:], title),
@@ -446,9 +445,9 @@ class _Embedding(_Places):
         groups, names = self.groups(cache, s, rows)
         near = [i for i in (places[:n]-places[s.image]).square().sum(1).argsort(stable=True).tolist()
                 if i != s.image][:8]            # a copy may be as near as it is itself
-        title, ring = f'{s.source}, coloured by {s.colour}', FRAMES['chosen'][1]
+        title = f'{s.source}, coloured by {s.colour}'
         draw = partial(_draw_places, places=places, groups=groups, names=names, axis=axis, title=title)
-        rings = ['currentColor' if i == s.image else ring if i % n in s.chosen else '' for i in range(len(places))]
+        rings = ['currentColor' if i == s.image else _RING if i % n in s.chosen else '' for i in range(len(places))]
         spots = [Spot(x, y, rings[i], dict(image=i % n), f'{ref.about(i % n)}\n{names[groups[i]]}', i % n)
                  for i, (x, y) in enumerate(places.tolist())]
         chart = Chart((places, *groups, names, axis, title), draw, spots, 3.2,
