@@ -96,7 +96,7 @@ class _Reconstruction(SetLab[ReconstructionState]):
     def allow(self, state: ReconstructionState) -> None:
         self.start(state)
         if state.tokenizer not in tokenizers: self.session.tokenizer(state.tokenizer)
-        for i in (state.image, state.other): self.check_counts(i, len(self.data))
+        self.check_counts(max(state.image, state.other), len(self.data))
     @torch.no_grad()
     def compute(self, state: ReconstructionState) -> Page:
         "Encodes both images, edits, decodes all scales: the images, their latents, the scales, and what each adds."
@@ -327,13 +327,12 @@ class LayerLab(_LayerSources):
                       lambda ax: heat(table, names[0], names[1], label='CKNNA', fmt=fmt, title=title, ax=ax),
                       spots, max(1.2, .2*len(table))+.9, (.9, .5, .65, .25))
         i, j = divmod(int(table.argmax()), table.shape[1])
-        ref = cache.images.words
         facts = dict(n=len(cache.images), taken=cache.images.taken, k=s.k) | (dict(t=s.t) if self.noised(s) else {})
         rows = [dict(first=s.first, row=x, second=s.second, column=y, cknna=v)
                 for x, line in zip(names[0], table.tolist(), strict=True) for y, v in zip(names[1], line, strict=True)]
         words = [f'CKNNA, k {s.k}: {s.first}, {chosen[0]} and {s.second}, {chosen[1]}: {table[s.row, s.column]:.3f}.',
                  f'Highest: {names[0][i]} and {names[1][j]}, {table[i, j]:.3f}.',
-                 f'Noise level {s.t:g}.' if self.noised(s) else '', f'Among {ref}.']
+                 f'Noise level {s.t:g}.' if self.noised(s) else '', f'Among {cache.images.words}.']
         parts = [Section('', chart=chart, share=.62), Section('', tiles, columns=3, share=.38)]
         return make_page(parts, words, rows, self.session.note(self.images, pair), facts=facts)
     def panel(self, state: LayerState) -> dict[str, Control]:
@@ -430,7 +429,7 @@ class _Embedding(_Places):
     def allow(self, state: EmbeddingState) -> None:
         super().allow(state)
         for n in (state.source, state.second): self.source(n)
-        for i in state.chosen: self.check_counts(i, self.last+1)
+        self.check_counts(max(state.chosen, default=0), self.last+1)
         side = getattr(self.data, 'size', None) or self.session.size
         if state.colour == 'transform': check_fits(state.transform, state.strength, side)
     @torch.no_grad()
