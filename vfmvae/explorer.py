@@ -130,7 +130,6 @@ class Explored:
     clean: Tensor
     changed: Tensor
     maps: tuple[Tensor, Tensor]      # VFM features of both, as in `NetView`
-    grids: tuple[tuple[int, int], ...] # rows and columns of tokens of the VFM, and of each tokenizer
     overlap: NeighbourOverlap | None # of the VFM
     nets: tuple[NetView, ...]        # the tokenizers, in the order of the state
     reference: ReferenceImages | None
@@ -303,8 +302,7 @@ class _Explorer(_ExplorerSets):
         if s.uploaded:
             strange = session.of(('strange', *map(session.who, sources)), x, partial(about_nets, sources))
             note = join_sentences(strange, self.small.get(s.uploaded, ''))
-        grids = tuple((m[0].shape[-2], m[0].shape[-1]) for m in (maps, *(n.maps for n in nets)))
-        return Explored(s, name, x[0], changed[0], maps, grids, overlap, nets, cache.images if cache else None,
+        return Explored(s, name, x[0], changed[0], maps, overlap, nets, cache.images if cache else None,
                         len(self.views(s)), self._chance(cache, s) if cache else None, note,
                         self._losers(cache, s) if cache and s.view else None)
     def _net(self, cache: FeatureCache | None, s: ExplorerState, name: str, x: Tensor, changed: Tensor,
@@ -405,14 +403,15 @@ def _losers_section(r: Explored) -> Section | None:
 def explorer_page(r: Explored) -> Page:
     "The curve; a row for the VFM, one for each tokenizer; the images that lose most; how it was measured."
     s, styles, kind = r.state, series_styles(r.state.tokenizers), 'cosine' if r.state.place else ''
-    def maps(m: Sequence[Tensor], what: str, grid: tuple[int, int]) -> list[Tile]:
-        return [Tile(v, kind or words, tokens=grid) for v, words in zip(m, (what, 'changed'), strict=True)]
-    tiles = [image_tile(r.clean, 'image'), image_tile(r.changed, 'changed'), *maps(r.maps, 'features', r.grids[0])]
+    def maps(m: Sequence[Tensor], what: str) -> list[Tile]:
+        return [Tile(v, kind or words, tokens=(m[0].shape[-2], m[0].shape[-1]))
+                for v, words in zip(m, (what, 'changed'), strict=True)]
+    tiles = [image_tile(r.clean, 'image'), image_tile(r.changed, 'changed'), *maps(r.maps, 'features')]
     where = f'{r.name}, {s.transform} {s.strength:g}; VFM {s.vfm}, {layer_name(s.layer)}'
     parts = [_curve_section(r, styles), Section(where, tiles, columns=4, share=.58), _strip(r.overlap, r.reference)]
-    for t, style, grid in zip(r.nets, styles, r.grids[1:], strict=True):
+    for t, style in zip(r.nets, styles, strict=True):
         tiles = [image_tile(t.again, f'{t.psnr:.1f} dB'), Tile(t.error/WORST, f'error 0-{WORST:g}'),
-                 *maps(t.maps, 'latent', grid)]
+                 *maps(t.maps, 'latent')]
         parts += [Section(t.name, tiles, columns=4, share=.58, style=style), _strip(t.overlap, r.reference)]
     if last := _losers_section(r): parts.append(last)
     rows = [_row(r, t, a, b) for t in r.nets for a, b in t.curve]
