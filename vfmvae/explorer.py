@@ -75,6 +75,11 @@ class ExplorerState:
     def view(self) -> View:
         "As `views.apply_view` takes it; None where the transform changes nothing."
         return None if self.strength == TRANSFORMS[self.transform].identity else (self.transform, float(self.strength))
+    @property
+    def views(self) -> list[View]:
+        "Those of the curve: no transform, the present strength, the others."
+        every, none = slider_values(self.transform, self.strength), TRANSFORMS[self.transform].identity
+        return [*dict.fromkeys([None, self.view, *((self.transform, s) for s in every if s != none)])]
 
 # what the VFM sees while the tokenizer sees the changed images
 STATES = dict(same='both see the changed images', clean='the VFM sees the clean images')
@@ -133,7 +138,6 @@ class Explored:
     overlap: NeighbourOverlap | None # of the VFM
     nets: tuple[NetView, ...]        # the tokenizers, in the order of the state
     reference: ReferenceImages | None
-    steps: int                       # points of a whole curve
     # CKNNA: where 90 % of random pairings lie; None: another metric, or not computed yet
     chance: tuple[float, float] | None = None
     note: str = ''                   # what to know about the images: enlarged, of a kind that a tokenizer does not know
@@ -199,18 +203,14 @@ def _common(a: Graph, b: Graph) -> Tensor: return (a.idx[:, :, None] == b.idx[:,
 class _ExplorerNumbers(_ExplorerState):
     "What the explorer computes."
     def wanted(self, state: ExplorerState) -> list[tuple[list[FeatureSource], View]]:
-        "All nets in every view of the curve: no transform, the present strength, the others."
+        "All nets in every view of the curve."
         sources = [self.session.vfm(state.vfm), *map(self.session.latents, state.tokenizers)]
         errors: list[FeatureSource] = [self.decibels(state)] if state.sort == 'error' else []
-        return [(sources+errors*(v == state.view), v) for v in self.views(state)]
+        return [(sources+errors*(v == state.view), v) for v in state.views]
     def decibels(self, state: ExplorerState) -> FeatureSource:
         "How well the first tokenizer reconstructs, as a source."
         name = state.tokenizers[0]
         return self.session.once(('source', name, 'psnr'), lambda: DecibelSource(self.session.tokenizer(name)))
-    def views(self, state: ExplorerState) -> list[View]:
-        values, none = slider_values(state.transform, state.strength), TRANSFORMS[state.transform].identity
-        rest = [(state.transform, s) for s in values if s not in (none, state.strength)]
-        return [*dict.fromkeys([None, state.view, *rest])]
     def _graphs(self, cache: FeatureCache, s: ExplorerState, name: str, view: View, seed: int) -> list[Graph]:
         a, b = self.session.latents(name), self.session.vfm(s.vfm)
         both = (a, 'latent', view), (b, s.layer, view if s.reference_state == 'same' else None)
@@ -227,7 +227,7 @@ class _ExplorerNumbers(_ExplorerState):
         return self.session.once(('score', cache, *keys, s.layer, s.metric, s.k), make)
     def _curve(self, cache: FeatureCache, s: ExplorerState, name: str) -> tuple[tuple[float, float], ...]:
         pair = self.session.latents(name), self.session.vfm(s.vfm)
-        there = [v for v in self.views(s) if all(cache.get(x, v, s.seed) is not None for x in pair)]
+        there = [v for v in s.views if all(cache.get(x, v, s.seed) is not None for x in pair)]
         none = TRANSFORMS[s.transform].identity
         return tuple(sorted((v[1] if v else none, self._score(cache, s, name, v)) for v in there))
     def _chance(self, cache: FeatureCache, s: ExplorerState) -> tuple[float, float] | None: # the widest of the nets
@@ -303,7 +303,7 @@ class _Explorer(_ExplorerSets):
             strange = session.of(('strange', *map(session.who, sources)), x, partial(about_nets, sources))
             note = join_sentences(strange, self.small.get(s.uploaded, ''))
         return Explored(s, name, x[0], changed[0], maps, overlap, nets, cache.images if cache else None,
-                        len(self.views(s)), self._chance(cache, s) if cache else None, note,
+                        self._chance(cache, s) if cache else None, note,
                         self._losers(cache, s) if cache and s.view else None)
     def _net(self, cache: FeatureCache | None, s: ExplorerState, name: str, x: Tensor, changed: Tensor,
              own: int | None) -> NetView:
@@ -343,9 +343,9 @@ def _strip(s: NeighbourOverlap | None, ref: ReferenceImages | None) -> Section:
 def _curve_section(r: Explored, styles: Sequence[dict]) -> Section:
     s, curve = r.state, {t.name: tuple(t.curve) for t in r.nets if t.curve}
     metric, unit = _CALLED.get(s.metric, s.metric), TRANSFORMS[s.transform].unit
-    missing = r.steps-min(len(t.curve) for t in r.nets)
+    missing = len(s.views)-min(len(t.curve) for t in r.nets)
     words = [f'agrees with {s.vfm} ({metric}); {STATES[s.reference_state]}', *['grey: chance']*(r.chance is not None),
-             *[f'{missing} of {r.steps} points: computing ...']*(missing > 0)]
+             *[f'{missing} of {len(s.views)} points: computing ...']*(missing > 0)]
     if not curve: return Section('; '.join(words))
     def draw(ax: 'Axes') -> None:
         lines = {n: ([a for a, _ in c], [b for _, b in c]) for n, c in curve.items()}
