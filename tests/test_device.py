@@ -492,7 +492,7 @@ REASONS = {
         samplers.methods presets.cost_text presets.flow_cost presets.forward_gflop
         lab_parts.slider_values lab_parts.transform_controls lab_parts.default_strength explorer.layer_name
         lab_parts.as_field explorer.lab_notebook
-        lab_parts.check_state lab_parts.grouped lab_parts.export_html explorer.explorer_facts lab_parts.class_name lab_parts.about_set lab_parts.join_sentences
+        lab_parts.check_state lab_parts.grouped lab_parts.export_html lab_parts.class_name lab_parts.about_set lab_parts.join_sentences
         lab_parts.make_page session.find_layer session.is_tokenizer tokenizer.in_name""",
     'parts of the labs, which are looked at': '''explorer.explorer_page lab_parts.image_tile lab_parts.about_nets lab_parts.read_images
         session.fingerprint session.identity session.same_net session.claim_name session.nets_by_name

@@ -579,7 +579,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vfmvae.explorer._row': ('explorer.html#_row', 'vfmvae/explorer.py'),
                                  'vfmvae.explorer._strip': ('explorer.html#_strip', 'vfmvae/explorer.py'),
                                  'vfmvae.explorer._words': ('explorer.html#_words', 'vfmvae/explorer.py'),
-                                 'vfmvae.explorer.explorer_facts': ('explorer.html#explorer_facts', 'vfmvae/explorer.py'),
                                  'vfmvae.explorer.explorer_page': ('explorer.html#explorer_page', 'vfmvae/explorer.py'),
                                  'vfmvae.explorer.lab_notebook': ('explorer.html#lab_notebook', 'vfmvae/explorer.py'),
                                  'vfmvae.explorer.layer_name': ('explorer.html#layer_name', 'vfmvae/explorer.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATES', 'LOSES', 'ExplorerState', 'NeighbourOverlap', 'neighbour_overlap', 'NetView', 'Explored', 'DecibelSource',
-           'layer_name', 'explorer_facts', 'explorer_page', 'Explorer', 'lab_notebook']
+           'layer_name', 'explorer_page', 'Explorer', 'lab_notebook']
 
 # %% ../nbs/54_explorer.ipynb #6251d59e
 import hashlib, io, os
@@ -325,13 +325,6 @@ def layer_name(layer: int | str) -> str:
     "A layer in words."
     return {0: 'embedding', -1: 'last layer', 'latent': 'latent'}.get(layer, f'layer {layer}')
 
-def explorer_facts(r: Explored) -> dict[str, object]:
-    "How the measures of the explorer were taken: under the picture and in every row of its data."
-    s, ref = r.state, r.reference
-    among = dict(n=len(ref), taken=ref.taken) if ref else dict(n=0, taken='')
-    return dict(reference=s.vfm, layer=layer_name(s.layer), reference_state=STATES[s.reference_state], metric=s.metric,
-                **among, k=s.k, pooling='mean', pixels=r.clean.shape[-1])
-
 def _strip(s: NeighbourOverlap | None, ref: ReferenceImages | None) -> Section:
     "Up to ten neighbours as small images, each with its frame."
     if s is None or ref is None: return Section('neighbours: computing ...', columns=5, share=.42)
@@ -402,21 +395,23 @@ def _losers_section(r: Explored) -> Section | None:
 # %% ../nbs/54_explorer.ipynb #a9c9b8b8
 def explorer_page(r: Explored) -> Page:
     "The curve; a row for the VFM, one for each tokenizer; the images that lose most; how it was measured."
-    s, styles, kind = r.state, series_styles(r.state.tokenizers), 'cosine' if r.state.place else ''
+    s, ref, styles, kind = r.state, r.reference, series_styles(r.state.tokenizers), 'cosine' if r.state.place else ''
     def maps(m: Sequence[Tensor], what: str) -> list[Tile]:
         return [Tile(v, kind or words, tokens=(m[0].shape[-2], m[0].shape[-1]))
                 for v, words in zip(m, (what, 'changed'), strict=True)]
     tiles = [image_tile(r.clean, 'image'), image_tile(r.changed, 'changed'), *maps(r.maps, 'features')]
     where = f'{r.name}, {s.transform} {s.strength:g}; VFM {s.vfm}, {layer_name(s.layer)}'
-    parts = [_curve_section(r, styles), Section(where, tiles, columns=4, share=.58), _strip(r.overlap, r.reference)]
+    parts = [_curve_section(r, styles), Section(where, tiles, columns=4, share=.58), _strip(r.overlap, ref)]
     for t, style in zip(r.nets, styles, strict=True):
         tiles = [image_tile(t.again, f'{t.psnr:.1f} dB'), Tile(t.error/WORST, f'error 0-{WORST:g}'),
                  *maps(t.maps, 'latent')]
-        parts += [Section(t.name, tiles, columns=4, share=.58, style=style), _strip(t.overlap, r.reference)]
+        parts += [Section(t.name, tiles, columns=4, share=.58, style=style), _strip(t.overlap, ref)]
     if last := _losers_section(r): parts.append(last)
     rows = [_row(r, t, a, b) for t in r.nets for a, b in t.curve]
-    return make_page(parts, _words(r), rows, r.note, sheet=r.reference.sheet if r.reference else None,
-                     facts=explorer_facts(r))
+    facts = dict(reference=s.vfm, layer=layer_name(s.layer), reference_state=STATES[s.reference_state], metric=s.metric,
+                 n=len(ref) if ref else 0, taken=ref.taken if ref else '', k=s.k, pooling='mean',
+                 pixels=r.clean.shape[-1])
+    return make_page(parts, _words(r), rows, r.note, sheet=ref.sheet if ref else None, facts=facts)
 
 # %% ../nbs/54_explorer.ipynb #530f83af
 class Explorer(_Explorer):
