@@ -346,10 +346,8 @@ def _curve_section(r: Explored, styles: Sequence[dict]) -> Section:
         if r.chance: ax.axhspan(*r.chance, color='#999999', alpha=.3, lw=0)
         ax.margins(y=.12)
         if ax.get_legend(): ax.get_legend().remove()     # the headings have the markers
-    def spot(t: NetView, style: dict, a: float, b: float) -> Spot:
-        ring, tip = style['color'] if a == s.strength else '', f'{t.name}\n{s.transform} {a:g}: {b:.3f}'
-        return Spot(a, b, ring, dict(strength=a), tip)
-    spots = [spot(t, style, a, b)
+    spots = [Spot(a, b, style['color'] if a == s.strength else '', dict(strength=a),
+                  f'{t.name}\n{s.transform} {a:g}: {b:.3f}')
              for style, t in zip(styles, r.nets, strict=True) for a, b in t.curve]
     key = s.transform, s.metric, s.k, r.chance, s.reference_state, *curve.items()
     return Section('; '.join(words), chart=Chart(key, draw, spots, height=1.3))
