@@ -166,8 +166,7 @@ class _ExplorerState(SetLab[ExplorerState]):
                  **changes: object):                       # fields of the state; `images` as for `open_data`
         Lab.__init__(self, state)
         self.session = Session(own, size, n, device)
-        self.uploads: dict[str, Tensor] = {}      # name -> (3,size,size)
-        self.small: dict[str, str] = {}           # name -> how it was enlarged
+        self.uploads: dict[str, tuple[Tensor, str]] = {}     # name -> (3,size,size), how it was enlarged
         self.begin(changes, size=size, n=n, own=own)
     def set(self, **changes: object) -> Self:
         """As `Lab.set`. A new VFM starts at its last layer, a new set at its first image, a new transform in the
@@ -247,8 +246,8 @@ class _ExplorerSets(_ExplorerNumbers):
         """Shows an uploaded image: any mode, first frame, largest square. UserError if it is none or smaller than 8
         pixels."""
         im, side = open_image(io.BytesIO(content), name=name), self.session.size
-        self.uploads[name] = to_tensor(CROPS['square'](im, side))
-        self.small[name] = f'{name} has {im.width} x {im.height} px and was enlarged.' if min(im.size) < side else ''
+        enlarged = f'{name} has {im.width} x {im.height} px and was enlarged.' if min(im.size) < side else ''
+        self.uploads[name] = to_tensor(CROPS['square'](im, side)), enlarged
         self.set(uploaded=name)
     def _losers(self, cache: FeatureCache, s: ExplorerState) -> tuple[tuple[int, float], ...] | None:
         "Reference images of the class that lose most by this view, worst first, ten at most; None: not computed."
@@ -267,7 +266,7 @@ class _ExplorerSets(_ExplorerNumbers):
         return None if rows is None else neighbour_overlap(rows[layer], pair, k, own)
     def _image(self, s: ExplorerState) -> tuple[Tensor, str, str]:
         "Image, its name on the screen, its key in the set."
-        if s.uploaded: return self.uploads[s.uploaded][None], s.uploaded, ''
+        if s.uploaded: return self.uploads[s.uploaded][0][None], s.uploaded, ''
         batch = read_images(data := self.session.data(s.images), [s.image])
         many = len(getattr(data, 'classes', ())) > 1
         return batch['image'], (many and class_name(data, int(batch['label'][0]))) or batch['key'][0], batch['key'][0]
@@ -301,7 +300,7 @@ class _Explorer(_ExplorerSets):
         note = session.note(s.images, sources) if cache and not s.uploaded else ''
         if s.uploaded:
             strange = session.of(('strange', *map(session.who, sources)), x, partial(about_nets, sources))
-            note = join_sentences(strange, self.small.get(s.uploaded, ''))
+            note = join_sentences(strange, self.uploads[s.uploaded][1])
         return Explored(s, name, x[0], changed[0], maps, overlap, nets, cache.images if cache else None,
                         self._chance(cache, s) if cache else None, note,
                         self._losers(cache, s) if cache and s.view else None)
