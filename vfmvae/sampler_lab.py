@@ -163,13 +163,15 @@ class _Ways(_Trajectories[Way]):
         steps = changes.get('steps', self.state.steps)
         if steps == self.state.steps or 'step' in changes or steps < 1: return changes
         return changes | dict(step=round(self.state.step*steps/self.state.steps))
-    def advance(self, state: Way) -> list[Trajectory]:
-        "All trajectories, each a point further, and more while there is patience."
+    def advance(self, state: Way) -> Section | None:
+        "Each trajectory a point further, and more while there is patience; how far they are, None: at their end."
         start, paths = time.perf_counter(), [self.trajectory(s, x) for _, s, x in self.ways(state)]
         for path in paths: path.advance()
-        def todo() -> list[Trajectory]: return [p for p in paths if not p.complete]
-        while (left := todo()) and time.perf_counter()-start < self.patience: left[0].advance()
-        return paths
+        for path in paths:
+            while not path.complete and time.perf_counter()-start < self.patience: path.advance()
+        if all(p.complete for p in paths): return None
+        done = ', '.join(f'step {len(p.done)-1} of {state.steps}' for p in paths)
+        return Section(f'sampling: {done} ...')
     def jobs(self, state: Way) -> list[Job]:
         made = []
         for name, s, stage in self.ways(state):
@@ -216,8 +218,8 @@ class _Sampler(_Ways[SamplerState]):
     @torch.no_grad()
     def compute(self, state: SamplerState) -> Page:
         "Of each stage: state, prediction and end, decoded and as latents; how far each step is from the end."
-        s, paths, styles = state, self.advance(state), series_styles([x.name for x in self.stages(state)])
-        complete, lines = all(p.complete for p in paths), dict[str, tuple]()
+        s, waiting, styles = state, self.advance(state), series_styles([x.name for x in self.stages(state)])
+        lines, complete = dict[str, tuple](), waiting is None
         rows, spots, parts, words = list[dict](), list[Spot](), list[Section](), list[str]()
         what = dict(net=s.net, label=self.class_of(s, s.label), guidance=s.guidance, method=s.method, seed=s.seed)
         for stage, style in zip(self.stages(s), styles, strict=True):
@@ -235,9 +237,8 @@ class _Sampler(_Ways[SamplerState]):
             curves(lines, 'noise level t', 'rms from the end', ax=ax)
             ax.invert_xaxis()
         chart = Chart((*map(str, lines.items()),), draw, spots, height=1.4)
-        waiting = Section('sampling: ' + ', '.join(f'step {len(p.done)-1} of {s.steps}' for p in paths) + ' ...')
         begun = f'{s.net}, {what["label"]}, guidance {s.guidance:g}, seed {s.seed}.'
-        parts = [Section('', chart=chart) if complete else waiting, *parts]
+        parts = [waiting or Section('', chart=chart), *parts]
         return make_page(parts, [begun, *words], rows, complete=complete, facts=what)
 
 # %% ../nbs/55_sampler_lab.ipynb #2c227b30
@@ -343,8 +344,8 @@ class _PromptPage(_Looks):
     @torch.no_grad()
     def compute(self, state: PromptState) -> Page:
         "Of the prompt, and of that with another word: state, prediction and end, and where its words are looked at."
-        s, paths = state, self.advance(state)
-        complete, parts, rows = all(p.complete for p in paths), list[Section](), list[dict]()
+        s, waiting = state, self.advance(state)
+        complete, parts, rows = waiting is None, [waiting] if waiting else [], list[dict]()
         words, ends = list[str](), list[Tensor]()
         for prompt, own, stage in self.ways(s):
             levels, step, _, tiles, latents = self._row(own, stage)
@@ -364,9 +365,6 @@ class _PromptPage(_Looks):
             far = (ends[0]-ends[1]).abs().mean(0)
             parts.append(Section('what the other word changes', [Tile((far/WORST).clamp(max=1.), 'at the end')]))
             words.append(f'The other word changes {(far > .1).float().mean():.0%} of the pixels by more than a tenth.')
-        if not complete:
-            done = ', '.join(f'step {len(p.done)-1} of {s.steps}' for p in paths)
-            parts.insert(0, Section(f'sampling: {done} ...'))
         what = dict(net=s.net, guidance=s.guidance, method=s.method, seed=s.seed, looks='mean of heads by their gates')
         return make_page(parts, words, rows, complete=complete, facts=what)
 
