@@ -1553,7 +1553,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'vfmvae/sampler_lab.py'),
                                     'vfmvae.sampler_lab._Looks': ('sampler_lab.html#_looks', 'vfmvae/sampler_lab.py'),
                                     'vfmvae.sampler_lab._Looks._looks': ('sampler_lab.html#_looks._looks', 'vfmvae/sampler_lab.py'),
-                                    'vfmvae.sampler_lab._Looks._read': ('sampler_lab.html#_looks._read', 'vfmvae/sampler_lab.py'),
                                     'vfmvae.sampler_lab._PromptPage': ('sampler_lab.html#_promptpage', 'vfmvae/sampler_lab.py'),
                                     'vfmvae.sampler_lab._PromptPage.compute': ( 'sampler_lab.html#_promptpage.compute',
                                                                                 'vfmvae/sampler_lab.py'),

@@ -9,7 +9,7 @@ __all__ = ['Way', 'WayState', 'SamplerState', 'Trajectory', 'Stage', 'SamplerLab
 import threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
 # %% ../nbs/55_sampler_lab.ipynb #fdf7c9ef
@@ -263,6 +263,8 @@ class SamplerLab(_Sampler):
         return way | draw | grouped('the draw', label=asked)
 
 # %% ../nbs/55_sampler_lab.ipynb #346becb7
+_reader = lru_cache(1)(bundled_reader)      # opened when it is first asked
+
 def _understood(prompt: str) -> dict[str, str]:
     "The words of a caption of the world; none of another sentence."
     try: return parse(prompt)
@@ -335,9 +337,6 @@ class _Looks(_Prompts):
         text = self.encode(s)[:1].to(stage.net.device)
         maps, words = caption_maps(stage.net, z, t, text)[0][text.mask[0]], split(s.prompt)
         return words if len(words) == len(maps) else [f'token {i}' for i in range(len(maps))], maps.cpu()
-    def _read(self, image: Tensor) -> str: # (3,64,64) in [0,1]
-        if not hasattr(self, 'reader'): self.reader = bundled_reader()
-        return caption(self.reader.words(image[None]*2-1)[0])
 
 # %% ../nbs/55_sampler_lab.ipynb #7e91be93
 class _PromptPage(_Looks):
@@ -357,7 +356,8 @@ class _PromptPage(_Looks):
             rows += [dict(prompt=prompt, word=w, place=i, share=v)
                      for i, (w, v) in enumerate(zip(names, shares, strict=True))]
             ends.append(tiles[2].pixels)
-            read = f' The reader sees {self._read(ends[-1])}.' if complete and self.knows_world(s) else ''
+            read = (f' The reader sees {caption(_reader().words(ends[-1][None]*2-1)[0])}.'
+                    if complete and self.knows_world(s) else '')
             most = max(range(len(names)), key=shares.__getitem__)
             words.append(f'{prompt!r}: step {step} of {s.steps}, noise level {levels[step]:.2f}; the word '
                          f'that is looked at most is {names[most]!r} ({shares[most]:.2f}).{read}')
