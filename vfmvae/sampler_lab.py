@@ -328,10 +328,6 @@ class _Prompts(_Ways[PromptState]):
     def knows_world(self, state: PromptState) -> bool:
         "Does the net speak of the world's pictures?"
         return self.stages(state)[0].net.config.vocabulary == VOCABULARY
-
-# %% ../nbs/55_sampler_lab.ipynb #c4721708
-class _Looks(_Prompts):
-    "What stands below the way of a sentence."
     def _looks(self, s: PromptState, stage: Stage, z: Tensor, t: float) -> tuple[list[str], Tensor]:
         "Names of the prompt's tokens, and where each is looked at, (m,h,w)."
         text = self.encode(s)[:1].to(stage.net.device)
@@ -339,7 +335,9 @@ class _Looks(_Prompts):
         return words if len(words) == len(maps) else [f'token {i}' for i in range(len(maps))], maps.cpu()
 
 # %% ../nbs/55_sampler_lab.ipynb #7e91be93
-class _PromptPage(_Looks):
+class PromptLab(_Prompts):
+    "Sampling by a sentence with a net of captions, and what each word is looked at for; see `Lab` and `PromptState`."
+    title, scrub = 'Prompt lab', ('step',)
     @torch.no_grad()
     def compute(self, state: PromptState) -> Page:
         "Of the prompt, and of that with another word: state, prediction and end, and where its words are looked at."
@@ -367,10 +365,6 @@ class _PromptPage(_Looks):
             words.append(f'The other word changes {(far > .1).float().mean():.0%} of the pixels by more than a tenth.')
         what = dict(net=s.net, guidance=s.guidance, method=s.method, seed=s.seed, looks='mean of heads by their gates')
         return make_page(parts, words, rows, complete=complete, facts=what)
-
-class PromptLab(_PromptPage):
-    "Sampling by a sentence with a net of captions, and what each word is looked at for; see `Lab` and `PromptState`."
-    title, scrub = 'Prompt lab', ('step',)
     def panel(self, state: PromptState) -> dict[str, Control]:
         way, draw = _way_controls(state, [*self.named])
         words, known = split(state.prompt), self.stages(state)[0].net.config.vocabulary
