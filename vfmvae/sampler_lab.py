@@ -368,8 +368,8 @@ class PromptLab(_Prompts):
     def panel(self, state: PromptState) -> dict[str, Control]:
         way, draw = _way_controls(state, [*self.named])
         words, known = split(state.prompt), self.stages(state)[0].net.config.vocabulary
-        def choice(k: str) -> Control: return Control('choice', f'the {k} in the prompt', ('', *VALUES[k]))
-        said = {k: choice(k) for k in VALUES} if self.knows_world(state) else {}
+        said = ({k: Control('choice', f'the {k} in the prompt', ('', *v)) for k, v in VALUES.items()}
+                if self.knows_world(state) else {})
         which = Control('choice', 'the word that another takes the place of', tuple(range(len(words))),
                         show=lambda i: f'{i}: {words[i]}')
         other = Control('choice', 'the other word', ('', *known)) if known else Control('text', 'the other word')
