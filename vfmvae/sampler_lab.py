@@ -199,8 +199,23 @@ class _Ways(_Trajectories[Way]):
         tiles = [*map(image_tile, images, names[0]), *map(Tile, (c[0] for c in colours), names[1])]
         return [*levels], step, far, tiles, torch.cat([z, guess, end])
 
+# %% ../nbs/55_sampler_lab.ipynb #2c227b30
+def _way_controls(state: WayState, nets: Sequence[str]) -> tuple[dict[str, Control], dict[str, Control]]:
+    "The controls of the way, and of the draw, that both labs have."
+    scales = tuple(sorted({1., 1.5, 2., 3., 5., float(state.guidance)}))
+    way = grouped('the way', **{'play step': Control('play', 'step by step', last=state.steps)},
+                  step=Control('slide', 'point of the trajectory, 0 is noise', tuple(range(state.steps+1))),
+                  steps=Control('slide', 'intervals', tuple(sorted({5, 10, 20, 50, state.steps}))),
+                  method=Control('choice', 'the sampler', tuple(ODES)))
+    return way, grouped('the draw', net=Control('choice', 'who draws', tuple(nets)) if len(nets) > 1 else None,
+                        guidance=Control('slide', 'classifier-free, 1 is none', scales, show='{:g}'.format),
+                        seed=Control('whole', 'of the noise', last=10**6))
+
 # %% ../nbs/55_sampler_lab.ipynb #f9468dc5
-class _Sampler(_Ways[SamplerState]):
+class SamplerLab(_Ways[SamplerState]):
+    """Sampling with velocity nets over a tokenizer's latents, early and trained side by side; see `Lab` and
+    `SamplerState`. A long trajectory is shown as far as it is computed."""
+    title, scrub = 'Sampler lab', ('step',)
     State = SamplerState
     def asked(self, state: SamplerState) -> str: return f'class {state.label}'
     def condition(self, state: SamplerState, net: DiT) -> Condition:
@@ -240,23 +255,6 @@ class _Sampler(_Ways[SamplerState]):
         begun = f'{s.net}, {what["label"]}, guidance {s.guidance:g}, seed {s.seed}.'
         parts = [waiting or Section('', chart=chart), *parts]
         return make_page(parts, [begun, *words], rows, complete=complete, facts=what)
-
-# %% ../nbs/55_sampler_lab.ipynb #2c227b30
-def _way_controls(state: WayState, nets: Sequence[str]) -> tuple[dict[str, Control], dict[str, Control]]:
-    "The controls of the way, and of the draw, that both labs have."
-    scales = tuple(sorted({1., 1.5, 2., 3., 5., float(state.guidance)}))
-    way = grouped('the way', **{'play step': Control('play', 'step by step', last=state.steps)},
-                  step=Control('slide', 'point of the trajectory, 0 is noise', tuple(range(state.steps+1))),
-                  steps=Control('slide', 'intervals', tuple(sorted({5, 10, 20, 50, state.steps}))),
-                  method=Control('choice', 'the sampler', tuple(ODES)))
-    return way, grouped('the draw', net=Control('choice', 'who draws', tuple(nets)) if len(nets) > 1 else None,
-                        guidance=Control('slide', 'classifier-free, 1 is none', scales, show='{:g}'.format),
-                        seed=Control('whole', 'of the noise', last=10**6))
-
-class SamplerLab(_Sampler):
-    """Sampling with velocity nets over a tokenizer's latents, early and trained side by side; see `Lab` and
-    `SamplerState`. A long trajectory is shown as far as it is computed."""
-    title, scrub = 'Sampler lab', ('step',)
     def panel(self, state: SamplerState) -> dict[str, Control]:
         n, (way, draw) = self.stages(state)[0].net.config.num_classes, _way_controls(state, [*self.named])
         asked = Control('choice', 'what the net is asked for', tuple(range(n+1)), show=partial(self.class_of, state))
