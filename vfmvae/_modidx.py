@@ -1180,7 +1180,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'vfmvae.neighbours.warn_of_copies': ('neighbours.html#warn_of_copies', 'vfmvae/neighbours.py')},
             'vfmvae.pages': { 'vfmvae.pages.Chart': ('pages.html#chart', 'vfmvae/pages.py'),
                               'vfmvae.pages.Page': ('pages.html#page', 'vfmvae/pages.py'),
-                              'vfmvae.pages.Page._screen': ('pages.html#page._screen', 'vfmvae/pages.py'),
                               'vfmvae.pages.Page.enclosed': ('pages.html#page.enclosed', 'vfmvae/pages.py'),
                               'vfmvae.pages.Page.figure': ('pages.html#page.figure', 'vfmvae/pages.py'),
                               'vfmvae.pages.Page.html': ('pages.html#page.html', 'vfmvae/pages.py'),

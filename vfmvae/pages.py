@@ -9,7 +9,7 @@ __all__ = ['GLYPHS', 'FRAMES', 'Go', 'SCREEN', 'PIXELS', 'Tile', 'Spot', 'Chart'
 import base64, html, io, json, re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple, TYPE_CHECKING
 from urllib.parse import quote, unquote
 
@@ -255,8 +255,6 @@ class Page:
     rows: Sequence[dict] = ()   # the numbers behind it
     complete: bool = False      # it lacks nothing, even if heavy work was open when it was begun
     sheet: Sheet | None = None  # small pictures of a whole set
-    @cached_property
-    def _screen(self) -> _Screen: return _Screen(self)
     def enclosed(self, line: Sequence[tuple[float, float]]) -> list[int]:
         "The spots inside a line (pixels from the top left) around some of the first chart that allows it."
         from matplotlib.path import Path
@@ -267,7 +265,7 @@ class Page:
         return np.flatnonzero(Path([*line, line[0]]).contains_points(at)).tolist()
     def html(self) -> str:
         "One element for a screen: no script, nothing loaded; `style` is apart. Equal pages give equal text."
-        return self._screen.text
+        return _Screen(self).text
     @property
     def style(self) -> str:
         "The style sheets of `html()`: apart, since many pages share them."
