@@ -365,7 +365,7 @@ class _Screen(_Box[LabState]):
         try: self.restore()       # what was opened meanwhile may offer more choices
         except Exception as e: return self.complain(e)
         self.say(page.words)
-        self._fill()
+        if self._incomplete: self._fill()
         self._keep_soon()
 
 # %% ../nbs/52_lab_base.ipynb #f2145911
@@ -376,7 +376,6 @@ class _Filled(_Screen[LabState]):
         except Exception as e: return self.complain(e)
         self._latest.ask(self.state)
     def _fill(self) -> None:
-        if not self._incomplete: return
         try: loop = asyncio.get_running_loop()
         except RuntimeError: return self._finish_now()
         if self._filler is None or self._filler.done(): self._filler = loop.create_task(self._background(loop))
