@@ -201,7 +201,7 @@ class _Controls(_Picture[LabState]):
     "The part of `Lab` that knows its controls, and says what is shown, or why nothing is."
     # widgets; readout: words and code below the picture; status: at the top of the rail, what is done or went wrong
     readout = status = rail = picture = overlay = sheet = mark = _back = _forward = None   # type: Any
-    restore = _corner = _mark = _work = _show = _fill = _keep_soon = None                  # type: Any
+    restore = _corner = _mark = _work = _show = _keep_soon = None                          # type: Any
     def __init__(self, state: LabState | None = None):
         super().__init__(state)
         self.controls: dict[str, Any] = {}
@@ -311,7 +311,7 @@ class _Mouse(_Rail[LabState]):
 
 # %% ../nbs/52_lab_base.ipynb #5acc3e9a
 class _Box(_Mouse[LabState]):
-    "The part of `Lab` that puts its widgets together."
+    "The part of `Lab` that puts its widgets together, and brings them to its state."
     _box: Any = None
     def widget(self) -> Any:
         """The controls, the picture and its words, as one ipywidgets box; the same one at every call. UserError
@@ -338,18 +338,18 @@ class _Box(_Mouse[LabState]):
         self._listen()
         self.changed()
         return self._box
-
-# %% ../nbs/52_lab_base.ipynb #b4132c8b
-class _Screen(_Box[LabState]):
-    "The part of `Lab` that draws the newest state, and draws it again when its heavy work is done."
-    _filler: asyncio.Task | None = None
-    _incomplete = False      # was heavy work open when the picture on the screen was begun?
     def changed(self) -> None:
         "Brings every control to the state and asks for a new picture."
         if self._box is None: return
         self.restore()
         self.status.value = 'computing ...'
         self._latest.ask(self.state)
+
+# %% ../nbs/52_lab_base.ipynb #b4132c8b
+class _Screen(_Box[LabState]):
+    "The part of `Lab` that draws the newest state, does its heavy work, and draws it again when that is done."
+    _filler: asyncio.Task | None = None
+    _incomplete = False      # was heavy work open when the picture on the screen was begun?
     def _work(self, state: LabState) -> tuple[Page, str, bool]:
         # before: another lab may do the work meanwhile, too late for this picture; after: a file may be rewritten
         todo = bool(self.jobs(state))
@@ -367,10 +367,6 @@ class _Screen(_Box[LabState]):
         self.say(page.words)
         if self._incomplete: self._fill()
         self._keep_soon()
-
-# %% ../nbs/52_lab_base.ipynb #f2145911
-class _Filled(_Screen[LabState]):
-    "The part of `Lab` that does heavy work for the picture on the screen."
     def _finish_now(self) -> None:
         try: self.finish()
         except Exception as e: return self.complain(e)
@@ -397,7 +393,7 @@ class _Filled(_Screen[LabState]):
         finally: self.mark.layout.visibility = 'hidden'
 
 # %% ../nbs/52_lab_base.ipynb #47d8c2bb
-class _Kept(_Filled[LabState]):
+class _Kept(_Screen[LabState]):
     "The part of `Lab` that leaves something in a saved notebook, and puts a picture on paper."
     _stills: tuple = ()
     _timer: asyncio.TimerHandle | None = None
