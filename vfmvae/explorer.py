@@ -419,7 +419,7 @@ class Explorer(_Explorer):
     def panel(self, state: ExplorerState) -> dict[str, Control]:
         "Images first, then nets, then the transform, then the measure."
         s, session, data = state, self.session, self.session.data(state.images)
-        names, n = tuple(dict.fromkeys([*self.tokenizer_names(), *s.tokenizers])), len(data)
+        names, n = self.tokenizer_names(*s.tokenizers), len(data)
         layers = session.vfm(s.vfm).layers if ('vfm', s.vfm) in session.made else (s.layer,)
         own = Control('choice', 'an uploaded image instead', ('', *self.uploads), show=lambda u: u or 'none')
         classes, drawn = ('', *getattr(data, 'classes', ())), s.transform in SEEDED

@@ -136,11 +136,11 @@ class ReconstructionLab(_Reconstruction):
         return dict(other=min(self.state.other, len(self.data)-1)) | super().follow(changes)
     def panel(self, state: ReconstructionState) -> dict[str, Control]:
         last, amounts = len(self.data)-1, sorted({0., .1, .25, .5, .75, 1., float(state.amount)})
-        names = tuple(dict.fromkeys([*self.tokenizer_names(), state.tokenizer]))
         both, drawn = state.edit in ('swap', 'interpolate'), state.edit in ('mask', 'noise')
         amount = Control('slide', 'how much of it', tuple(amounts), show='{:g}'.format)
         return grouped('images', image=Control('whole', f'which image, 0 to {last}', last=last)) | grouped(
-            'nets', tokenizer=Control('choice', 'who encodes and decodes', names)) | grouped(
+            'nets', tokenizer=Control('choice', 'who encodes and decodes', self.tokenizer_names(state.tokenizer))
+            ) | grouped(
             'edit', edit=Control('choice', EDITS[state.edit], tuple(EDITS)),
             other=Control('whole', 'the image that swaps and interpolates', last=last) if both else None,
             amount=amount if state.edit != 'none' else None,

@@ -361,10 +361,10 @@ class _Choices(Lab[LabState]):
         "VFMs to choose from."
         mine = (n for n, o in self.session.own.items() if hasattr(o, 'patch'))
         return tuple(dict.fromkeys(['photo', 'efficientnet-lite0', *mine, *BUNDLED]))
-    def tokenizer_names(self) -> tuple[str, ...]:
-        "Tokenizers to choose from."
+    def tokenizer_names(self, *also: str) -> tuple[str, ...]:
+        "Tokenizers to choose from, and these, which may be files."
         own = (n for n, o in self.session.own.items() if hasattr(o, 'encode'))
-        return tuple(dict.fromkeys([*(n for n in LOOKS if n in tokenizers), *own, *tokenizers]))
+        return tuple(dict.fromkeys([*(n for n in LOOKS if n in tokenizers), *own, *tokenizers, *also]))
     def follow(self, changes: dict) -> dict:
         "As of any lab; a new transform has a strength of its own."
         return super().follow(default_strength(changes, getattr(self.state, 'transform', '')))
