@@ -165,9 +165,9 @@ def slider_values(name: str, strength: float # a transform, its present strength
 def transform_controls(name: str, strength: float # the present ones
                       ) -> dict[str, Control]:
     "The two controls `transform` and `strength`."
-    values = tuple(slider_values(name, strength))
     return grouped('transform', transform=Control('choice', 'what is done to the image', tuple(TRANSFORMS)),
-                   strength=Control('slide', TRANSFORMS[name].unit, values, show='{:g}'.format))
+                   strength=Control('slide', TRANSFORMS[name].unit, tuple(slider_values(name, strength)),
+                                    show='{:g}'.format))
 
 def default_strength(changes: dict, now: str) -> dict: # of a state, whose transform is `now`
     "The changes; a new transform without a strength takes the middle of its grid."
