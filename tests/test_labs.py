@@ -19,7 +19,7 @@ from vfmvae.session import FeatureCache, ReferenceImages
 from vfmvae.explorer import Explorer, ExplorerState, neighbour_overlap
 from vfmvae.labs import edit_latent, EDITS, EmbeddingLab, LayerLab, NeighbourLab, ReconstructionLab
 from vfmvae.sampler_lab import PromptLab, SamplerLab
-from vfmvae.tokenizer import tokenizers
+from vfmvae.tokenizer import save_tokenizer, tokenizers
 from vfmvae.vfm import VFM
 from vfmvae.views import as_source, ResizePadVFM
 
@@ -241,6 +241,13 @@ def test_the_reconstruction_lab_takes_tokenizers_of_ones_own_and_a_folder(tmp_pa
     assert 'mine' in lab.panel(lab.state)['tokenizer'].options
     with pytest.raises(UserError, match='there are 3'): lab.set(image=3)
     with pytest.raises(UserError, match=ONE_LINE): ReconstructionLab(images=str(tmp_path/'none'))
+
+
+def test_a_file_stands_among_the_nets_to_choose_from(tmp_path):
+    "The layer lab could not be shown: its control had no such choice."
+    path = str(save_tokenizer(tmp_path/'mine.safetensors', tokenizers['conv-tiny-f8d16']))
+    for lab, name in ((Explorer(tokenizers=path), 'tokenizers'), (ReconstructionLab(tokenizer=path), 'tokenizer'), (NeighbourLab(second=path), 'second'),
+                      (LayerLab(second=path), 'second'), (EmbeddingLab(second=path), 'second')): assert path in lab.panel(lab.state)[name].options, lab
 
 
 def test_the_neighbour_lab_adds_up_and_sets_all_against_all():

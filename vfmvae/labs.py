@@ -336,7 +336,8 @@ class LayerLab(_LayerSources):
         parts = [Section('', chart=chart, share=.62), Section('', tiles, columns=3, share=.38)]
         return make_page(parts, words, rows, self.session.note(self.images, pair), facts=facts)
     def panel(self, state: LayerState) -> dict[str, Control]:
-        names = *self.vfm_names(), *self.tokenizer_names(), *self.velocity
+        known = *self.vfm_names(), *self.tokenizer_names(), *self.velocity
+        names = tuple(dict.fromkeys([*known, state.first, state.second]))
         layers = [*map(_layer_names, self.pair(state))]
         levels = tuple(sorted({0., .1, .25, .5, .75, .9, float(state.t)}))
         level = Control('slide', 'noise level of velocity nets', levels, show='{:g}'.format)
