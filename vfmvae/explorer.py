@@ -153,6 +153,15 @@ class DecibelSource:
         "{'psnr': (b,1,1)} of images (b,3,H,W) in [-1,1]."
         return dict(psnr=psnr(self.tokenizer.decode(self.tokenizer.encode(x).mode()).clamp(-1, 1), x)[:, None, None])
 
+def _maps(h: Sequence[Tensor], place: Sequence[float], colour: Callable) -> tuple[Tensor, Tensor]:
+    "Tokens or latents of the clean and of the changed image: in colours, or their cosine to the clean one at `place`."
+    if not place: return (c := colour([*h]))[0][0], c[1][0]
+    grids = [(to_grid(v) if v.ndim == 3 else v)[0].float() for v in h]
+    (_, rows, columns), (across, down) = grids[0].shape, place
+    chosen = grids[0][:, min(int(down*rows), rows-1), min(int(across*columns), columns-1)]
+    a, b = (F.cosine_similarity(g, chosen[:, None, None], 0).clamp(0, 1) for g in grids)
+    return a, b
+
 # %% ../nbs/54_explorer.ipynb #45e5a796
 class _ExplorerState(SetLab[ExplorerState]):
     "What can be chosen in the explorer."
@@ -190,6 +199,13 @@ class _ExplorerState(SetLab[ExplorerState]):
         if state.vfm not in own and state.vfm not in vfms: check_vfm(state.vfm)
         if state.label: one_of(state.label, getattr(data, 'classes', ()), 'class')
         check_fits(state.transform, state.strength, getattr(data, 'size', None) or self.session.size)
+    def receive(self, name: str, content: bytes) -> None:
+        """Shows an uploaded image: any mode, first frame, largest square. UserError if it is none or smaller than 8
+        pixels."""
+        im, side = open_image(io.BytesIO(content), name=name), self.session.size
+        enlarged = f'{name} has {im.width} x {im.height} px and was enlarged.' if min(im.size) < side else ''
+        self.uploads[name] = to_tensor(CROPS['square'](im, side)), enlarged
+        self.set(uploaded=name)
     def go(self, action: Mapping[str, object]) -> None:
         "As of any lab; a second click on a token lets it go."
         self.set(**(dict(place=()) if action.get('place') == [*self.state.place] else action))
@@ -238,32 +254,6 @@ class _ExplorerNumbers(_ExplorerState):
         keys = {n: ('chance', cache, cache.key(x, None), cache.key(vfm, None), s.layer, s.k) for n, x in pairs.items()}
         ends = torch.stack([self.session.once(k, partial(make, n)) for n, k in keys.items()])
         return ends[:, 0].min().item(), ends[:, 1].max().item()
-
-# %% ../nbs/54_explorer.ipynb #abe3ebf7
-class _ExplorerSets(_ExplorerNumbers):
-    "What the explorer computes of one image, of the set or uploaded."
-    def receive(self, name: str, content: bytes) -> None:
-        """Shows an uploaded image: any mode, first frame, largest square. UserError if it is none or smaller than 8
-        pixels."""
-        im, side = open_image(io.BytesIO(content), name=name), self.session.size
-        enlarged = f'{name} has {im.width} x {im.height} px and was enlarged.' if min(im.size) < side else ''
-        self.uploads[name] = to_tensor(CROPS['square'](im, side)), enlarged
-        self.set(uploaded=name)
-    def _losers(self, cache: FeatureCache, s: ExplorerState) -> tuple[tuple[int, float], ...] | None:
-        "Reference images of the class that lose most by this view, worst first, ten at most; None: not computed."
-        first, vfm, named = self.session.latents(s.tokenizers[0]), self.session.vfm(s.vfm), cache.images.named
-        needed = [self.decibels(s)] if s.sort == 'error' else [first, vfm]
-        views = (s.view,) if s.sort == 'error' else (s.view, None)
-        if any(cache.get(x, v, s.seed) is None for x in needed for v in views): return None
-        if s.sort == 'error': lost = (cache.get(needed[0], s.view, s.seed) or {})['psnr'][:, 0]
-        elif s.sort == 'agrees': lost = _common(*self._graphs(cache, s, s.tokenizers[0], s.view, s.seed))
-        else: lost = _common(*(self.session.graph(cache, first, 'latent', v, s.seed).first(s.k) for v in views))
-        there = [i for i in lost.argsort(stable=True).tolist() if not s.label or named(i) == s.label]
-        return tuple((i, lost[i].item()) for i in there[:10])
-    def _overlap(self, cache: FeatureCache | None, source: FeatureSource, layer: int | str, pair: Tensor,
-                 k: int, own: int | None) -> NeighbourOverlap | None:
-        rows = cache.get(source, None) if cache else None
-        return None if rows is None else neighbour_overlap(rows[layer], pair, k, own)
     def _image(self, s: ExplorerState) -> tuple[Tensor, str, str]:
         "Image, its name on the screen, its key in the set."
         if s.uploaded: return self.uploads[s.uploaded][0][None], s.uploaded, ''
@@ -272,16 +262,7 @@ class _ExplorerSets(_ExplorerNumbers):
         return batch['image'], (many and class_name(data, int(batch['label'][0]))) or batch['key'][0], batch['key'][0]
 
 # %% ../nbs/54_explorer.ipynb #5489dc67
-def _maps(h: Sequence[Tensor], place: Sequence[float], colour: Callable) -> tuple[Tensor, Tensor]:
-    "Tokens or latents of the clean and of the changed image: in colours, or their cosine to the clean one at `place`."
-    if not place: return (c := colour([*h]))[0][0], c[1][0]
-    grids = [(to_grid(v) if v.ndim == 3 else v)[0].float() for v in h]
-    (_, rows, columns), (across, down) = grids[0].shape, place
-    chosen = grids[0][:, min(int(down*rows), rows-1), min(int(across*columns), columns-1)]
-    a, b = (F.cosine_similarity(g, chosen[:, None, None], 0).clamp(0, 1) for g in grids)
-    return a, b
-
-class _Explorer(_ExplorerSets):
+class _Explorer(_ExplorerNumbers):
     "What the explorer computes, all together."
     @torch.no_grad()
     def compute(self, state: ExplorerState) -> Explored:
@@ -312,10 +293,24 @@ class _Explorer(_ExplorerSets):
         z = [session.of(('latent', who, i), v, encode) for i, v in enumerate((x, changed))]
         again = session.of(('again', who), z[1], partial(decode_cpu, tokenizer=tokenizer))
         overlap = self._overlap(cache, source, 'latent', torch.cat([v.mean((2, 3)) for v in z]), s.k, own)
-        curve = self._curve(cache, s, name) if cache else ()
         maps = _maps(z, s.place, session.colours(cache, source, 'latent', x))
-        error = (again-changed).abs().mean(1)[0]/2
-        return NetView(name, again[0], error, psnr(again, changed).item(), maps, overlap, curve)
+        return NetView(name, again[0], (again-changed).abs().mean(1)[0]/2, psnr(again, changed).item(), maps, overlap,
+                       self._curve(cache, s, name) if cache else ())
+    def _losers(self, cache: FeatureCache, s: ExplorerState) -> tuple[tuple[int, float], ...] | None:
+        "Reference images of the class that lose most by this view, worst first, ten at most; None: not computed."
+        first, vfm, named = self.session.latents(s.tokenizers[0]), self.session.vfm(s.vfm), cache.images.named
+        needed = [self.decibels(s)] if s.sort == 'error' else [first, vfm]
+        views = (s.view,) if s.sort == 'error' else (s.view, None)
+        if any(cache.get(x, v, s.seed) is None for x in needed for v in views): return None
+        if s.sort == 'error': lost = (cache.get(needed[0], s.view, s.seed) or {})['psnr'][:, 0]
+        elif s.sort == 'agrees': lost = _common(*self._graphs(cache, s, s.tokenizers[0], s.view, s.seed))
+        else: lost = _common(*(self.session.graph(cache, first, 'latent', v, s.seed).first(s.k) for v in views))
+        there = [i for i in lost.argsort(stable=True).tolist() if not s.label or named(i) == s.label]
+        return tuple((i, lost[i].item()) for i in there[:10])
+    def _overlap(self, cache: FeatureCache | None, source: FeatureSource, layer: int | str, pair: Tensor,
+                 k: int, own: int | None) -> NeighbourOverlap | None:
+        rows = cache.get(source, None) if cache else None
+        return None if rows is None else neighbour_overlap(rows[layer], pair, k, own)
 
 # %% ../nbs/54_explorer.ipynb #843f8a3a
 _CALLED = dict(cknna='CKNNA', mutual_knn='mutual k-NN', cka='CKA', cka_unbiased='CKA, unbiased', svcca='SVCCA')
