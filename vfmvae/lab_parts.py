@@ -55,9 +55,9 @@ class Job(NamedTuple):
 # %% ../nbs/51_lab_parts.ipynb #1b0e5aa1
 _SEEDS = 2**31-1     # every generator behind a lab takes it, with the number of an image added
 
-def as_field(f: Field, v: object, low: int | None = None) -> object:
-    """A value for field `f`, of the kind of its default: words, an integer (from `low`), a finite number, a tuple.
-    UserError: another. A word becomes a tuple of one."""
+def as_field(f: Field, v: object) -> object:
+    """A value for field `f`, of the kind of its default: words, an integer (from 0, where its default is), a finite
+    number, a tuple. UserError: another. A word becomes a tuple of one."""
     kind = type(f.default)
     if kind is str:
         need(isinstance(v, str | Path), f'{f.name} is a name, not {str(v)[:40]!r}')
@@ -67,14 +67,12 @@ def as_field(f: Field, v: object, low: int | None = None) -> object:
         if isinstance(v, str | list | tuple | range): return (v,) if isinstance(v, str) else tuple(v)
         raise UserError(f'{f.name} are several values in a list or tuple, not {str(v)[:40]!r}')
     if kind is not int or (f.name == 'layer' and isinstance(v, str)): return v
-    return whole(v, f.name, low, _SEEDS if f.name == 'seed' else None)
+    return whole(v, f.name, 0 if f.default >= 0 else None, _SEEDS if f.name == 'seed' else None)
 
 def check_state(state: Any) -> None: # an instance of a frozen dataclass: for its `__post_init__`
-    """Makes every field a value of its kind; integers count from 0, where their default does. UserError: a value of
-    another kind, no such transform, or a strength that it takes for no image."""
-    for f in fields(state):
-        low = 0 if isinstance(f.default, int) and f.default >= 0 else None
-        object.__setattr__(state, f.name, as_field(f, getattr(state, f.name), low))
+    """Makes every field a value of its kind. UserError: a value of another kind, no such transform, or a strength that
+    it takes for no image."""
+    for f in fields(state): object.__setattr__(state, f.name, as_field(f, getattr(state, f.name)))
     whole(getattr(state, 'k', 2), 'k neighbours', 2)
     if (name := getattr(state, 'transform', None)) is None: return
     t = TRANSFORMS.get(name)
