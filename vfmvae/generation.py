@@ -278,8 +278,8 @@ def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str | None, 
                  known.index(one_of(k, known, 'class', '; this net draws no captions'))
                  for k in (dict.fromkeys(texts) if told else ())}        # each is looked for once
         need(all(known.count(k) <= 1 for k in named), 'classes of this net share a name; give numbers')
-        for k in named:
-            if k.isdecimal() and int(k) != named[k]: notice(f'{k!r} is the class of this name, number {named[k]}')
+        for k in (k for k in named if k.isdecimal() and int(k) != named[k]):
+            notice(f'{k!r} is the class of this name, number {named[k]}')
         y = _labels([named[k] for k in texts] if told else labels, net.config.num_classes, policy, seed)
         return y, y, known
     need(told, 'this net draws captions; give a sentence for each picture')

@@ -131,10 +131,10 @@ def export_latents(cache: LatentCache,
     one_of(layout, LAYOUTS, 'layout')
     need(layout != 'lightningdit' or cache.augment, 'this layout holds mirrored images; cache with flips=True')
     folder, labels, at, last = check_out(folder), [], 0, len(cache.manifest['shards'])
-    beyond = (f'latents_rank00_shard{last:03d}.safetensors' if layout == 'lightningdit' else
-              f'{len(cache)//1000:05d}/img-mean-std-{len(cache):08d}.npy')
-    need(not (folder/beyond).exists(), f'{folder} holds more latents than these ({beyond}), of another export; empty '
-                                       'it, or name another folder')
+    beyond = folder/(f'latents_rank00_shard{last:03d}.safetensors' if layout == 'lightningdit' else
+                     f'{len(cache)//1000:05d}/img-mean-std-{len(cache):08d}.npy')
+    need(not beyond.exists(), f'{folder} holds more latents than these ({beyond.name}), of another export; empty it, '
+                              'or name another folder')
     for s, (_, n) in enumerate(cache.manifest['shards']):
         t = cache.shard(s)
         t = {k: v if k == 'label' else v.float() for k, v in t.items()}

@@ -479,9 +479,9 @@ def picture_files(out: PathLike,       # a folder
                  ) -> list[Path]:
     """The PNG file of each, class folders as they are: an image suffix is replaced, and a name that is there already,
     capitals or not, gets -2, -3 ... UserError: a name that leaves the folder, or other pictures in it."""
-    if names and all(map(os.path.isabs, names)):      # of pictures that were given by their paths
-        shared = os.path.commonpath([os.path.dirname(k) for k in names])
-        names = [Path(k).relative_to(shared).as_posix() for k in names]
+    # of pictures that were given by their paths
+    shared = os.path.commonpath(map(os.path.dirname, names)) if names and all(map(os.path.isabs, names)) else ''
+    names = [Path(k).relative_to(shared).as_posix() for k in names] if shared else names
     for name in names: inside(out, name)              # before the name is changed
     taken = {p.as_posix().casefold() for n in names for p in Path(n).parents}
     files = []
