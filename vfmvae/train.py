@@ -282,7 +282,7 @@ def _postfix(bar: Any, row: Mapping[str, float]) -> None:
     speed = f"{row['images_per_s']:.0f} img/s {row['memory_gb']:.1f} GB"
     bar.set_postfix_str(f"loss {row.get('loss', math.nan):.4f} {speed}", refresh=False)
 
-def _same_rate(rate: Callable[[int], float] | None, history: Sequence[dict]) -> None:
+def _same_rate(rate: Any, history: Sequence[dict]) -> None: # rate: step -> number, or None
     "Says so where a schedule gives another rate for the last logged step: its length has changed, say."
     for row in history[-1:] if rate else ():
         was, now = row.get('lr'), rate(row['step']-1)
