@@ -302,7 +302,7 @@ def as_dataset(x: Images | PathLike,                # see below; what has `len` 
         return TensorSet(x, name)
     need(not isinstance(x, np.ndarray) or x.ndim != 3 or x.shape[2] > 4,
          f'{name}: an array {getattr(x, "shape", ())} is one picture; give a list of them')
-    if hasattr(x, 'iloc'): x = [*cast(Any, x)]          # a column of pandas, in its order, whatever the numbers of its rows
+    if hasattr(x, 'iloc'): x = [*cast(Any, x)]          # a column of pandas, in its order, not by the rows' numbers
     items, labels, names, version = cast(Any, check_images(x, name) if isinstance(x, Tensor) else x), None, None, ''
     if type(x).__module__.partition('.')[0] == 'datasets': items, labels, names, version = _hugging_face(x)
     elif isinstance(x, Dataset): return x
