@@ -142,7 +142,9 @@ class Box:
         "What is being done, or what went wrong."
         return self.box.locator('.vfmvae-status').inner_text().strip()
     def at_rest(self) -> bool:
-        return bool(self.box.locator('.vp').count()) and not self.status() and not any(w in self.seen()[1] for w in ('comput', 'sampling'))
+        if not self.box.locator('.vp').count() or self.status(): return False
+        picture, words = self.seen()
+        return 'sampling: ' not in picture and not any(w in words for w in ('comput', 'sampling'))
     def settled(self) -> bool:
         "At rest, and still the same after a moment: a place to click is where it was read."
         now = self.seen()

@@ -352,8 +352,11 @@ def test_reconstruct_looks_at_its_folder_before_it_encodes(tmp_path, capsys, mon
     import vfmvae.latents
     mine, out = pictures(tmp_path/'mine', range(3), 64), pictures(tmp_path/'out', range(7, 8), 64)
     for data in ('world', str(mine)):
-        assert main(['reconstruct', '--tokenizer', 'conv-f8d16', '--data', data, '--n', '3', '--out', str(tmp_path/data)]) == 0
-        assert main(['reconstruct', '--tokenizer', 'conv-f8d16', '--data', data, '--n', '3', '--out', str(tmp_path/data)]) == 0      # the same names
+        for _ in range(2):      # the same names
+            assert main(['reconstruct', '--tokenizer', 'conv-f8d16', '--data', data, '--n', '3', '--out', str(tmp_path/'made'/Path(data).name)]) == 0
+    before = [p.read_bytes() for p in sorted(mine.rglob('*.png'))]
+    assert 'holds 3 other pictures' in one_line(capsys, 'reconstruct', '--tokenizer', 'conv-f8d16', '--data', str(mine), '--n', '3', '--out', str(mine))
+    assert [p.read_bytes() for p in sorted(mine.rglob('*.png'))] == before
     monkeypatch.setattr(vfmvae.latents, 'cache_latents', lambda *a, **k: pytest.fail('encoded before it looked'))
     for data in ('world', str(mine)):
         line = one_line(capsys, 'reconstruct', '--tokenizer', 'conv-f8d16', '--data', data, '--n', '3', '--out', str(out))

@@ -549,3 +549,16 @@ def test_a_lab_whose_first_picture_fails_says_so_where_a_cell_ends_with_it(monke
     lab = ReconstructionLab()
     lab._ipython_display_()
     assert 'ZeroDivisionError' in lab.settle().status.value
+
+
+def test_a_late_picture_does_not_wipe_an_error_away():
+    "What was begun before the mistake ends after it: the reason was there for some milliseconds."
+    lab = NeighbourLab(images='world', first='tiny', second='vfmvae-tiny-f8d16', n=24)
+    lab.widget()
+    lab.settle()
+    lab.attempt(lab.set, image=10**6)
+    assert 'role="alert"' in lab.status.value
+    lab.say('the words of a picture')
+    assert 'role="alert"' in lab.status.value
+    lab.set(image=3).settle()
+    assert lab.status.value == ''

@@ -21,7 +21,6 @@ import torch
 import numpy as np
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 # %% ../nbs/05_images.ipynb #5fd3d63f
@@ -173,6 +172,7 @@ def to_pil(x: Tensor # (3,H,W) in [-1,1]; clamped
 def write_png(path: PathLike, x: Tensor # (3,H,W) in [-1,1]; clamped
              ) -> Path:
     "Writes a picture, atomically. It says who made it, so that `check_pictures` knows it from somebody's own."
+    from PIL.PngImagePlugin import PngInfo      # here, because a net that draws nothing does without
     made = PngInfo()
     made.add_text('Software', 'vfmvae')
     return write_atomic(path, partial(to_pil(x).save, format='PNG', pnginfo=made))

@@ -219,7 +219,8 @@ class _Controls(_Picture[LabState]):
         "Puts the words of the picture below it, and the line that makes it."
         self.readout.value = (f'<p role="status" aria-live="polite">{html.escape(words)}</p><details><summary>as code'
                               f'</summary><code style="user-select:all">{html.escape(self.code)}</code></details>')
-        self.status.value = ''
+        # an error stays until something is changed: this may be the rest of a picture that was begun before it
+        self.status.value = self.status.value if 'role="alert"' in self.status.value else ''
     def complain(self, e: Exception) -> None:
         "Says what went wrong, in one line."
         line = ' '.join((str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {e}').split())[:400]
