@@ -1,5 +1,6 @@
 """What lies where this library writes and is not its own stays; what it reads survives what is odd or broken among it."""
 import json, os
+from dataclasses import replace
 import numpy as np
 import pytest
 import torch
@@ -8,12 +9,15 @@ from vfmvae import files
 from vfmvae.core import Gaussian, Notice, UserError
 from vfmvae.data import as_dataset, loader
 from vfmvae.demo import demo
-from vfmvae.features import as_images
+from vfmvae.features import as_images, batches, extract
 from vfmvae.files import check_out, inside, save_weights, sweep, Table, write_json
+from vfmvae.flow_task import FlowConfig
 from vfmvae.folders import folder
+from vfmvae.generation import train_jointly
 from vfmvae.images import check_pictures, write_png
 from vfmvae.latents import cache_latents, LatentCache
 from vfmvae.layouts import export_latents, import_latents
+from vfmvae.presets import FLOW_PRESETS
 from vfmvae.recipes import open_data, picture_files
 from vfmvae.run import checkpoints, EMA, Run
 from vfmvae.protocols import LatentStats
@@ -82,6 +86,12 @@ class Means:
     name, stride, channels, stats = 'means-f8d3', 8, 3, LatentStats(3)
     def encode(self, x): return Gaussian(torch.nn.functional.avg_pool2d(x, 8))
     def decode(self, z): return torch.nn.functional.interpolate(z, scale_factor=8)
+
+
+def test_a_joint_training_asks_for_both_its_files_before_it_begins(tmp_path):
+    write_json(tmp_path/'net-tokenizer.json', dict(notes=1))
+    net = replace(FLOW_PRESETS['dit-vfmvae-tiny-f8d16'], flow=FlowConfig(weights=dict(flow=1., repa=.5)))
+    with refused('net-tokenizer.json .* no weights of ours'): train_jointly('tiny', net, out=tmp_path/'net.safetensors')
 
 
 def test_a_cache_is_not_written_over_another_programs_manifest(tmp_path):
@@ -165,11 +175,19 @@ def test_one_array_is_one_picture_and_a_column_has_an_order(pictures):
     assert [*as_dataset(pd.Series(paths, index=[2, 0, 1])).keys] == paths
 
 
+class Mean:
+    "A source: the mean of each channel."
+    name, layers = 'mean', ('mean',)
+    def features(self, x, layers=None): return dict(mean=x.mean((2, 3))[:, None])
+
+
 @pytest.mark.parametrize('given', [list, tuple, lambda x: [torch.stack(x[:2]), torch.stack(x[2:])]])
 def test_pictures_from_0_to_1_mean_the_same_by_every_door(given):
     x = [*torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))]
     with pytest.warns(Notice, match='from 0 to 1'): seen = as_images(given(x))
-    assert torch.equal(torch.stack([*seen]), torch.stack(x)*2-1)
+    assert torch.equal(torch.cat([b['image'] for b in batches(seen, 2)]), torch.stack(x)*2-1) and as_images(seen) is seen
+    with pytest.warns(Notice, match='from 0 to 1'): bright = extract(Mean(), given([.75+i/8 for i in x]), quiet=True)
+    assert torch.allclose(bright['mean'], torch.stack(x).mean((2, 3))/4+.5, atol=1e-6)      # once, though two functions ask
     assert as_images([i*2-1 for i in x])[0].min() < 0
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 import timm
+from safetensors.torch import save_file
 from torchvision.transforms import Normalize
 
 from vfmvae.core import UserError
@@ -215,7 +216,8 @@ def test_files_as_others_save_them(tmp_path):
     want, sd = VFM(name, net=net)(x), net.state_dict()
     for given in (sd | {'mask_token': torch.zeros(1, 32)}, {f'module.{k}': v for k, v in sd.items()}, {f'_orig_mod.module.{k}': v for k, v in sd.items()}):
         torch.save(given, tmp_path/'a.pth')
-        assert torch.equal(VFM(name, tmp_path/'a.pth', **kw)(x), want)
+        save_file({k: v.contiguous() for k, v in given.items()}, tmp_path/'a.safetensors')
+        for file in ('a.pth', 'a.safetensors'): assert torch.equal(VFM(name, tmp_path/file, **kw)(x), want)
     torch.save(sd | {'module.norm.weight': sd['norm.weight']}, tmp_path/'b.pth')
     with pytest.raises(UserError, match='share a name'): VFM(name, tmp_path/'b.pth', **kw)
     torch.save(sd | {'stranger': torch.zeros(1)}, tmp_path/'c.pth')

@@ -112,13 +112,12 @@ def without_prefixes(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_weights(path: PathLike) -> tuple[dict[str, Tensor], dict]:
     """(tensors, JSON beside) of a .safetensors file, or of a torch file read weights-only and unwrapped. UserError:
     neither."""
-    if Path(path).suffix.lower() == '.safetensors': return load_weights(path)
-    sd = read_torch(path)
+    sd, side = load_weights(path) if Path(path).suffix.lower() == '.safetensors' else (read_torch(path), {})
     for k in ('state_dict', 'model'):
         if isinstance(sd, dict) and isinstance(sd.get(k), dict): sd = sd[k]
     need(isinstance(sd, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in sd.items()),
          f'{path} holds no state dict; save one with vfmvae.files.save_weights')
-    return without_prefixes(sd), {}
+    return without_prefixes(sd), side
 
 # %% ../nbs/03_checkpoints.ipynb #8a0a8260
 class _DictOnly(type):

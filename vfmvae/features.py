@@ -77,7 +77,8 @@ def samples(images: Images # a dataset, or an iterable of tensors, samples, (ima
 
 def as_images(images: Images) -> Images:
     """The same where `batches` can walk through it as it is (tensors, sets, iterables of tensors), a list of batches as
-    a list of pictures, else what `data.as_dataset` makes of it."""
+    a list of pictures, one of tensors from 0 to 1 as samples in [-1,1], else what `data.as_dataset` makes of it. Asked
+    of its own answer, it gives that."""
     if isinstance(images, Tensor) or not isinstance(images, Sized) or not len(images): return images
     if isinstance(images, Dataset | str | dict): return as_dataset(images)
     if not hasattr(images, '__getitem__'): return images
@@ -85,8 +86,9 @@ def as_images(images: Images) -> Images:
     if isinstance(picture, Tensor) and picture.ndim == 4:       # of a list of batches, each picture counts
         images = [s if isinstance(first, dict) else s['image'] for s in samples(images)]
     if not isinstance(picture, Tensor) or not picture.is_floating_point(): return as_dataset(images)
-    if not isinstance(images, list | tuple) or not from_zero_to_one(images, 'images'): return images
-    return [i*2-1 if isinstance(i, Tensor) else i for i in images]
+    ranged = isinstance(images, list | tuple) and from_zero_to_one(images, 'images')
+    # as samples, whose range nobody asks: bright pictures would lie in [0,1] once more
+    return [{'image': i*2-1} if isinstance(i, Tensor) else i for i in images] if ranged else images
 
 def batches(images: Images, size: int) -> Iterator[Batch]:
     """Batches dict(image (b,3,H,W), key [str], empty if nameless), b <= size, in order, from a tensor, a dataset

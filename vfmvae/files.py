@@ -183,7 +183,7 @@ def check_out(path: PathLike,             # to be written at the end
         with tempfile.TemporaryFile(dir=folder): pass
         if suffix and p.exists() and not os.access(p, os.W_OK): raise PermissionError(13, 'Permission denied')
     except OSError as e: raise _cannot(p, e) from None
-    if suffix == '.safetensors' and not is_file(p): check_ours(p.with_suffix('.json'), 'weights', 'pair')
+    if suffix == '.safetensors' and not is_file(p): check_ours(sidecar(p), 'weights', 'pair')
     return p
 
 def inside(folder: PathLike, # that may be written to
@@ -314,7 +314,7 @@ def halve(path: PathLike,                         # of `save_weights`
 
 # %% ../nbs/01_files.ipynb #298df7bf
 class Table(list):
-    "Rows (dicts) and, as attributes, what they have in common (`t.facts`). Shows itself; `pandas.DataFrame(t)`."
+    "Rows (dicts) and, as attributes, `facts` in common. Displays itself; `pandas.DataFrame(t)` takes it."
     def __init__(self, rows: Iterable[Mapping] = (), **facts: Any):
         super().__init__(dict(r) for r in rows)
         taken = sorted(k for k in facts if hasattr(type(self), k))

@@ -449,6 +449,7 @@ def train_jointly(preset: str | Preset,         # of the tokenizer: a key of PRE
     p, q, acc = get_preset(preset, Preset), get_preset(net, FlowPreset), make_accelerator()
     o = build_config(TrainOptions, options).checked(q.batch_size, acc.num_processes)
     need(not o.shard, 'a tokenizer and a net that learn together are not sharded; leave shard out')
+    if o.out: own = check_out(Path(o.out).with_name(f'{Path(o.out).stem}-tokenizer.safetensors'), '.safetensors')
     num_images, micro = o.num_images or q.num_images, o.batch_size//o.accumulate
     need(isinstance(stage, Stage), f'stage is {stage!r}; give a Stage, such as JOINT')
     start = start or p.start_file
@@ -470,7 +471,6 @@ def train_jointly(preset: str | Preset,         # of the tokenizer: a key of PRE
     shape, scale = (tok.channels, side, side), (tok.stats.mean, tok.stats.std)
     done.meta = _meta(q, tok, shape, scale, getattr(ds, 'classes', ['0']), recipe, o.seed)
     if o.out and acc.is_main_process:
-        out = check_out(o.out, '.safetensors')
-        save_tokenizer(out.with_name(f'{out.stem}-tokenizer.safetensors'), tok, recipe=recipe, made=done.meta['made'])
-        save_net(out, done, **done.meta)
+        save_tokenizer(own, tok, recipe=recipe, made=done.meta['made'])
+        save_net(o.out, done, **done.meta)
     return tok, done, rows

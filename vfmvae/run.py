@@ -299,7 +299,7 @@ def write_bytes(content: bytes, path: Path) -> int:
 class Run(_Folder):
     """A folder with `config.json`, `log.jsonl` and `step-*.safetensors`; `Run('name')` lies under `home()/runs`, a
     `Path` and a name with a slash are taken as they are. What a killed writer left there is removed. UserError if it
-    cannot be made."""
+    cannot be made, or `config.json` is another program's."""
     def save(self, task: Task, step: int, seen: int, loop: Mapping[str, object] | None = None) -> Path:
         """Writes a checkpoint and drops all but the newest `keep`; `loop`: what else a resumed run must agree with,
         such as its batch. Of a task that is sharded every process must call it, and writes its part; process 0 writes
