@@ -2,6 +2,7 @@
 import csv, json, os, shutil, subprocess, sys
 from dataclasses import asdict, replace
 from pathlib import Path
+import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
@@ -43,7 +44,11 @@ def test_every_number_says_where_it_comes_from(whole_study):
     folder, spec, table = whole_study
     with open(folder/'study.csv', newline='', encoding='utf-8') as f: rows = [*csv.DictReader(f)]
     assert len(rows) == len(table) > 100 and tuple(rows[0]) == COLUMNS
-    assert json.loads((folder/'study.json').read_text())['rows'] == table.rows and (table.runs, table.done) == (6, 6)
+    kept = json.loads((folder/'study.json').read_text())
+    assert [dict(zip(kept['columns'], r, strict=True)) for r in kept['rows']] == table.rows and (table.runs, table.done) == (6, 6)
+    # both files are one table for pandas, too
+    same = lambda f: f.astype(dict(value=float)).astype(str).to_dict("records")
+    assert same(pd.DataFrame(kept['rows'], columns=kept['columns'])) == same(pd.read_csv(folder/'study.csv', keep_default_na=False))
     assert all(r['value'] is not None and r['n'] > 0 and r['cpu_hours'] > 0 and r['hardware'] for r in table)
     assert {(r['tokenizer'], r['switch'], r['net']) for r in table} == {(t, s, n) for t in ('plain', 'ours') for s in ('', 'colder') for n in ('', 'small')}
     assert {r['metric'] for r in table} >= {*'psnr rfd gfd accuracy cknna se_cknna linear_latent knn_reconstruction viv lnc srss lpc ifd straightness'.split()}
@@ -123,12 +128,12 @@ def test_a_table_takes_what_is_finished_to_another_machine(whole_study, tmp_path
     # (of nets alone: they need the weights of their tokenizers, and nothing of those is put back either)
     for renamed in (lambda r: True, lambda r: r['net']):
         other = json.loads((tmp_path/'here.json').read_text())
-        other['rows'] = [r | dict(switch='other') if renamed(r) else r for r in other['rows']]
+        other['rows'] = [r[:2] + ['other'] + r[3:] if renamed(dict(zip(COLUMNS, r, strict=True))) else r for r in other['rows']]
         (tmp_path/'renamed.json').write_text(json.dumps(other))
         assert not studies._earlier(tmp_path/'renamed.json', plan(open_study(spec), tmp_path/'more'))
-    others = ('[1, 2]', '{"runs": []}', '{"rows": 1}', '{"rows": [1]}', '{"rows": [], "folders": [1]}', '{"rows": [], "folders": {"a": 1}}',
-              '{"rows": [], "folders": {"a": {"b": {"rows": []}}}}')
-    for other in others:
+    wrong = (dict(columns=COLUMNS[1:]), dict(rows=1), dict(rows=[1]), dict(rows=[[1, 2]]), dict(rows=[dict.fromkeys(COLUMNS, 1)]),
+             dict(folders=[1]), dict(folders=dict(a=1)), dict(folders=dict(a=dict(b=dict(rows=[])))))
+    for other in ('[1, 2]', '{"runs": []}', *(json.dumps(dict(columns=COLUMNS, rows=[], folders={}) | w) for w in wrong)):
         (tmp_path/'other.json').write_text(other)
         with pytest.raises(UserError, match='other.json'): study(spec, tmp_path/'less', tmp_path/'other.csv', say=quiet)
         assert (tmp_path/'other.json').read_text() == other

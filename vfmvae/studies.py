@@ -141,14 +141,15 @@ def _kept(runs: Sequence[Trial]) -> dict[str, dict[str, object]]:
 def _earlier(file: Path, runs: Sequence[Trial]) -> dict[Path, object]:
     """What an earlier table holds of runs that are missing here and whose weights nothing needs any more: each of their
     files, that which says that a run is whole as its last. UserError: the file is something else."""
-    table = read_json(file) if file.exists() else dict(rows=[])
-    kept = table.get('folders', {})        # an older table has none
-    need(isinstance(table.get('rows'), list) and isinstance(kept, dict)
-         and all(isinstance(v, dict) for v in (*table['rows'], *kept.values()))
+    table = read_json(file) if file.exists() else dict(columns=[*COLUMNS], rows=[], folders={})
+    lines, kept = table.get('rows'), table.get('folders')
+    need(table.get('columns') == [*COLUMNS] and isinstance(lines, list) and isinstance(kept, dict)
+         and all(isinstance(v, list) and len(v) == len(COLUMNS) for v in lines)
+         and all(isinstance(v, dict) for v in kept.values())
          and all(isinstance(v, dict) and isinstance(v.get('rows', 0), int) for f in kept.values() for v in f.values()),
          f'{file} holds no table of a study; name another file')
-    own = {t.folder.name: [{k: r.get(k) for k in COLUMNS[5:10]} for r in table['rows']
-                           if all(r.get(k) == getattr(t, k) for k in COLUMNS[:5])] for t in runs}
+    own = {t.folder.name: [dict(zip(COLUMNS[5:10], r[5:10], strict=True)) for r in lines
+                           if r[:5] == [getattr(t, k) for k in COLUMNS[:5]]] for t in runs}
     there = {n: f for t in runs if (f := kept.get(n := t.folder.name))         # its rows are there, under today's names
              and len(own[n]) == sum(f.get(p.name, {}).get('rows', 0) for p in _row_files(t))}
     needed = {t.before.folder for t in runs
@@ -160,8 +161,8 @@ def _earlier(file: Path, runs: Sequence[Trial]) -> dict[Path, object]:
 # %% ../nbs/61_studies.ipynb #7fe556f1
 def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it holds, or a `Study`
           folder: PathLike | None = None, # of its runs; None: `home()/studies/<name of the file>`
-          # a CSV file of the table; the same name with .json holds it, too, and what is finished: a later call goes on
-          # from there, in another folder or on another machine
+          # a CSV file of the table; the same name with .json holds it, too (columns, and rows in their order), and what
+          # is finished: a later call goes on from there, in another folder or on another machine
           out: PathLike | None = None,
           dry_run: bool = False,          # say what it would cost, and train nothing
           say: Callable[[str], object] = print
@@ -198,7 +199,8 @@ def study(spec: PathLike | Mapping[str, object] | Study, # a JSON file, what it 
     need(table or not failed, f'every run failed, the first by {next(iter(failed.values()), "")}')
     if out and kept:
         table.csv(out)
-        write_json(kept, dict(rows=table.rows, **table.facts, folders=_kept([*runs.values()])), None)
+        write_json(kept, dict(table.facts, columns=COLUMNS, rows=[[*r.values()] for r in table],
+                              folders=_kept([*runs.values()])), None)
     return table
 
 # %% ../nbs/61_studies.ipynb #87bf74b4
