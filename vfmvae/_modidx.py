@@ -1600,6 +1600,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vfmvae.samplers.Sampler.facts': ('samplers.html#sampler.facts', 'vfmvae/samplers.py'),
                                  'vfmvae.samplers.Sampler.levels': ('samplers.html#sampler.levels', 'vfmvae/samplers.py'),
                                  'vfmvae.samplers.Sampler.stochastic': ('samplers.html#sampler.stochastic', 'vfmvae/samplers.py'),
+                                 'vfmvae.samplers._Held': ('samplers.html#_held', 'vfmvae/samplers.py'),
                                  'vfmvae.samplers._asked': ('samplers.html#_asked', 'vfmvae/samplers.py'),
                                  'vfmvae.samplers._cast': ('samplers.html#_cast', 'vfmvae/samplers.py'),
                                  'vfmvae.samplers._dopri5': ('samplers.html#_dopri5', 'vfmvae/samplers.py'),

@@ -54,7 +54,7 @@ def velocity_field(net: Callable,                      # net(z, t, y), t (b,)
                   ) -> Field:
     "The velocity field of a net for these conditions; of one that says noise or score it is that of t = .999 at 1."
     how: Any = predict or getattr(getattr(net, 'config', None), 'predict', 'velocity')
-    def f(z: Tensor, t: float, decide: float | None = None) -> Tensor:
+    def f(z: Tensor, t: float) -> Tensor:
         need(len(y) == len(z), f'{len(y)} conditions for {len(z)} latents; give one each')
         t = _asked(t, how, path)
         level = torch.full((len(z),), t, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
@@ -84,12 +84,17 @@ def _euler(f: Field, z: Tensor, t: float, s: float) -> Tensor: return z + (s-t)*
 def _midpoint(f: Field, z: Tensor, t: float, s: float) -> Tensor:
     return z + (s-t)*f(z + (s-t)/2*f(z, t), (t+s)/2)
 
-def _heun(f: Field, z: Tensor, t: float, s: float, **held: float) -> Tensor:
+def _heun(f: Field, z: Tensor, t: float, s: float) -> Tensor:
     v = f(z, t)
     end = z + (s-t)*v       # the last step stays Euler's: nets and scores are at their worst at t = 0
-    return end if s == 0 else z + (s-t)/2*(v + f(end, s, **held))
+    return end if s == 0 else z + (s-t)/2*(v + f(end, s))
 
-def _heun_held(f: Field, z: Tensor, t: float, s: float) -> Tensor: return _heun(f, z, t, s, decide=t)
+class _Held(float):
+    decide: float           # the noise level by which guidance is decided, so that any field may stay f(z, t)
+def _heun_held(f: Field, z: Tensor, t: float, s: float) -> Tensor:
+    end = _Held(s)
+    end.decide = t
+    return _heun(f, z, t, end)
 
 def _rk4(f: Field, z: Tensor, t: float, s: float) -> Tensor:
     h = s-t
@@ -145,7 +150,7 @@ def _interval(interval: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 def _inside(t: float, interval: tuple[float, float]) -> bool:       # a grid's .3 may be a rounding away from .3
-    return interval[0]-1e-9 <= t <= interval[1]+1e-9
+    return interval[0]-1e-9 <= getattr(t, 'decide', t) <= interval[1]+1e-9
 
 def _scale(value: float, name: str = 'guidance') -> float:
     return real(value, name, -1e4, 1e4)      # far more than anything that still is a picture
@@ -223,8 +228,8 @@ class Sampler:
 # %% ../nbs/38_samplers.ipynb #86cee9de
 def _cast(f: Field, low: torch.dtype, high: torch.dtype) -> Field:
     "f called in the net's precision, answered in the state's."
-    def g(z: Tensor, t: float, **held: float) -> Tensor:
-        v = f(z.to(low), t, **held)
+    def g(z: Tensor, t: float) -> Tensor:
+        v = f(z.to(low), t)
         check_shapes(v, z, 'velocity and state')
         return v.to(high)
     return g
@@ -300,12 +305,10 @@ def guide(strong: Field, weak: Field,
          ) -> Field:
     "weak + scale (strong - weak). With another net's field as weak: AutoGuidance (Karras et al. 2024)."
     interval, constant = _interval(interval), None if callable(scale) else _scale(scale)
-    # decide: the noise level that is compared with the interval, if not t
-    def f(z: Tensor, t: float, decide: float | None = None) -> Tensor:
-        held = {} if decide is None else dict(decide=decide)
-        v = strong(z, t, **held)
-        if constant == 1 or not _inside(held.get('decide', t), interval): return v
-        return v + ((scale(v) if callable(scale) else constant)-1)*(v-weak(z, t, **held))
+    def f(z: Tensor, t: float) -> Tensor:
+        v = strong(z, t)
+        if constant == 1 or not _inside(t, interval): return v
+        return v + ((scale(v) if callable(scale) else constant)-1)*(v-weak(z, t))
     return f
 
 # %% ../nbs/38_samplers.ipynb #cbfc9781
@@ -339,9 +342,9 @@ Both = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 def internal_guidance(both: Both, scale: float, interval: tuple[float, float] = (0., 1.)) -> Field:
     "early + scale (whole - early) within the interval, the whole net's velocity outside (RAEv2)."
     interval, scale = _interval(interval), _scale(scale)
-    def f(z: Tensor, t: float, decide: float | None = None) -> Tensor:
+    def f(z: Tensor, t: float) -> Tensor:
         v, early = both(z, t)
-        return early + scale*(v-early) if _inside(t if decide is None else decide, interval) else v
+        return early + scale*(v-early) if _inside(t, interval) else v
     return f
 
 # %% ../nbs/38_samplers.ipynb #76ace5a0
@@ -358,8 +361,7 @@ def _guided(net: DiT, y: Condition, shape: Sequence[int] | None, s: Sampler, wea
         return classifier_free(net, y, net.config.num_classes, s.guidance, s.channels, s.interval, shape,
                                s.cls_guidance, path=s.path)
     asked = _null(y, weak.config.num_classes) if s.weak_null else y
-    strong = velocity_field(net, y, path=s.path)
-    return guide(strong, velocity_field(weak, asked, path=s.path), s.guidance, s.interval)
+    return guide(velocity_field(net, y, path=s.path), velocity_field(weak, asked, path=s.path), s.guidance, s.interval)
 
 # %% ../nbs/38_samplers.ipynb #6798af65
 @torch.no_grad()
