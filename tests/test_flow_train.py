@@ -440,7 +440,7 @@ def test_sampling_of_wrong_values_is_one_line(wrong):
         assert '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('labels', [[], [5], [-1], [.5], ['x'], torch.tensor([7])], ids=str)
+@pytest.mark.parametrize('labels', [[], [5], [-1], [.5], ['x'], torch.tensor([7]), 4, None], ids=str)
 def test_labels_that_are_none_are_one_line(labels):
     with pytest.raises(UserError) as e: sample_latents(net_of(), labels, (3, 4, 4), sampler=Sampler(1))
     assert '\n' not in str(e.value)

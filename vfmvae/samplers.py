@@ -378,7 +378,8 @@ def sample_latents(net: DiT,
     """Latents (n,c,h,w) on unit scale, on the CPU; with `states` (steps+1,n,c,h,w), noise first. The net is called in
     eval mode, on its own device. UserError: labels, numbers or a weaker net that do not fit."""
     c, batch_size = net.config, whole(batch_size, 'batch_size', 1)
-    given: Any = torch.atleast_1d(labels).tolist() if isinstance(labels, Tensor) else labels    # once, for any device
+    given: Any = torch.atleast_1d(labels).tolist() if isinstance(labels, Tensor) else (     # once, for any device
+        labels if isinstance(labels, Iterable) else ())
     y: Condition = labels if isinstance(labels, Text) else torch.tensor(
         [whole(k, f'label (number {c.num_classes}: no class)', 0, c.num_classes) for k in given], dtype=torch.int64)
     index = list(range(len(y)) if index is None else index)
