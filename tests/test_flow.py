@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from scipy.special import logit
+from scipy.stats import kstest, truncnorm
 
 from vfmvae.core import Gaussian, UserError
 from vfmvae.dit import DiT, DiTConfig, NetFeatures
@@ -116,6 +118,15 @@ def test_time_laws(law, mean, std, shift, interval):
     assert (f-(torch.arange(n)+.5)/n).abs().max() < 1.95/math.sqrt(n)
 
 
+@pytest.mark.parametrize('mean, std, interval', [(0., 1., (0., 1.)), (.8, .8, (.1, .9)), (-7., 1., (.5, 1.)), (-20., 1., (.5, 1.)), (20., 1., (0., .5)),
+                                                 (3., .3, (0., .001))])
+def test_a_law_far_from_its_interval_is_scipys_truncated_normal(mean, std, interval):
+    n, (a, b) = 20_000, [(logit(t)-mean)/std for t in interval]
+    t = sample_t(n, 'logit_normal', gen(), mean=mean, std=std, interval=interval).double().numpy()
+    assert kstest(logit(t), truncnorm(a, b, mean, std).cdf).statistic < 1.95/math.sqrt(n)
+    with pytest.raises(UserError, match='no share'): sample_t(4, 'logit_normal', mean=50., std=.1, interval=(0., .5))
+
+
 def test_noise_levels_follow_the_generator_and_stay_off_forbidden_ends():
     assert torch.equal(sample_t(5, 'logit_normal', gen(3)), sample_t(5, 'logit_normal', gen(3)))
     assert sample_t(5, generator=gen(3)).dtype == torch.float32
@@ -218,7 +229,7 @@ def test_order_of_convergence(path, method):
     end = carried(z, path, high, low)
     # steps shrink towards the data on the VP path, whose field changes fast there
     grid = (lambda n: time_grid(n, interval=(low, high))) if path != 'vp' else lambda n: low + (high-low)*torch.linspace(1, 0, n+1, dtype=torch.float64)**3
-    def f(z, t, decide=None): return gaussian(z, t, path)
+    def f(z, t): return gaussian(z, t, path)
     errors = [(sample(f, z, Sampler(method=method, path=path, grid=grid(n)))-end).abs().max().item() for n in (40, 80)]
     order = 3 if (method, path) == ('midpoint', 'linear') else ORDER[method]   # there the variance is quadratic in t, and the rule gains one
     assert abs(slope(errors)-order) < .3, errors
@@ -413,9 +424,16 @@ def test_guidance_nests():
     # AutoGuidance on top of classifier-free guidance, each with an interval of its own
     y, z = torch.tensor([4, 7]), torch.zeros(2, 3)
     strong = classifier_free(Counting(), y, 10, 2., interval=(0, .5))
-    f = guide(strong, lambda z, t, decide=None: 2+0*z, 1.5, (.4, 1))
+    f = guide(strong, lambda z, t: 2+0*z, 1.5, (.4, 1))
     assert [f(z, t)[0, 0].item() for t in (.2, .45, .8)] == [5, 6.5, 3.5]
-    assert f(z, .8, decide=.2)[0, 0].item() == 5
+
+
+@pytest.mark.parametrize('method, mean', [('heun', (5+3.5)/2), ('heun_held', (5+5)/2)])
+def test_a_step_that_holds_its_guidance_holds_it_through_any_field(method, mean):
+    strong = classifier_free(Counting(), torch.tensor([4, 7]), 10, 2., interval=(0, .5))
+    f = guide(strong, lambda z, t: 2+0*z, 1.5, (.4, 1))
+    for field in (f, lambda z, t: f(z, t)):                    # a field is f(z, t), also what somebody puts around one
+        assert ODES[method](field, torch.zeros(2, 3), .2, .8)[0, 0].item() == pytest.approx(.6*mean)
 
 
 def test_nets_that_predict_something_else_are_fields_too():

@@ -162,13 +162,15 @@ def sample_t(n: int,                             # how many
     std = real(std, 'std of the law, std > 0', above=0, high=1e3)
     need(0 <= low < high <= 1, f'noise levels in [{low}, {high}]; give 0 <= low < high <= 1')
     ends = torch.tensor([low, high], dtype=torch.float64)
-    if maps: ends = torch.special.ndtr((maps[0](ends)-mean)/std)
+    at = (maps[0](ends)-mean)/std if maps else ends
+    side = -1. if maps and at[0] > 0 else 1.       # mirrored: only near 0 a small share keeps its digits
+    ends = torch.special.erfc(-side*at/math.sqrt(2))/2 if maps else ends           # ndtr is 0 from -8.3 on
+    need(ends[0] != ends[1], f'{law} of mean {mean} and std {std} has no share of [{low}, {high}]; move one of them')
     where = torch.device(device or getattr(generator, 'device', None) or 'cpu')
     double = torch.float32 if where.type == 'mps' else torch.float64      # which has none
     u = uniforms_for(torch.empty(n, device=where), generator, 't', double)
     t = ends[0].item() + (ends[1]-ends[0]).item()*u
-    if maps: t = maps[1](mean + std*torch.special.ndtri(t))
-    return shift_t(t, shift).float()
+    return shift_t(maps[1](mean + side*std*torch.special.ndtri(t)) if maps else t, shift).float()
 
 # %% ../nbs/35_flow.ipynb #b8d42009
 def _cosine(a: Tensor, b: Tensor, dim: int) -> Tensor:
