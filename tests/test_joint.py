@@ -133,6 +133,14 @@ def test_lengths_of_gradients_are_clipped_each_by_its_own():
     assert logs == clipped and abs(free['model']-short['model']) < 1e-6 and abs(free['net']-logs['grad_norm_net']) < 1e-5 and abs(short['net']-1e-3) < 1e-6
 
 
+@pytest.mark.parametrize('mean', [0., 10., 100.])
+def test_the_norm_is_torchs_own_wherever_the_mean_lies(mean):
+    z = torch.randn(8, 16, 8, 8, generator=torch.Generator().manual_seed(0))*torch.logspace(-2, 0, 16)[:, None, None] + mean
+    task, norm = task_of(), nn.BatchNorm2d(16, eps=1e-4, momentum=.1, affine=False).double()
+    with torch.no_grad(): assert (task.normed(z, True)-norm(z.double())).abs().max() < 1e-6*max(1., 50*mean)     # .01: a step of rounding of 100 is 1e-5
+    for k in ('running_mean', 'running_var'): torch.testing.assert_close(getattr(task.norm, k), getattr(norm, k).float(), rtol=1e-4, atol=1e-6)
+
+
 def test_the_norm_becomes_the_scale():
     task, x = task_of(), World(12, seed=6).batch(range(12))['image']
     task.ema.net.stats.set(torch.linspace(-1, 1, 16), torch.linspace(.5, 2, 16))        # of a tokenizer that had one

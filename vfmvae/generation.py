@@ -397,10 +397,10 @@ class _JointNets(TokenizerTask):
         "Latents as the net sees them."
         (mean, var), n = (getattr(self.norm, f'running_{k}') for k in ('mean', 'var')), self.norm
         if learn:
-            found = average(torch.stack([z.mean((0, 2, 3)), z.square().mean((0, 2, 3))]))
-            many = len(z)*z[0, 0].numel()*num_together()
-            for old, new in ((mean, found[0]), (var, (found[1]-found[0]**2)*many/(many-1))): old.lerp_(new, n.momentum)
-            mean, var = found[0], found[1]-found[0]**2
+            own, many = average(z.mean((0, 2, 3))), len(z)*z[0, 0].numel()*num_together()
+            found = own, average((z-own[:, None, None]).square().mean((0, 2, 3)))
+            for old, new in ((mean, own), (var, found[1]*many/max(1, many-1))): old.lerp_(new, n.momentum)
+            mean, var = found
         return (z-mean[:, None, None])/(var[:, None, None]+n.eps).sqrt()
 
 # %% ../nbs/48_generation.ipynb #f7a8bb62
