@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from vfmvae.baselines import ConvVAE, ConvVAEConfig, RAE, RAEConfig
 from vfmvae.core import build_config, Gaussian, UserError
 from vfmvae.files import load_weights, save_weights
+from vfmvae.latents import cache_latents
 from vfmvae.world import World
 from vfmvae.data import loader
 from vfmvae.published_baselines import load_convvae
@@ -295,6 +296,15 @@ def test_training_noise_of_an_rae_is_bounded_by_tau_and_off_in_eval():
     assert tok.eval().encode(x).logvar is None
     std = tok.train().encode(x).std
     assert std.max() <= FROZEN.tau and len(std[:, 0, 0, 0].unique()) == 8 and build(replace(FROZEN, tau=0.)).train().encode(x).logvar is None
+
+
+def test_what_is_measured_of_a_latent_in_training_is_that_of_eval(tmp_path):
+    # a tokenizer that was just made is in train mode, in which an RAE is noisy
+    tok, x = build(FROZEN), World(16)
+    want, found = [fit_stats(tok.train(mode), x).state_dict() for mode in (False, True)]
+    for k in want: assert torch.equal(found[k], want[k]), k
+    kept = [cache_latents(tok.train(mode), x, tmp_path/str(mode)) for mode in (False, True)]
+    assert tok.training and {*kept[1].batch([0])} == {*kept[0].batch([0])} and torch.equal(kept[1].batch([0, 5])['mean'], kept[0].batch([0, 5])['mean'])
 
 
 def test_what_a_stage_and_a_family_cannot_do_together_is_said():

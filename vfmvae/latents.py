@@ -21,7 +21,8 @@ from torch import nn, Tensor
 from .core import Draws, first_line, Gaussian, Moments, need, notice, shorten, UserError, whole
 from .files import (as_path, check_ours, check_out, home, inside, parse_json, read_json, sweep, to_json,
                           write_atomic, write_json)
-from .runtime import device_of, num_processes as num_together, progress, provenance, rank as rank_of_this
+from .runtime import (device_of, in_eval_mode, num_processes as num_together, progress, provenance,
+                            rank as rank_of_this)
 from .images import Dataset, Images
 from .world import World
 from .data import as_dataset, fingerprint, fingerprints, gives_bytes, take, taken
@@ -72,7 +73,8 @@ def cache_folder(path: str | Path) -> Path:
 def _encoded(tokenizer: Tokenizer, x: Tensor) -> Gaussian:
     "The posterior on the tokenizer's raw scale, on the CPU."
     s = tokenizer.stats
-    g = tokenizer.encode(x.to(device_of(tokenizer))).scale(*(t[:, None, None] for t in (-s.mean/s.std, 1/s.std)))
+    with in_eval_mode(tokenizer):               # in training an RAE is noisy
+        g = tokenizer.encode(x.to(device_of(tokenizer))).scale(*(t[:, None, None] for t in (-s.mean/s.std, 1/s.std)))
     found = on_cpu({k: t for k, t in (('mean', g.mean), ('logvar', g.logvar)) if t is not None})
     return Gaussian(found['mean'], found.get('logvar'))
 

@@ -61,9 +61,9 @@ def best_device(name: Device = None # 'cpu', 'cuda', 'cuda:1', 'mps' ...; None: 
 
 # %% ../nbs/02_runtime.ipynb #cee28f82
 @contextlib.contextmanager
-def in_eval_mode(*nets: nn.Module | None) -> Iterator[None]:
-    "Nets in eval mode for a while; each is left as it was."
-    was = [(net, net.training) for net in nets if net is not None]
+def in_eval_mode(*nets: object) -> Iterator[None]:
+    "Nets in eval mode for a while; each is left as it was. What is no module of torch has no mode."
+    was = [(net, net.training) for net in nets if isinstance(net, nn.Module)]
     for net, _ in was: net.eval()
     try: yield
     finally:

@@ -26,7 +26,7 @@ from .core import (at_least_float32, build_config, check_fields, DataclassLike, 
                          Gaussian, Moments, need, one_of, Registry, resized, to_grid, to_tokens, UserError)
 from .files import (as_path, check_out, data_dir, digest, is_file, load_weights, read_json, save_weights, sidecar,
                           tensors_at)
-from .runtime import best_device, device_of, hub_in_reach
+from .runtime import best_device, device_of, hub_in_reach, in_eval_mode
 from .images import check_images, Images, to_uint8
 from .world import World
 from .data import as_dataset, take
@@ -63,8 +63,9 @@ def fit_stats(tokenizer: Tokenizer,          # its `stats` are replaced
     now, rows = (stats.mean.clone(), stats.std.clone()), lambda t: t.transpose(0, 1).flatten(1).T      # (b*h*w, c)
     stats.set(torch.zeros_like(stats.mean), torch.ones_like(stats.std))
     try:                                # what is refused leaves the scale as it was
-        for g in (tokenizer.encode(batch['image'].to(device)) for batch in batches(images, batch_size)):
-            seen.add(rows(g.mean), full=False, variance=rows(g.std.double()**2))
+        with in_eval_mode(tokenizer):   # in training an RAE is noisy
+            for g in (tokenizer.encode(batch['image'].to(device)) for batch in batches(images, batch_size)):
+                seen.add(rows(g.mean), full=False, variance=rows(g.std.double()**2))
         mean, var = seen.result()
         now = mean.to(stats.mean), var.sqrt().to(stats.std)
     finally: stats.set(*now)
