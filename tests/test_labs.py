@@ -467,6 +467,9 @@ def test_a_share_of_a_look_is_that_of_the_attention_that_mixes():
     gates = torch.stack([b.attn.gate.detach().tanh().abs() for b in stage.net.blocks])
     want = (torch.stack(mixed)[:, 0]*gates[..., None, None]).sum((0, 1))/gates.sum()
     assert torch.allclose(caption_maps(stage.net, z, t, text)[0].flatten(1).T, want, atol=1e-5)
+    learning = DiT(replace(stage.net.config, label_dropout=.99)).train()                     # no caption is dropped, and the mode stays
+    learning.load_state_dict(stage.net.state_dict())
+    assert torch.allclose(caption_maps(learning, z, t, text)[0].flatten(1).T, want, atol=1e-5) and learning.training
 
 
 @pytest.mark.parametrize('bad, why', [(dict(prompt='a rign on a red ground'), "no word 'rign'; nearest: ring"), (dict(instead='blu'), 'nearest: blue'),

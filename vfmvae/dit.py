@@ -20,7 +20,7 @@ from torch import nn, Tensor
 # %% ../nbs/37_dit.ipynb #07be95a8
 from .core import build_config, Draws, need, normal_like, to_grid, to_tokens, UserError, whole
 from .files import check_state_dict, check_weights, load_weights, save_weights, sidecar
-from .runtime import device_of, weights_at
+from .runtime import device_of, in_eval_mode, weights_at
 from .layers import sincos_table
 from .protocols import LatentStats, Tokenizer
 from .tokenizer import check_config, families, image_seeds, Pretrained
@@ -422,7 +422,9 @@ def caption_maps(net: DiT,
         found.append(attn.shares(*args[:4]).float())
         gates.append(attn.gate.tanh().abs().float()+1e-9)       # all shut, as in a new net: the plain mean
     hooks = [b.attn.register_forward_pre_hook(keep) for b in net.blocks]
-    try: net(z, torch.full((len(z),), t, device=z.device), y)
+    try:
+        with in_eval_mode(net):         # in training captions are dropped
+            net(z, torch.full((len(z),), t, device=z.device), y)
     finally:
         for h in hooks: h.remove()
     weight = torch.cat(gates)
