@@ -1,5 +1,5 @@
 """Published VFM-VAE files: layouts, strictness, safety. Shapes come from the parameter lists in $VFMVAE_SHARED (default ../shared)."""
-import csv, json, os, pickle, sys, types, warnings
+import csv, json, os, pickle, re, sys, types, warnings
 from pathlib import Path
 
 import pytest
@@ -214,7 +214,10 @@ def test_wrappers_prefixes_and_dtypes_are_the_same_net(kind, nets, tmp_path):
     load, sd, settings, number = nets[kind]
     want, other = number(load(sd, settings)), {k: v+1 for k, v in sd.items()}
     prefixed = {f'module._orig_mod.{k}': v for k, v in sd.items()} | {'n_averaged': torch.tensor(3)}
-    for content in (prefixed, {'state_dict': sd, 'step': 3}, {'model': {'state_dict': prefixed}}, {'ema': sd, 'model': other}, {'ema': {}, 'model': sd},
+    compiled = {re.sub(r'((?:blocks|up|down)\.\d+\.)', r'\1_orig_mod.', k): v for k, v in sd.items()}     # block by block
+    assert compiled.keys() != sd.keys()
+    for content in (prefixed, compiled, {'state_dict': sd, 'step': 3},
+                    {'model': {'state_dict': prefixed}}, {'ema': sd, 'model': other}, {'ema': {}, 'model': sd},
                     {k: v.double() for k, v in sd.items()}, {k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in sd.items()}):
         assert torch.equal(number(load(content, settings)), want)
     torch.save({'model': sd}, tmp_path/'a.pt')

@@ -105,7 +105,8 @@ def read_torch(path: PathLike # a file of `torch.save`
 
 def without_prefixes(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The tensors under names without the prefixes of DataParallel and torch.compile. UserError: two of one name."
-    out = {re.sub(r'^(module\.|_orig_mod\.)+', '', k): v for k, v in sd.items()}
+    # of torch.compile in a name, too: of blocks that were compiled one by one
+    out = {re.sub(r'^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.', '', k): v for k, v in sd.items()}
     need(len(out) == len(sd), 'tensors with and without the prefix module. share a name; give one set of weights')
     return out
 
