@@ -513,6 +513,8 @@ def test_a_table_says_what_its_encoder_says(tmp_path, kind, n, batch):
         assert torch.equal(t.text(['']).tokens[0], got.empty) and torch.equal(t.text(['']).mask[0], got.empty_mask)
         assert torch.equal(t.text(t.rows(captions)).tokens, got.tokens) and len(t.text([])) == 0
     assert torch.equal(got[[3]].tokens, table.text(captions[3:4]).tokens)
+    for bad in (0, -1, .5):
+        with raises('batch_size'): caption_table(encoder, SOME, bad, quiet=True)
 
 
 def test_a_table_of_another_encoder_is_refused(tmp_path):

@@ -261,10 +261,11 @@ class CaptionTable:
 def caption_table(encoder: TextEncoder, captions: Sequence[str], # repeats are one
                   batch_size: int = 64, quiet: bool = False) -> CaptionTable:
     "The states of all that is said, by a frozen encoder."
-    texts, states = [*dict.fromkeys(['', *check_captions(captions)])], list[Tensor]()
+    texts, states, size = ([*dict.fromkeys(['', *check_captions(captions)])], list[Tensor](),
+                           whole(batch_size, 'batch_size', 1))
     with progress(total=len(texts), desc=encoder.name[:30], quiet=quiet) as bar:
-        for i in range(0, len(texts), batch_size):
-            b = encoder(some := texts[i:i+batch_size]).to('cpu')
+        for i in range(0, len(texts), size):
+            b = encoder(some := texts[i:i+size]).to('cpu')
             states += [t[m].half() for t, m in zip(b.tokens, b.mask, strict=True)]
             bar.update(len(some))
     ends = torch.tensor([0, *map(len, states)]).cumsum(0)
