@@ -2,6 +2,7 @@
 import csv, json, os, shutil, subprocess, sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
@@ -282,6 +283,27 @@ def test_what_it_would_cost_trains_nothing(tmp_path):
     rows = study(SPEC, tmp_path/'runs', dry_run=True, say=said.append)
     assert len(rows) == 4 and all(r['hours'] > 0 and r['gb'] > 0 for r in rows) and not (tmp_path/'runs').exists()
     assert said[-1].startswith('4 runs: ') and 'GB' in said[-1]
+
+
+def test_a_net_with_a_class_token_has_a_price(tmp_path):
+    reg = {'net.net.encoder_depth': 1, 'net.net.cls_dim': 128, 'net.net.z_dims': [128],
+           'net.vfms': ['tiny'], 'net.flow.weights': dict(flow=1., repa=.5, cls=.03)}
+    spec = dict(SPEC, tokenizers=dict(plain='conv-f8d16'), switches={'reg': reg})
+    assert [r['hours'] > 0 for r in study(spec, tmp_path/'runs', dry_run=True, say=quiet)] == [True, True]
+
+
+@pytest.mark.parametrize('steps, moments', [(1, 8), (5, 3), (10, 8), (23, 8), (24, 8), (750, 8), (3003, 8), (63, 7)])
+def test_no_moment_is_dropped_before_it_is_judged(steps, moments, tmp_path, monkeypatch):
+    how, tok = {}, SimpleNamespace(stride=8, channels=16, name='plain')
+    monkeypatch.setattr(studies, 'trained_tokenizer', lambda trial: tok)
+    monkeypatch.setattr(studies, 'cache_latents', lambda *a, **k: None)
+    monkeypatch.setattr(studies, 'train_flow', lambda *a, **k: how.update(k))
+    spec = dict(SPEC, tokenizers=dict(plain='conv-f8d16'), net_images=64*steps, moments=moments)
+    trial = next(t for t in plan(open_study(spec), tmp_path) if t.net)
+    trial.folder.mkdir(parents=True)
+    studies.train_trial(trial)
+    saved = [s for s in range(1, steps+1) if s % how['save_every'] == 0 or s == steps]       # as `fit` saves
+    assert len(saved) <= how['keep'] == moments+1 and len(saved) >= min(steps, moments/2)
 
 
 @pytest.mark.parametrize('file', sorted((ROOT/'data'/'studies').glob('*.json')), ids=lambda f: f.stem)

@@ -22,7 +22,6 @@ from .core import first_line, need, notice, PathLike, UserError
 from .files import as_path, check_out, home, read_json, Table, write_json
 from .runtime import make_accelerator, provenance, rank
 from .data import take
-from .flow import flow_loss
 from .dit import DiT
 from .latents import cache_latents
 from .presets import FlowPreset, Preset
@@ -39,8 +38,8 @@ def _cost(folder: Path, began: float, rows: list[dict] | None = None) -> float:
 
 def train_trial(trial: Trial) -> None:
     "Trains what is missing, or goes on with it; its weights lie in `trial.out` then."
-    s, d, folder, began = trial.study, trial.study.data[trial.dataset], trial.folder, time.process_time()
-    acc = make_accelerator()
+    s, d, folder, began, acc = (trial.study, trial.study.data[trial.dataset], trial.folder, time.process_time(),
+                                make_accelerator())
     p: Any = trial.preset
     tok, stage = trained_tokenizer(trial.before) if trial.net else None, joint_stage(trial)
     size = p.latent[1]*tok.stride if tok else p.config.img_size
@@ -52,7 +51,8 @@ def train_trial(trial: Trial) -> None:
     else:
         p = replace(p, tokenizer=tok.name, net=replace(p.net, in_channels=tok.channels),
                     latent=(tok.channels, *p.latent[1:]))
-        every, ds = max(1, s.net_images//p.batch_size//s.moments), d.train.open(size)
+        n, ds = s.net_images//p.batch_size, d.train.open(size)
+        every = max(1, n//s.moments, -(-n//(s.moments+1)))       # so that no moment is dropped before it is judged
         how |= dict(num_images=s.net_images, save_every=every, compile=s.compile)
         if stage:
             start = trial.before
@@ -209,7 +209,8 @@ def _net_seconds(p: FlowPreset, steps: int = 2) -> float:
     net, z = DiT(p.net), torch.randn(p.batch_size, *p.latent)
     for i in range(steps+1):
         if i == 1: began = time.perf_counter()
-        flow_loss(net, z, net.null(len(z)))['loss'].backward()
+        net(z, torch.rand(len(z)), net.null(len(z)), torch.zeros(len(z), p.net.cls_dim) if p.net.cls_dim else None,
+            layers=()).v.square().mean().backward()
     return (time.perf_counter()-began)/steps/len(z)
 
 def price(study: Study,
