@@ -447,9 +447,8 @@ def estimate(preset: str | Preset,
     todo = schedule_stages(p, num_images, None, stages, batch_size)
     model, discriminators, perceptual_loss = build_training(p, todo, vfm, size, discriminator)
     n = min(batch_size, 8) if micro_batch is None else whole(micro_batch, 'micro_batch', 1)
-    side = model.config.img_size
+    side, rows = model.config.img_size, list[dict]()
     seed_all(0)
-    rows = []
     for stage in todo:
         task = TokenizerTask(model, stage, perceptual_loss, p.half_life, p.betas, p.clip, discriminators,
                              precision or 'fp32', optimizer=p.optimizer)

@@ -185,8 +185,8 @@ def _numbered(micro: list[dict], loader: Loader, step: int, seed: int, acc: 'Acc
     found = []
     for at, b in enumerate(micro, step*len(micro)):
         b = to_device(b, acc.device)
-        share = range(loader.batch_size//acc.num_processes)
-        n = len(next((v for v in b.values() if isinstance(v, Tensor) and v.ndim), share))
+        n = len(next((v for v in b.values() if isinstance(v, Tensor) and v.ndim),
+                     range(loader.batch_size//acc.num_processes)))
         first = at*loader.batch_size + acc.process_index*n
         found.append(dict(b, draws=Draws(seed, range(first, first+n), acc.device, at)))
     return found
@@ -386,9 +386,8 @@ class Trackers:
         has = [str(k.value) for k in get_available_trackers()]
         for k in names:
             if k not in has:
-                there = f"installed: {', '.join(has) or 'none'}"
-                known = nearest(k, LOGGER_TYPE_TO_CLASS)
-                raise UserError(f'no tracker {k!r}{known} ({there}); install its package, or take another')
+                raise UserError(f"no tracker {k!r}{nearest(k, LOGGER_TYPE_TO_CLASS)} (installed: "
+                                f"{', '.join(has) or 'none'}); install its package, or take another")
         folder = run.dir if run else home()/'trackers'
         self.acc = Accelerator(cpu=acc.device.type == 'cpu', log_with=names, project_dir=folder)
         flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in dotted(config).items()}
