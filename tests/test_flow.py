@@ -361,6 +361,7 @@ def test_states_come_one_by_one():
     (dict(method='eular'), 'nearest: euler'), (dict(steps=0), 'at least 1'), (dict(path='vq'), 'nearest: vp'),
     (dict(grid=torch.tensor([1., .5, .5])), 'without repeats'), (dict(grid=torch.tensor([0., 1.])), 'without repeats'),
     (dict(grid=torch.tensor([1.])), 'without repeats'), (dict(grid=torch.tensor([999., 0.])), 'between 0'),
+    (dict(channels=3, weak='base'), 'null label alone'),
     (dict(method='sde'), 'ImageNoise'), (dict(method='sde', draw=lambda: 0, last='mode'), "no last step named 'mode'"),
     (dict(method='sde', draw=lambda: torch.zeros(3)), 'drawn noise'), (dict(shift=0.), 'positive'),
     (dict(method='sde', draw=lambda: torch.zeros(4, 3), form='sigm'), 'nearest: sigma'), (dict(velocity=lambda z, t: z[:2]), 'velocity and state')])
@@ -369,6 +370,13 @@ def test_bad_input_of_samplers(kw, message):
     with pytest.raises(UserError, match=message):
         given = {k: kw.pop(k) for k in ('velocity', 'draw') if k in kw}
         sample(**dict(velocity=gaussian, noise=normal(4, 3), sampler=Sampler(**dict(steps=3, method='euler') | kw)) | given)
+
+
+@pytest.mark.parametrize('how', [dict(steps=7), dict(steps=7, method='sde'), dict(grid=(1., .5, 0.)),
+                                 dict(steps=7, shift=3., grid=torch.linspace(1, 0, 5))], ids=str)
+def test_a_record_says_the_steps_that_were_taken(how):
+    s = Sampler(**how)
+    assert s.facts()['steps'] == len(s.levels())-1 and s.facts()['shift'] == 1. and replace(s, guidance=2.).levels() == s.levels()
 
 
 # guidance -----------------------------------------------------------------------------------------------------------------------------------------

@@ -162,7 +162,10 @@ def _settings(s: 'Sampler') -> dict[str, Any]:
                   cls_guidance=_scale(s.cls_guidance, 'guidance of the class token'),
                   steps=whole(s.steps, 'sampling steps', 1, 10**6))
     if s.channels is not None: found['channels'] = whole(s.channels, 'guided channels (None: all)', 1)
-    if s.grid is not None: found['grid'] = tuple(real(t, 'noise level of the grid') for t in s.grid)
+    if s.grid is not None:
+        found |= dict(grid=(g := tuple(real(t, 'noise level of the grid') for t in s.grid)), steps=len(g)-1, shift=1.)
+    need(s.channels is None or s.weak is None,
+         'channels are guided away from the null label alone; give channels=None, or no weaker net')
     return found
 
 def _levels(s: 'Sampler') -> list[float]:

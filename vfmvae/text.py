@@ -174,9 +174,9 @@ class HFText:
         if over := sum(len(r) > self._most for r in rows):
             notice(f'{self.name}: {over} captions have more than {self._most} tokens; their ends are cut off')
             rows = self.text_tokenizer(texts, padding=False, truncation=True, max_length=self._most)['input_ids']
-        known = (getattr(self.text_tokenizer, f'{k}_token_id') for k in ('bos', 'eos', 'pad'))
-        none = next((k for k in known if k is not None), 0)
-        return [r or [none] for r in rows]
+        some = next((n for k in ('bos', 'eos', 'pad')
+                     if (n := getattr(self.text_tokenizer, f'{k}_token_id')) is not None), 0)
+        return [r or [some] for r in rows]
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Text:
