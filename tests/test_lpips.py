@@ -54,6 +54,15 @@ def test_lpips_is_torchmetrics_own(vgg, reference, tmp_path):
     for file in ('vgg.pth', 'vgg.safetensors'): assert torch.equal(lpips(tmp_path/file)(x, y), ours(x, y))
 
 
+@pytest.mark.parametrize('size', [(15, 40), (40, 8), (1, 1), (16, 16), (16, 40)])
+def test_lpips_of_small_images_is_a_number_or_one_line(vgg, reference, size):
+    "VGG16 halves them four times: of 15 px nothing is left, which torch says of a layer's sizes."
+    x, y = (torch.rand(1, 3, *size)*2-1 for _ in range(2))
+    if min(size) > 15: return torch.testing.assert_close(lpips(vgg)(x, y), reference(x, y).mean(), atol=1e-6, rtol=0)
+    with pytest.raises(RuntimeError, match='too small'): reference(x, y)
+    with pytest.raises(UserError, match='LPIPS needs 16 px a side'): lpips(vgg)(x, y)
+
+
 def test_lpips_keeps_nothing_of_the_callers_weights_and_no_gradient(vgg):
     mine = {k: v.clone() for k, v in vgg.items()}
     net, x, y = lpips(mine), images(0).requires_grad_(), images(1)

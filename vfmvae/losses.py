@@ -79,9 +79,11 @@ def sample_equivariance(scales: Sequence[float] = (.25, .5, .75, 1.), # the last
     return EquivarianceTransform(pick(scales[:-1]) if number() < .25 else 1.)
 
 # %% ../nbs/18_losses.ipynb #4979e960
-def _same(x: Tensor, y: Tensor) -> None:
+def _same(x: Tensor, y: Tensor, least: int = 1, who: str = '') -> None:        # pixels a side that somebody needs
     need(check_images(x, values=False).shape == check_images(y, 'targets', values=False).shape,
          f'images of shape {tuple(x.shape)} and {tuple(y.shape)} cannot be compared; resize one')
+    need(min(x.shape[2:]) >= least,
+         f'{who} needs {least} px a side, got {x.shape[2]}x{x.shape[3]}; use larger images or leave it out')
 
 def pixel(x: Tensor,  # (b,3,H,W) in [-1,1]
           y: Tensor,  # the target, same shape
@@ -107,9 +109,7 @@ def structural_similarity(x: Tensor,         # (b,3,H,W), at least 11 px a side;
                          ) -> Tensor:
     "SSIM per image, (b,) (Wang et al. 2004; sigma 1.5, k .01 and .03, through torchmetrics). UserError below 11 px."
     from torchmetrics.functional.image import structural_similarity_index_measure
-    _same(x, y)
-    h, w = x.shape[-2:]
-    need(min(h, w) >= 11, f'SSIM needs 11 px a side, got {h}x{w}; use larger images or leave it out')
+    _same(x, y, 11, 'SSIM')
     # a variance as a difference of two means needs more than bfloat16's three digits
     with torch.autocast(x.device.type, enabled=False):
         x, y = (at_least_float32(i).clamp(-1, 1) for i in (x, y))
@@ -194,7 +194,7 @@ class _Mean(nn.Module):
         self.net = net.eval()
     def train(self, mode: bool = True): return super().train(False)
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        _same(x, y)
+        _same(x, y, 16, 'LPIPS')         # VGG16 halves them four times
         with torch.autocast(x.device.type, enabled=False): return self.net(x.float(), y.float()).mean()
 
 # %% ../nbs/18_losses.ipynb #7fddb336
