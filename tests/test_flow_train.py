@@ -1,6 +1,6 @@
 """Training nets on latents: the loss is `flow_loss`'s, resuming and splitting change nothing, and what cannot be is refused."""
 import math, shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 import pytest
 import torch
 from scope import ALL
@@ -16,7 +16,7 @@ from vfmvae.samplers import Sampler
 from vfmvae.presets import flow_cost, FLOW_PRESETS, FlowPreset, forward_gflop
 from vfmvae.samplers import sample_latents
 from vfmvae.flow_task import FlowConfig, FlowMonitor, FlowTask, loss_by_level, vfm_targets
-from vfmvae.generation import encoder_of, generate, nets, sample_labels, tokenizer_of, train_flow
+from vfmvae.generation import encoder_of, generate, nets, open_net, sample_labels, tokenizer_of, train_flow
 from vfmvae.latents import LatentCache
 from vfmvae.presets import PRESETS
 from vfmvae.recipes import get_preset, train_tokenizer
@@ -484,3 +484,13 @@ def test_a_picture_that_is_not_finite_is_skipped_with_its_step():
     start = {k: v.clone() for k, v in task_state(t)[0].items()}
     with pytest.raises(NotFinite, match='repa'): t.step([b], lambda x: x.backward(), lambda ok=True: ok, 4)
     assert all(torch.equal(v, start[k]) for k, v in task_state(t)[0].items())
+
+
+def test_channels_that_a_file_names_are_not_those_of_a_weaker_net():
+    "They are guided away from the null label; a Sampler that names both is refused, and so is a caller who does."
+    net = open_net('dit-vfmvae-tiny-f8d16')
+    net.meta = dict(net.meta, sampling=asdict(Sampler(2, guidance=2., channels=3)))
+    ask = lambda **how: generate(net, [3], weak='dit-vfmvae-tiny-f8d16-early', **how)
+    assert torch.equal(ask().images, ask(sampler=Sampler(2, guidance=2.)).images)
+    for both in (dict(channels=3), dict(sampler=Sampler(2, channels=3))):
+        with pytest.raises(UserError, match='null label alone'): ask(**both)

@@ -291,7 +291,9 @@ def _asked(net: DiT, labels: Any, policy: str, seed: int, negative: str | None, 
 def _sampler(model: DiT, sampler: Sampler | None, given: dict[str, Any], device: torch.device
             ) -> tuple[Sampler, DiT | None]:
     "How a net is sampled, and the net that it is guided away from, if there is one."
-    how = {**(model.meta.get('sampling') or {} if sampler is None else asdict(sampler)), **given}
+    own: dict[str, Any] = model.meta.get('sampling') or {} if sampler is None else asdict(sampler)
+    # the channels that a net's file names are guided away from the null label, not from another net
+    how = own | (dict(channels=None) if given.get('weak') and sampler is None else {}) | given
     weak = how.get('weak')
     s = build_config(Sampler, how | dict(weak='given') if isinstance(weak, DiT) else how)
     return s, None if weak in (None, 'base') else opened(weak, open_net, device)
