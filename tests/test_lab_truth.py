@@ -301,10 +301,11 @@ def test_what_is_no_set_is_told_in_one_line(Which, bad):
     with pytest.raises(UserError, match=ONE_LINE): Which(images=bad).text()
 
 
-@pytest.mark.parametrize('how', [dict(size='a'), dict(size=0), dict(size=10**9), dict(size=True), dict(n=-1), dict(n=2.5), dict(n='all')])
+@pytest.mark.parametrize('how', [dict(size='a'), dict(size=0), dict(size=10**9), dict(size=True), dict(n=-1), dict(n=0), dict(n=2.5), dict(n='all')])
 @pytest.mark.parametrize('Which', [Explorer, NeighbourLab])
-def test_options_of_another_kind_are_told_in_one_line(Which, how):
+def test_options_of_another_kind_are_told_in_one_line(Which, how, tmp_path):
     with pytest.raises(UserError, match=ONE_LINE): Which(**how)
+    with pytest.raises(UserError, match=ONE_LINE): Which(images=pictures(tmp_path), **how)
 
 
 def test_a_small_upload_is_said_to_be_enlarged_and_a_strange_one_to_be_strange():

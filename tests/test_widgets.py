@@ -1,6 +1,7 @@
 "Laws of the labs: colours, states, the figure as a pure function, and controls that are moved without a browser."
 import asyncio, base64, html, io, json, re, sys, threading
 from dataclasses import asdict, dataclass, replace
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,8 @@ from PIL import Image
 from vfmvae.core import UserError
 from vfmvae.files import data_dir
 from vfmvae.images import TRANSFORMS
-from vfmvae.plots import to_png
+from vfmvae.world import World
+from vfmvae.plots import bars, curves, heat, scatter_fit, show_images, to_png
 from vfmvae.pages import Chart, clicked, Page, Section, Sheet, Spot, Tile
 from vfmvae.colours import pca_colours
 from vfmvae.lab_base import Lab, Latest
@@ -63,6 +65,37 @@ def test_the_first_component_is_the_strongest_direction_with_its_largest_entry_u
 @pytest.mark.parametrize('bad', [[], torch.zeros(3, 4), [torch.zeros(1, 4, 2, 2), torch.zeros(1, 3, 2, 2)], torch.full((1, 4, 2, 2), float('inf'))])
 def test_colours_of_nonsense_are_refused_in_one_line(bad):
     with pytest.raises(UserError, match=r'^[^\n]+$'): pca_colours(bad)
+
+
+# names -------------------------------------------------------------------------------------------------------------------------------------------
+
+ODD = ('a$b$', '$\\alpha^{$', '_hidden', '50% <off>', 'x_{1}', 'plain')      # of folders, files, nets: no formula, though Matplotlib would take some for one
+
+
+def drawn_texts(fig):
+    "What a figure says, as it is drawn."
+    fig.savefig(f := io.StringIO(), format='svg', metadata=dict(Date=None))
+    return html.unescape(re.sub('<[^>]*>', '', f.getvalue())).replace('\u200b', '')
+
+
+def test_a_name_is_drawn_letter_by_letter():
+    "A folder called '$\\alpha^{$' ended every picture of its set, 'a$b$' stood there in italics without its dollars, and '_hidden' in no legend."
+    rows = {n: [i, i+1.] for i, n in enumerate(ODD)}
+    figures = [curves(rows, 'x', 'y'), bars({n: v[0] for n, v in rows.items()}, 'y'), bars({'one': {n: v[0] for n, v in rows.items()}}, 'y'),
+               heat(np.eye(len(ODD)), ODD, ODD), scatter_fit(range(len(ODD)), range(len(ODD)), labels=ODD),
+               show_images(torch.zeros(len(ODD), 3, 8, 8), ODD), Page([Section(n, [Tile(np.zeros((8, 8)), n)]) for n in ODD]).figure()]
+    with matplotlib.rc_context({'svg.fonttype': 'none'}): said = [drawn_texts(f) for f in figures]
+    for text in said: assert all(n in text for n in ODD), text
+
+
+@weights
+def test_classes_of_odd_names_are_in_the_picture_of_a_set(tmp_path):
+    for k, name in enumerate(ODD):
+        (tmp_path/name).mkdir()
+        for i in range(3): Image.new('RGB', (32, 32), (40*k, 80*i, 90)).save(tmp_path/name/f'{k}{i}.png')
+    lab = EmbeddingLab(images=str(tmp_path), n=18, source='tiny')
+    svg = html.unescape(lab.page().html().replace('\u200b', ''))
+    assert all(f'>{n}</text>' in svg for n in ODD) and [p.suffix for p in lab.save(tmp_path/'fig.pdf')] == ['.pdf', '.png', '.csv']
 
 
 # the newest question -----------------------------------------------------------------------------------------------------------------------------
@@ -193,6 +226,33 @@ def test_code_says_what_it_cannot_write():
 
 
 @weights
+def test_code_says_with_what_a_lab_was_made():
+    "A set of one's own was a name that no lab knows, an array ended in ValueError (and every picture with it), nets and the device were left out."
+    assert Explorer(images=World(20), n=16, k=4).code == 'Explorer(n=16, images=..., k=4)'
+    assert ReconstructionLab(images=np.zeros((5, 64, 64, 3), np.uint8), image=2).code == 'ReconstructionLab(images=..., image=2)'
+    assert LayerLab(nets={'mine': 'dit-conv-f8d16'}, second='mine', device='cpu', n=24).code == "LayerLab(nets=..., device='cpu', n=24, second='mine')"
+    assert SamplerLab('dit-conv-f8d16', steps=3, side=4).code == "SamplerLab(nets='dit-conv-f8d16', side=4, net='net', steps=3)"
+
+
+@weights
+def test_what_is_written_or_kept_is_of_the_field_or_a_line(tmp_path):
+    "NumPy's numbers ended an export after all its frames were drawn; widths, names of files and keys that are none ended in ValueError and TypeError."
+    lab = ReconstructionLab()
+    page = lab.export(tmp_path/'lab.html', image=[np.int64(1)], amount=[np.float32(.25)]).read_text()
+    assert '"raw": [1, 0]' in page and '"raw": [0.25, 0.5]' in page
+    for bad in (lambda: lab.export(tmp_path/'lab.html', image=['a']), lambda: lab.save(''), lambda: lab.save('.'), lambda: lab.save(3),
+                *(lambda w=w: lab.figure(w) for w in (0, -1, float('nan'), None, 1e6)), lambda: setattr(lab, 'state', {1: 2})):
+        with pytest.raises(UserError, match=r'^[^\n]+$'): bad()
+
+
+@weights
+def test_an_image_is_chosen_once():
+    "Twelve times the same image gave a CKNNA of nan."
+    assert EmbeddingLab(chosen=[3, 1, 3]).state.chosen == (3, 1)
+    with pytest.raises(UserError, match='^no net named'): LayerLab(nets={'mine': ('dit-conv-f8d16', 'conv-f8d16', 3)})      # was a ValueError
+
+
+@weights
 def test_back_and_forward():
     lab = ReconstructionLab()
     with pytest.raises(UserError, match='no state before'): lab.back()
@@ -236,6 +296,17 @@ def test_a_line_of_code_moves_the_controls_and_draws_once():
     assert {k: lab.controls[k].value for k in lab.panel(lab.state)} == dict(image=2, edit='noise', amount=.25, tokenizer='vfmvae-photo-f8d16', seed=9)
     assert len(shows) == 1 and shows[0][0].words == lab.text() and shows[0][1] == lab.page().html()
     assert all(getattr(lab.controls[n], 'box', lab.controls[n]) in lab.rail.children for n in lab.panel(lab.state))
+
+
+@weights
+def test_a_move_makes_no_new_widgets():
+    "The headings of the groups were made anew at every move, 18 widgets each, and kept in kernel and page as long as these lived."
+    made = pytest.importorskip('ipywidgets.widgets.widget')._instances
+    lab = ReconstructionLab(edit='noise')
+    lab.widget()
+    before = {*made}
+    for image in range(1, 4): lab.set(image=image)
+    assert {*made} == before
 
 
 @weights

@@ -176,7 +176,8 @@ class _ExplorerState(SetLab[ExplorerState]):
         Lab.__init__(self, state)
         self.session = Session(own, size, n, device)
         self.uploads: dict[str, tuple[Tensor, str]] = {}     # name -> (3,size,size), how it was enlarged
-        self.begin(changes, size=size, n=n, own=own)
+        self.unwritten = self.session.sets
+        self.begin(changes)
     def set(self, **changes: object) -> Self:
         """As `Lab.set`. A new VFM starts at its last layer, a new set at its first image, a new transform in the
         middle of its grid."""

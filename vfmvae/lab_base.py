@@ -7,7 +7,7 @@ __all__ = ['LabState', 'Latest', 'Lab']
 
 # %% ../nbs/52_lab_base.ipynb #93d3300a
 import asyncio, html, inspect, itertools, math, time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -19,7 +19,7 @@ if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/52_lab_base.ipynb #4fe3e773
 from .core import DataclassLike, extra, need, one_of, PathLike, UserError
-from .files import check_out, write_atomic
+from .files import as_path, check_out, write_atomic
 from .runtime import progress
 from .plots import save_figure
 from .pages import clicked, Page
@@ -79,8 +79,7 @@ def _stepped(chooser: Any) -> Any:
     import ipywidgets as w
     chooser.layout.width = f'{_WIDE-66}px'
     def button(sign: str, by: int) -> Any:
-        small = w.Layout(width='28px', padding='0')
-        b = w.Button(description=sign, tooltip=f'{chooser.description} {sign}', layout=small)
+        b = w.Button(description=sign, tooltip=f'{chooser.description} {sign}', layout=dict(width='28px', padding='0'))
         b.on_click(lambda _: setattr(chooser, 'index', min(max(0, chooser.index+by), len(chooser.options)-1)))
         return b
     chooser.box = w.HBox([chooser, button('-', -1), button('+', 1)])
@@ -88,18 +87,19 @@ def _stepped(chooser: Any) -> Any:
 
 def _widget(name: str, c: Control, value: Any) -> Any:
     import ipywidgets as w
-    common: Any = dict(description=name, tooltip=c.help)
-    form: Any = common | dict(style={'description_width': '104px'}, layout=w.Layout(width=f'{_WIDE-10}px'))
-    pairs = [(c.show(o), o) for o in c.options]
-    if c.kind == 'choice': return _stepped(w.Dropdown(options=pairs, value=value, **form))
-    if c.kind == 'slide':
-        return _stepped(w.SelectionSlider(options=pairs, value=value, continuous_update=False, **form))
     if c.kind == 'many': return _Boxes(value, name, c)
-    if c.kind == 'whole': return w.BoundedIntText(value, min=0, max=c.last, continuous_update=False, **form)
-    if c.kind == 'text': return w.Text(value, continuous_update=False, **form)
-    if c.kind == 'button': return w.Button(layout=w.Layout(width='auto'), **common)
-    if c.kind == 'play': return w.Play(value=value, min=0, max=c.last, interval=700, show_repeat=False, **common)
-    return w.FileUpload(accept='image/*', multiple=False, **common)
+    named, span = dict(description=name, tooltip=c.help), dict(value=value, min=0, max=c.last)
+    form = named | dict(style=dict(description_width='104px'), layout=dict(width=f'{_WIDE-10}px'))
+    pairs, typed = dict(options=[(c.show(o), o) for o in c.options], value=value), dict(continuous_update=False)
+    kinds: dict[str, tuple[Any, dict]] = dict(
+        choice=(w.Dropdown, form | pairs), slide=(w.SelectionSlider, form | pairs | typed),
+        whole=(w.BoundedIntText, form | span | typed), text=(w.Text, form | typed | dict(value=value)),
+        play=(w.Play, named | span | dict(interval=700, show_repeat=False)),
+        button=(w.Button, named | dict(layout=dict(width='auto'))),
+        file=(w.FileUpload, named | dict(accept='image/*', multiple=False)))
+    kind, how = kinds[c.kind]
+    return _stepped(kind(**how)) if c.options else kind(**how)
+
 
 # %% ../nbs/52_lab_base.ipynb #c12eee90
 LabState = TypeVar('LabState', bound=DataclassLike) # the state of a lab: a frozen dataclass with defaults
@@ -130,8 +130,8 @@ class _States(Generic[LabState]):
     def state(self, new: LabState | Mapping[str, object]) -> None:
         need(isinstance(new, Mapping | self.State),
              f'a state is a {self.State.__name__} or a dict of its fields, not {new!r}')
-        given = dict(new) if isinstance(new, Mapping) else {f.name: getattr(new, f.name) for f in fields(new)}
-        self.set(**{f.name: f.default for f in fields(self.State)} | given)
+        given = new if isinstance(new, Mapping) else vars(new)
+        self.set(**{f.name: f.default for f in fields(self.State)} | {str(k): v for k, v in given.items()})
     def set(self, **changes: object # fields of the state
            ) -> Self:
         """Changes the state, and the widget with it; returns the lab. UserError: no such field, or a value that
@@ -151,7 +151,12 @@ class _States(Generic[LabState]):
 # %% ../nbs/52_lab_base.ipynb #58a19eef
 class _Picture(_States[LabState]):
     "The part of `Lab` that needs no widget: takes changes back, computes from a state, knows the line that makes it."
-    options: Mapping[str, object] = {}        # what else it was made with
+    options: Mapping[str, object] = {}        # what it was made with
+    unwritten: Container[str] = ()            # values of the state that stand for objects
+    def __new__(cls, *args: object, **given: object) -> Self:
+        lab = super().__new__(cls)
+        lab.options = dict(zip([*inspect.signature(cls.__init__).parameters][1:], args, strict=False)) | given
+        return lab
     def back(self) -> Self:
         "To the state before the last change. UserError: there is none."
         return self._travel(self.past, self.future, 'there is no state before this one')
@@ -164,9 +169,8 @@ class _Picture(_States[LabState]):
         there.pop()
         return self
     def __repr__(self) -> str: return f'{type(self).__name__}({self.state})'
-    def begin(self, changes: dict, **options: object) -> None:
-        "The last step of a constructor: the changes of the state, and what else the lab was made with."
-        self.options = options
+    def begin(self, changes: dict) -> None:
+        "The last step of a constructor: the changes of the state."
         self.set(**changes)
         self.past.clear()
     def compute(self, state: LabState) -> Any:
@@ -186,14 +190,15 @@ class _Picture(_States[LabState]):
     def code(self) -> str:
         "The line of Python that makes this lab in this state; what has no words, such as a net of one's own, is `...`."
         made = [f for c in type(self).__mro__[::-1] if (f := vars(c).get('__init__'))]
-        defaults = {k: p.default for f in made for k, p in inspect.signature(f).parameters.items()}
         known = {f.name: f.default for f in fields(self.State)}
+        usual = {k: p.default for f in made for k, p in inspect.signature(f).parameters.items()} | known
         def plain(v: object) -> str:
             if isinstance(v, list | tuple): return f'({", ".join(map(plain, v))}{"," * (len(v) == 1)})'
-            return repr(str(v) if isinstance(v, Path) else v) if isinstance(v, str | int | float | Path) else '...'
-        now = self.options | {k: getattr(self.state, k) for k in known}
-        usual = defaults | known
-        told = [f'{k}={plain(v)}' for k, v in now.items() if v is not usual.get(k) and v != usual.get(k)]
+            if not isinstance(v, str | int | float | Path | None) or v in self.unwritten: return '...'
+            return repr(str(v) if isinstance(v, Path) else v)
+        how = {k: v for k, v in self.options.items() if k not in {'state', *known}}
+        now = how | {k: getattr(self.state, k) for k in known}
+        told = [f'{k}={plain(v)}' for k, v in now.items() if plain(v) != plain(usual.get(k))]
         return f'{type(self).__name__}({", ".join(told)})'
 
 # %% ../nbs/52_lab_base.ipynb #df195418
@@ -204,10 +209,7 @@ class _Controls(_Picture[LabState]):
     restore = _corner = _mark = _work = _show = _keep_soon = None                          # type: Any
     def __init__(self, state: LabState | None = None):
         super().__init__(state)
-        self.controls: dict[str, Any] = {}
-        self._specs: dict[str, Control] = {}
-        self._headings: dict[str, Any] = {}
-        self._quiet = False
+        self.controls, self._headings, self._quiet = dict[str, Any](), dict[str, Any](), False
     def panel(self, state: LabState) -> dict[str, Control]:
         "The controls by name, in reading order; one that would do nothing is left out."
         raise NotImplementedError
@@ -232,13 +234,13 @@ class _Controls(_Picture[LabState]):
             with suppress(Exception): self.restore()     # whatever it cannot do, the reason must be said
             self.complain(e)
     def _make(self, name: str, c: Control) -> Any:
-        made = _widget(name, c, getattr(self.state, name, 0 if c.kind == 'play' else None))
-        def moved(value: Any) -> None:
+        made, field = _widget(name, c, getattr(self.state, name, 0)), name.removeprefix('play ')
+        def moved(change: Any) -> None:
             if c.kind == 'file':
-                for f in value: self.attempt(self.receive, f['name'], bytes(f['content']))
-            elif not self._quiet and value is not None: self.attempt(self.set, **{name.removeprefix('play '): value})
+                for f in change['new']: self.attempt(self.receive, f['name'], bytes(f['content']))
+            elif not self._quiet and change['new'] is not None: self.attempt(self.set, **{field: change['new']})
         if c.kind == 'button': made.on_click(lambda _: self.attempt(self.press, name))
-        else: made.observe(lambda change: moved(change['new']), 'value')
+        else: made.observe(moved, 'value')
         return made
 
 # %% ../nbs/52_lab_base.ipynb #34206416
@@ -249,14 +251,13 @@ class _Rail(_Controls[LabState]):
         self._quiet, specs = True, self.panel(self.state)
         try:
             for name, c in specs.items():
-                w, had = self.controls.get(name), self._specs.get(name)
-                if had is None or had.kind != c.kind or (c.kind == 'many' and had.options != c.options):
+                w = self.controls.get(name)
+                if w is None or w.spec.kind != c.kind or (c.kind == 'many' and w.spec.options != c.options):
                     w = self.controls[name] = self._make(name, c)
-                elif c.options and had.options != c.options: w.options = [(c.show(o), o) for o in c.options]
+                elif w.spec.options != c.options: w.options = [(c.show(o), o) for o in c.options]
                 if c.kind in ('whole', 'play'): w.max = c.last
                 if c.kind not in ('button', 'file'): w.value = getattr(self.state, name.removeprefix('play '))
-                w.tooltip = c.help
-            self._specs = specs
+                w.tooltip, w.spec = c.help, c
             self._arrange(specs)
         finally: self._quiet = False
     def _arrange(self, specs: dict[str, Control]) -> None:
@@ -264,7 +265,8 @@ class _Rail(_Controls[LabState]):
         import ipywidgets as w
         shown = []
         for group, names in itertools.groupby(specs, key=lambda n: specs[n].group):
-            if group: shown.append(self._headings.setdefault(group, w.HTML(f'<b>{group}</b>')))
+            if group and group not in self._headings: self._headings[group] = w.HTML(f'<b>{group}</b>')
+            if group: shown.append(self._headings[group])
             shown += [getattr(self.controls[n], 'box', self.controls[n]) for n in names]
         self.rail.children = (*self.rail.children[:3], *shown)
         self._back.disabled, self._forward.disabled = not self.past, not self.future
@@ -322,17 +324,17 @@ class _Box(_Mouse[LabState]):
         self.picture, self.readout, self.sheet, self.overlay = (w.HTML() for _ in range(4))
         self.status = w.HTML(layout=w.Layout(height='44px', overflow='auto'))
         self.mark = w.IntProgress(layout=w.Layout(visibility='hidden', width=f'{_WIDE-10}px'))
-        half = w.Layout(width='50%')
-        self._back, self._forward = (w.Button(description=d, tooltip=d, layout=half) for d in ('back', 'forward'))
+        self._back, self._forward = (w.Button(description=d, tooltip=d, layout=dict(width='50%'))
+                                     for d in ('back', 'forward'))
         self._back.on_click(lambda _: self.attempt(self.back))
         self._forward.on_click(lambda _: self.attempt(self.forward))
-        moves = w.HBox([self._back, self._forward], layout=w.Layout(flex='0 0 auto'))
-        self.rail = w.VBox([self.status, self.mark, moves], layout=w.Layout(width=f'{_WIDE}px', flex='0 0 auto'))
+        moves = w.HBox([self._back, self._forward], layout=dict(flex='0 0 auto'))
+        self.rail = w.VBox([self.status, self.mark, moves], layout=dict(width=f'{_WIDE}px', flex='0 0 auto'))
         self._latest = Latest(self._work, self._show)
         # jobs wait for pictures: in the loop's own pool, those of many labs would leave pictures no thread
         self._worker = ThreadPoolExecutor(1)
-        parts = [self.sheet, self.overlay, self.picture, self.readout]
-        self._box = w.HBox([self.rail, w.VBox(parts, layout=w.Layout(flex='1 1 0', min_width='0'))])
+        shown = w.VBox([self.sheet, self.overlay, self.picture, self.readout], layout=dict(flex='1 1 0', min_width='0'))
+        self._box = w.HBox([self.rail, shown])
         self._mark = f'vfmvae-{id(self)}'
         for name in ('vfmvae-lab', self._mark): self._box.add_class(name)
         self.status.add_class('vfmvae-status')
@@ -438,8 +440,9 @@ class _Kept(_Screen[LabState]):
              width: str | float = 'full'        # as for `figure`
             ) -> list[Path]:
         "Writes the figure as vector PDF (Type 42 fonts) and PNG, and the numbers behind it as CSV; returns the paths."
-        stem = Path(path).with_suffix('') if Path(path).suffix.lower() in ('.pdf', '.png', '.csv') else Path(path)
-        check_out(stem.with_name(f'{stem.name}.png'), '.png')       # its heavy work may take minutes
+        whole = as_path(path, 'what is written')
+        stem = whole.with_suffix('') if whole.suffix.lower() in ('.pdf', '.png', '.csv') else whole
+        check_out(stem.parent/f'{stem.name}.png', '.png')       # its heavy work may take minutes
         return save_figure(self.figure(width), stem)
 
 # %% ../nbs/52_lab_base.ipynb #c94ac5bf
@@ -457,10 +460,12 @@ class Lab(_Kept[LabState]):
         """Writes the lab as one HTML file that needs neither kernel nor network: a frame for every combination of
         the values. UserError beyond 300."""
         specs, path = self.panel(self.state), check_out(path, Path(path).suffix.lower() or '.html')
+        known = {f.name: f for f in fields(self.State)}
         for k, v in values.items():
-            one_of(k, [f.name for f in fields(self.State)], 'field of the lab')
+            one_of(k, known, 'field of the lab')
             need(isinstance(v, Sequence) and not isinstance(v, str) and v, f'{k} = {v!r}; give a list of values')
-        moved = {k: [*v] for k, v in values.items()} or {k: [*specs[k].options] for k in self.scrub if k in specs}
+        moved = ({k: [as_field(known[k], x) for x in v] for k, v in values.items()}
+                 or {k: [*specs[k].options] for k in self.scrub if k in specs})
         for name, v in moved.items():
             if (now := getattr(self.state, name)) not in v: v.append(now)
         n = math.prod(map(len, moved.values()))
@@ -476,5 +481,5 @@ class Lab(_Kept[LabState]):
         axes = [dict(name=k, values=[specs.get(k, slider).show(x) for x in v], start=v.index(getattr(self.state, k)),
                      raw=v, slide=specs.get(k, slider).kind != 'choice')
                 for k, v in moved.items()]
-        text = export_html(self.title, axes, frames, ''.join(sheets))
-        return write_atomic(path, lambda p: p.write_text(text, encoding='utf-8'))
+        return write_atomic(path, lambda p: p.write_text(export_html(self.title, axes, frames, ''.join(sheets)),
+                                                         encoding='utf-8'))

@@ -15,13 +15,12 @@ from typing import Any
 
 # %% ../nbs/56_labs.ipynb #4b87e865
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/56_labs.ipynb #69349ac8
-from .core import Device, extra, need, one_of, PathLike, real, shorten, whole
+from .core import Device, extra, need, one_of, PathLike, real, resized, shorten, whole
 from .runtime import device_of
-from .plots import curves, heat, look, MARKERS, PALETTE
+from .plots import curves, heat, literal, look, MARKERS, PALETTE
 from .images import Images
 from .features import FeatureSource
 from .vfm import BUNDLED
@@ -75,9 +74,6 @@ class ReconstructionState:
 
 _RING = FRAMES['chosen'][1]      # around what was chosen
 
-def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(x[None], tuple(size), mode='bilinear', antialias=True)[0]
-
 def _change(d: Tensor, caption: str) -> Tile: return Tile(d.abs().mean(0)/2/WORST, caption)
 
 # %% ../nbs/56_labs.ipynb #e48675d2
@@ -107,7 +103,7 @@ class _Reconstruction(SetLab[ReconstructionState]):
         new = edit_latent(z[:1], z[1:], s.edit, s.amount, s.seed)
         many = tok.decode_scales(new.to(device_of(tok))) if hasattr(tok, 'decode_scales') else [decode_cpu(new, tok)]
         scales, plain = [v[0].clamp(-1, 1).cpu() for v in many][::-1], decode_cpu(z[:1], tok)[0]
-        each = [psnr(v[None], _resized(x[0], v.shape[1:])[None].clamp(-1, 1)).item() for v in scales]
+        each = [psnr(v[None], resized(x[:1], v.shape[1:]).clamp(-1, 1)).item() for v in scales]
         before, after = (psnr(v[None], x[:1]).item() for v in (plain, scales[-1]))
         latent, _, edited = (c[0] for c in pca_colours([z[:1], z[1:], new]))
         short = 'latent' if s.edit == 'none' else f'{s.edit} {s.amount:g}'
@@ -116,7 +112,7 @@ class _Reconstruction(SetLab[ReconstructionState]):
                  Tile(latent, 'its latent'), Tile(edited, short), image_tile(scales[-1], 'decoded'),
                  _change(scales[-1]-plain, f'change 0-{WORST:g}')]
         names = [f'{v.shape[1]} px {q:.1f} dB' for v, q in zip(scales, each, strict=True)]
-        added = [b-_resized(a, b.shape[1:]) for a, b in zip(scales, scales[1:], strict=False)]
+        added = [b-resized(a[None], b.shape[1:])[0] for a, b in zip(scales, scales[1:], strict=False)]
         grown = Section('scales of the decoder', [*map(image_tile, scales, names)])
         parts = [Section('', first, columns=len(first)), grown]
         if added: parts.append(Section('what each adds', [_change(d, f'+ at {d.shape[1]} px') for d in added]))
@@ -261,7 +257,7 @@ def _layer_names(source: FeatureSource) -> tuple[str, ...]:
 
 def _net_and_tokenizer(x: Any, device: Device) -> tuple[DiT, Tokenizer]:
     "Of a velocity net and its tokenizer, or of the net alone; objects, names or files."
-    net, tok = x if isinstance(x, tuple | list) else (x, None)
+    net, tok = x if isinstance(x, tuple | list) and len(x) == 2 else (x, None)
     net = opened(net, open_net, device)
     return net, opened(tok, device=device) if tok is not None else tokenizer_of(net)
 
@@ -324,7 +320,7 @@ class LayerLab(_LayerSources):
                       f'{s.first}, {x}\n{s.second}, {y}\n{table[i, j]:.3f}', width=1.)
                  for i, x in enumerate(names[0]) for j, y in enumerate(names[1])]
         chart = Chart((*key[1:], title),
-                      lambda ax: heat(table, names[0], names[1], label='CKNNA', fmt=fmt, title=title, ax=ax),
+                      lambda ax: heat(table, names[0], names[1], label='CKNNA', fmt=fmt, title=literal(title), ax=ax),
                       spots, max(1.2, .2*len(table))+.9, (.9, .5, .65, .25))
         i, j = divmod(int(table.argmax()), table.shape[1])
         facts = dict(n=len(cache.images), taken=cache.images.taken, k=s.k) | (dict(t=s.t) if self.noised(s) else {})
@@ -364,7 +360,7 @@ class EmbeddingState:
         check_state(self)
         one_of(self.colour, ('class', 'transform', 'cluster'), 'colour')
         one_of(self.method, ('pca', 'umap'), 'method')
-        object.__setattr__(self, 'chosen', tuple(whole(i, 'chosen', 0) for i in self.chosen))
+        object.__setattr__(self, 'chosen', tuple(dict.fromkeys(whole(i, 'chosen', 0) for i in self.chosen)))
 
 UMAP_BUTTON, MORE, ALIKE, LET_GO = 'UMAP, about 40 s', 'choose 12 more', 'choose its group', 'let go'
 
@@ -420,8 +416,8 @@ def _draw_places(ax: Any, places: Tensor, groups: Sequence[int], names: Sequence
     many = len(names) > 8
     for g in sorted({*groups}):
         at, colour = places[torch.tensor(groups) == g], PALETTE[(g//2 if many else g) % len(PALETTE)]
-        ax.plot(*at.T, MARKERS[g % len(MARKERS)], color=colour, ms=4.5, mew=0, alpha=.8, label=names[g])
-    ax.set(xlabel=f'{axis} 1', ylabel=f'{axis} 2', title=title)
+        ax.plot(*at.T, MARKERS[g % len(MARKERS)], color=colour, ms=4.5, mew=0, alpha=.8, label=literal(names[g]))
+    ax.set(xlabel=f'{axis} 1', ylabel=f'{axis} 2', title=literal(title))
     aside: dict = dict(loc='upper left', bbox_to_anchor=(1., 1.)) if many else dict(loc='best')
     if len(names) > 1: ax.legend(fontsize=7, handletextpad=.2, frameon=False, **aside)
 
@@ -487,7 +483,7 @@ class EmbeddingLab(_Embedding):
         self.set(chosen=(*self.state.chosen, *(r['image'] for r in more)))
     def enclosed(self, spots: Sequence[int]) -> None:
         "The images of these points are chosen."
-        self.set(chosen=tuple(dict.fromkeys(i % (self.last+1) for i in spots)))
+        self.set(chosen=tuple(i % (self.last+1) for i in spots))
     def panel(self, state: EmbeddingState) -> dict[str, Control]:
         slow = 'the first run in a process takes 30 to 50 s, later ones a few'
         buttons = {UMAP_BUTTON: slow} if state.method == 'pca' else {'PCA': 'at once'}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/49_pages.ipynb #bcb3beae
 from .files import digest, parse_json
-from .plots import blank, inches, paper_style
+from .plots import blank, inches, literal, paper_style
 
 # %% ../nbs/49_pages.ipynb #a7169fb2
 # markers as characters
@@ -172,49 +172,46 @@ def clicked(names: str # classes of an element of `Page.html()`
     return parse_json(unquote(at[1]), 'a place to click') if at else {}
 
 # %% ../nbs/49_pages.ipynb #9d192095
-class _Screen:
-    "A page for a screen: its text."
-    def __init__(self, page: 'Page'):
-        self.sheet = page.sheet
-        parts = ''.join(map(self.section, page.sections))
-        self.text = f'<div class="vp" role="group" aria-label="{html.escape(page.words)}">{parts}</div>'
-    def tile(self, t: Tile) -> str:
-        glyph, colour = FRAMES.get(t.frame, ('', ''))
-        words, sign = html.escape(t.caption), f'<span class="sign">{glyph}</span>' if glyph else ''
-        line, click, about = f'border:3px solid {colour};' if colour else '', _go(t.go), html.escape(t.tip) or words
-        if t.sprite >= 0 and self.sheet:
-            made = self.sheet.html(t.sprite, click, about).replace('style="', f'style="{line}')
-        else:
-            src = _url(_rgb(t.pixels), compress_level=1)
-            made = f'<img class="pic{click}" alt="{about}" decoding="sync" src="{src}" style="{line}">'
-        card, (r, c) = f'<div class="card">{about}</div>' if t.tip else '', t.tokens
-        places = [((j+.5)/c, (i+.5)/r) for i in range(r) for j in range(c)]
-        cells = ''.join(f'<i class="token{_go(dict(place=p))}"></i>' for p in places)
-        if cells: cells = f'<div class="tokens" style="--c:{c};--a:{c}/{r}">{cells}</div>'
-        return f'<figure>{made}{card}{sign}{cells}{f"<figcaption>{words}</figcaption>" if words else ""}</figure>'
-    def spot(self, s: Spot, at: tuple, to: tuple) -> str:
-        x, y = at[0]+to[0]*s.x, at[1]+to[1]*s.y
-        w, h = (abs(to[0]*s.width), abs(to[1])) if s.width else (0, 0)
-        place = f'left:{100*(x-w/2):.2f}%;top:{100*(y-h/2):.2f}%'
-        kind = ' left'*int(x > .6)+' up'*int(y > .6)+' cell'*bool(w)
-        if w: place += f';width:{100*w:.2f}%;height:{100*h:.2f}%'
-        ring = f';border-color:{s.colour}' if s.colour else ''
-        picture = self.sheet.html(s.sprite) if s.sprite >= 0 and self.sheet else ''
-        card = f'<div class="card">{picture}{html.escape(s.tip)}</div>' if s.tip or picture else ''
-        return f'<div class="spot{kind}{_go(s.go)}" style="{place}{ring}">{card}</div>'
-    def section(self, s: Section) -> str:
-        style, made = s.style or {}, ''
-        glyph = GLYPHS.get(style.get('marker', ''), '')
-        if 'markerfacecolor' in style: glyph = _HOLLOW.get(glyph, glyph)
-        bar = f'--bar:5px;--pad:6px;border-color:{style["color"]}' if style else ''
-        if s.heading: made = f'<h4 style="{bar}">{glyph} {html.escape(s.heading)}</h4>'
-        if s.tiles: made += f'<div class="tiles" style="--columns:{s.columns}">{"".join(map(self.tile, s.tiles))}</div>'
-        if s.chart:
-            svg, at, to = _painted(s.chart, s.share*SCREEN)
-            fixed = f' pad" style="width:{s.share*PIXELS:.0f}px' if s.chart.lasso else ''
-            spots = ''.join(self.spot(p, at, to) for p in s.chart.spots)
-            made += f'<div class="scroll"><div class="chart{fixed}">{svg}{spots}</div></div>'
-        return f'<section style="--share:{s.share:g}">{made}</section>'
+def _tile(t: Tile, sheet: Sheet | None) -> str:
+    glyph, colour = FRAMES.get(t.frame, ('', ''))
+    words, sign = html.escape(t.caption), f'<span class="sign">{glyph}</span>' if glyph else ''
+    line, click, about = f'border:3px solid {colour};' if colour else '', _go(t.go), html.escape(t.tip) or words
+    if t.sprite >= 0 and sheet:
+        made = sheet.html(t.sprite, click, about).replace('style="', f'style="{line}')
+    else:
+        src = _url(_rgb(t.pixels), compress_level=1)
+        made = f'<img class="pic{click}" alt="{about}" decoding="sync" src="{src}" style="{line}">'
+    card, (r, c) = f'<div class="card">{about}</div>' if t.tip else '', t.tokens
+    places = [((j+.5)/c, (i+.5)/r) for i in range(r) for j in range(c)]
+    cells = ''.join(f'<i class="token{_go(dict(place=p))}"></i>' for p in places)
+    if cells: cells = f'<div class="tokens" style="--c:{c};--a:{c}/{r}">{cells}</div>'
+    return f'<figure>{made}{card}{sign}{cells}{f"<figcaption>{words}</figcaption>" if words else ""}</figure>'
+
+def _spot(s: Spot, at: tuple, to: tuple, sheet: Sheet | None) -> str:
+    x, y = at[0]+to[0]*s.x, at[1]+to[1]*s.y
+    w, h = (abs(to[0]*s.width), abs(to[1])) if s.width else (0, 0)
+    place = f'left:{100*(x-w/2):.2f}%;top:{100*(y-h/2):.2f}%'
+    kind = ' left'*int(x > .6)+' up'*int(y > .6)+' cell'*bool(w)
+    if w: place += f';width:{100*w:.2f}%;height:{100*h:.2f}%'
+    ring = f';border-color:{s.colour}' if s.colour else ''
+    picture = sheet.html(s.sprite) if s.sprite >= 0 and sheet else ''
+    card = f'<div class="card">{picture}{html.escape(s.tip)}</div>' if s.tip or picture else ''
+    return f'<div class="spot{kind}{_go(s.go)}" style="{place}{ring}">{card}</div>'
+
+def _section(s: Section, sheet: Sheet | None) -> str:
+    style, made = s.style or {}, ''
+    glyph = GLYPHS.get(style.get('marker', ''), '')
+    if 'markerfacecolor' in style: glyph = _HOLLOW.get(glyph, glyph)
+    bar = f'--bar:5px;--pad:6px;border-color:{style["color"]}' if style else ''
+    if s.heading: made = f'<h4 style="{bar}">{glyph} {html.escape(s.heading)}</h4>'
+    tiles = ''.join(_tile(t, sheet) for t in s.tiles)
+    if tiles: made += f'<div class="tiles" style="--columns:{s.columns}">{tiles}</div>'
+    if s.chart:
+        svg, at, to = _painted(s.chart, s.share*SCREEN)
+        fixed = f' pad" style="width:{s.share*PIXELS:.0f}px' if s.chart.lasso else ''
+        spots = ''.join(_spot(p, at, to, sheet) for p in s.chart.spots)
+        made += f'<div class="scroll"><div class="chart{fixed}">{svg}{spots}</div></div>'
+    return f'<section style="--share:{s.share:g}">{made}</section>'
 
 SCREEN, PIXELS = 6., 760    # inches at which the charts of a wide page are drawn for a screen, and its pixels there
 
@@ -226,7 +223,7 @@ def _lay(s: Section, x: float, y: float, width: float, page: Any = None) -> floa
     if s.heading:
         style = dict(s.style or {}, linestyle='', ms=5)
         if page and s.style: page.plot(x+gap+.05, y+.1, **style)
-        if page: page.text(x+gap+.16*bool(s.style), y+.1, s.heading, fontsize=8, va='center')
+        if page: page.text(x+gap+.16*bool(s.style), y+.1, literal(s.heading), fontsize=8, va='center')
         y += .22
     columns = s.columns//2 if width < 4 and s.share == 1 and s.columns > 5 else s.columns
     side = (width-gap)/columns-gap
@@ -237,7 +234,7 @@ def _lay(s: Section, x: float, y: float, width: float, page: Any = None) -> floa
             left, top = x+gap+j*(side+gap), y+high-side*a.shape[0]/a.shape[1]
             page.imshow(a, extent=(left, left+side, y+high, top), aspect='auto', interpolation='nearest')
             page.plot([left, left+side, left+side, left, left], [top, top, y+high, y+high, top], color=colour, lw=1.5)
-            page.text(left+side/2, y+high+.03, f'{glyph} {t.caption}'.strip(), fontsize=7, va='top', ha='center')
+            page.text(left+side/2, y+high+.03, literal(f'{glyph} {t.caption}'.strip()), fontsize=7, va='top', ha='center')
         y += high+.07+.115*max(t.caption.count('\n')+bool(t.caption or g) for t, _, g, _ in line)
     if s.chart and page:
         ax = _add_chart(page.figure, s.chart, x, y, width)
@@ -265,7 +262,8 @@ class Page:
         return np.flatnonzero(Path([*line, line[0]]).contains_points(at)).tolist()
     def html(self) -> str:
         "One element for a screen: no script, nothing loaded; `style` is apart. Equal pages give equal text."
-        return _Screen(self).text
+        parts = ''.join(_section(s, self.sheet) for s in self.sections)
+        return f'<div class="vp" role="group" aria-label="{html.escape(self.words)}">{parts}</div>'
     @property
     def style(self) -> str:
         "The style sheets of `html()`: apart, since many pages share them."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'LINES', 'WIDTHS', 'STYLE', 'LOOKS', 'LIVE', 'series_style', 'Look', 'look', 'series_styles',
-           'inches', 'paper_style', 'to_png', 'panels', 'blank', 'show_images', 'curves', 'bars', 'heat', 'correlation',
-           'scatter_fit', 'save_figure', 'loss_curves', 'training_curves', 'LivePlot']
+           'inches', 'paper_style', 'to_png', 'panels', 'blank', 'literal', 'show_images', 'curves', 'bars', 'heat',
+           'correlation', 'scatter_fit', 'save_figure', 'loss_curves', 'training_curves', 'LivePlot']
 
 # %% ../nbs/04_plots.ipynb #a72b88db
 import base64, csv, io, itertools, math, sys, threading, time, warnings
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 # %% ../nbs/04_plots.ipynb #ca6d1102
-from .core import need, UserError
+from .core import need, real, UserError
 from .files import write_atomic
 
 # %% ../nbs/04_plots.ipynb #ceb02af6
@@ -83,7 +83,7 @@ def series_styles(names: Sequence[str]) -> list[dict]:
 def inches(width: str | float # 'column', 'full' or inches
           ) -> float:
     "The width of a figure in inches. UserError: another word."
-    if not isinstance(width, str): return float(width)
+    if not isinstance(width, str): return real(width, 'width of a figure in inches', high=300, above=0)
     if width not in WIDTHS: raise UserError(f"no width {width!r}; give inches or one of: {', '.join(WIDTHS)}")
     return WIDTHS[width]
 
@@ -166,6 +166,10 @@ def _array(x: Any) -> np.ndarray:
     "Anything array-like, torch tensors of any device and type included, as numpy."
     return x.detach().cpu().double().numpy() if hasattr(x, 'detach') else np.asarray(x)
 
+def literal(name: object) -> str:
+    "A name as Matplotlib writes it letter by letter: no formula between dollars, and in a legend whatever it begins with."
+    return '\u200b'*str(name).startswith('_') + str(name).replace('$', r'\$')
+
 def _pixels(image: Any) -> np.ndarray:
     "(3,H,W), (1,H,W) or (H,W) in [-1,1] to (H,W,3) in [0,1], clamped; NaN becomes black."
     a = np.nan_to_num(_array(image).astype(np.float32), nan=-1)
@@ -189,7 +193,7 @@ def show_images(images: 'Tensor | Sequence[Array]',  # (b,3,H,W), or several (3,
     fig, axes = panels(rows, ncols, width=inches*ncols, height=(inches+.2*bool(titles))*rows)
     for ax in axes: ax.set_axis_off()
     for ax, pic in zip(axes, pics, strict=False): ax.imshow(pic)
-    for ax, title in zip(axes, titles or (), strict=False): ax.set_title(str(title))
+    for ax, title in zip(axes, titles or (), strict=False): ax.set_title(literal(title))
     return fig
 
 # %% ../nbs/04_plots.ipynb #81b1019d
@@ -223,7 +227,7 @@ def curves(series: 'Mapping[str, Array | tuple[Array, Array]]', # name -> y, or 
             xs = _array(s[0]) if isinstance(s, tuple) else np.arange(len(ys))
             if len(xs) != len(ys):
                 raise UserError(f'series {name!r} has {len(xs)} x and {len(ys)} y; give as many of each')
-            ax.plot(xs, ys, label=name, markevery=max(1, len(xs)//12), **style)
+            ax.plot(xs, ys, label=literal(name), markevery=max(1, len(xs)//12), **style)
             low, high = (_array(b) for b in (bands or {}).get(name, (np.full(len(xs), np.nan),)*2))
             if not len(low) == len(high) == len(xs):
                 got = f'{len(low)} and {len(high)} ends for {len(xs)} x'
@@ -255,7 +259,7 @@ def bars(values: Mapping[str, float | Mapping[str, float]], # name -> number, or
     w = .8/max(1, len(names))
     with paper_style():
         for j, s in enumerate(names): _bar_series(fig, ax, s, j, w, (j-(len(names)-1)/2)*w, nested, spread, names)
-        ax.set_xticks(range(len(nested)), list(nested), rotation=20 if max(map(len, nested), default=0) > 10 else 0)
+        ax.set_xticks(range(len(nested)), [*map(literal, nested)], rotation=20 if max(map(len, nested), default=0) > 10 else 0)
         ax.set(ylabel=ylabel, title=title)
         ax.grid(False, axis='x')
         _legend(ax, len(names))
@@ -269,7 +273,7 @@ def _bar_series(fig: 'Figure', ax: 'Axes', name: str, j: int, width: float, shif
     groups, colour = [k for _, k, _ in at], series_styles(names)[j]['color']
     if len(names) == 1 and all(map(look, groups)): colour = [s['color'] for s in series_styles(groups)]
     drawn = ax.bar([i+shift for i, *_ in at], [v for *_, v in at], width, yerr=None if np.isnan(err).all() else err,
-                   label=name, capsize=2, edgecolor='white', color=colour,
+                   label=literal(name), capsize=2, edgecolor='white', color=colour,
                    hatch=('', '//', '..', 'xx')[j % 4])
     inches = ax.get_position().width*fig.get_figwidth()*width/max(1, len(values))
     ax.bar_label(drawn, fmt='%.3g', fontsize=6.5, padding=1, rotation=90 if inches < .25 else 0)
@@ -292,10 +296,10 @@ def heat(matrix: 'Array',                    # (r,c) numbers
     with paper_style():
         im = ax.imshow(m, cmap='cividis', aspect='auto')
         fig.colorbar(im, ax=ax, label=label)
-        ax.set_yticks(range(len(m)), names[0])
+        ax.set_yticks(range(len(m)), [*map(literal, names[0])])
         long = max(map(len, names[1]), default=0) > 6
         how: Any = dict(rotation=40, ha='right', rotation_mode='anchor') if long else {}
-        ax.set_xticks(range(m.shape[1]), names[1], **how)
+        ax.set_xticks(range(m.shape[1]), [*map(literal, names[1])], **how)
         ax.grid(False)
         ax.set_title(title)
         _cell_numbers(ax, m, fmt, im.norm)
@@ -334,7 +338,7 @@ def scatter_fit(x: 'Array', y: 'Array',              # (n,) each, n >= 2
         ends = np.array([a.min(), a.max()])
         if np.ptp(a) > 0: ax.plot(ends, np.polyval(np.polyfit(a, b, 1), ends), '--', color=PALETTE[3])
         for n, p, q in zip(labels or (), a, b, strict=False):
-            ax.annotate(n, (p, q), xytext=(3, 3), textcoords='offset points', fontsize=6.5)
+            ax.annotate(literal(n), (p, q), xytext=(3, 3), textcoords='offset points', fontsize=6.5)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title or f'r = {r:.2f}, rho = {rho:.2f}, n = {len(a)}')
     names = [*(labels or ()), *['']*len(a)]
     _keep(fig, [dict(label=names[i], x=float(p), y=float(q)) for i, (p, q) in enumerate(zip(a, b, strict=True))])

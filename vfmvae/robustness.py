@@ -14,7 +14,7 @@ if TYPE_CHECKING: from matplotlib.figure import Figure
 # %% ../nbs/26_robustness.ipynb #b6931778
 from .core import need, PathLike, whole
 from .files import Table
-from .plots import curves, inches, panels
+from .plots import curves, inches, literal, panels
 from .images import Images, TRANSFORMS
 from .neighbours import knn_graph, prepare
 from .views import as_source, extract_views, group_by_source, image_set, images_seen, say_unfamiliar, Transforms
@@ -132,5 +132,5 @@ def layer_figure(table: Table,                        # of `layer_scores`
         own = _points(table.where(reference=reference))
         found = {n: sorted(((r['depth'], r) for r in own.where(source=n)), key=lambda p: p[0])
                  for n in dict.fromkeys(own.column('source'))}
-        _draw(ax, found, 'depth (0: first layer, 1: last)', lines or {}, title=f'to {reference}')
+        _draw(ax, found, 'depth (0: first layer, 1: last)', lines or {}, title=literal(f'to {reference}'))
     return fig

@@ -10,6 +10,7 @@ import threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any, NamedTuple, TYPE_CHECKING, TypeVar
 
 # %% ../nbs/55_sampler_lab.ipynb #fdf7c9ef
@@ -72,12 +73,10 @@ class Trajectory:
     def advance(self) -> None:
         "Computes the next point, if there is one."
         with self.lock, torch.no_grad():     # a picture and a job may want the next point at once
-            if self.complete: return
-            try: t, z = next(self.ahead)
+            try: self.done += [(t, z.float()) for t, z in islice(self.ahead, 1)]
             except Exception:                # an iterator that failed is at its end: the next attempt starts over
                 self.ahead, self.done = self.start(), []
                 raise
-            self.done.append((t, z.float()))
 
 # %% ../nbs/55_sampler_lab.ipynb #8b34f9f3
 class Stage(NamedTuple):
@@ -98,17 +97,16 @@ class _SamplerNets(Lab[Way]):
                  device: Device = None,                   # of nets that are opened by name; None: the best
                  **changes: Any):                         # fields of the state
         super().__init__(state)
-        self.device, self.given = device, tokenizer
-        named: dict[str, dict[str, Any]] = {}             # choice -> stage -> net
-        known = [n for n in bundled if n.startswith(self.family) and not n.endswith('-early')] if nets is None else []
-        for n in sorted(known, key=lambda n: 'photo' not in n):
-            named[n] = {w: m for w, m in (('early', f'{n}-early'), ('trained', n)) if m in bundled}
-        if nets is not None: named['net'] = dict(nets) if isinstance(nets, Mapping) else {'net': nets}
-        need(all(named.values()), 'no nets to sample from; give at least one')
-        self.named, self.opened = named, dict[str, list[Stage]]()
+        self.device, self.given, self.opened = device, tokenizer, dict[str, list[Stage]]()
+        known = [n for n in bundled if n.startswith(self.family) and not n.endswith('-early')]
+        # choice -> stage -> net
+        self.named = {n: {w: m for w, m in (('early', f'{n}-early'), ('trained', n)) if m in bundled}
+                      for n in sorted(known, key=lambda n: 'photo' not in n)}
+        if nets is not None: self.named = {'net': dict(nets) if isinstance(nets, Mapping) else {'net': nets}}
+        need(all(self.named.values()), 'no nets to sample from; give at least one')
         self.side, self.lock = None if side is None else whole(side, 'side', 1, 512), threading.Lock()
         self.trajectories: dict[tuple, Trajectory] = {}
-        self.begin(changes, nets=nets, tokenizer=tokenizer, side=side)
+        self.begin(changes)
     def stages(self, state: Way) -> list[Stage]:
         "What stands side by side."
         name = state.net or next(iter(self.named))
@@ -137,9 +135,8 @@ class _Trajectories(_SamplerNets[Way]):
             told, plain = both(torch.cat([z, z]), t).chunk(2)
             return told, plain
         return internal_guidance(pair, state.guidance)
-    def trajectory(self, state: Way, stage: Stage) -> Trajectory:
-        "The trajectory of a stage, as far as it is computed."
-        s = state
+    def trajectory(self, s: Way, stage: Stage) -> Trajectory:
+        "The trajectory of a stage in this state, as far as it is computed."
         key = self.asked(s), s.guidance, s.steps, s.method, s.seed, identity(stage.net), identity(stage.tokenizer)
         def start() -> Iterator[tuple[float, Tensor]]:
             sides = [self.side]*2 if self.side else (stage.net.meta.get('latent') or (8, 8))[-2:]
@@ -181,9 +178,8 @@ class _Ways(_Trajectories[Way]):
                     free()
                     path.advance()
                     tick(1)
-            how = f'guidance {s.guidance:g}, seed {s.seed}, {s.steps} steps of {s.method}'
-            what = ', '.join(dict.fromkeys([self.asked(s), how, name]))
-            if not path.complete: made.append(Job(what, path.points-len(path.done), run))
+            what = (self.asked(s), f'guidance {s.guidance:g}', f'seed {s.seed}', f'{s.steps} steps of {s.method}', name)
+            if not path.complete: made.append(Job(', '.join(dict.fromkeys(what)), path.points-len(path.done), run))
         return made
     def _row(self, s: Way, stage: Stage) -> tuple[list[float], int, list[float], list[Tile], Tensor]:
         """Noise levels, the step that is shown, distances from the end, the pictures of a stage, and the latents that
@@ -241,10 +237,10 @@ class SamplerLab(_Ways[SamplerState]):
             levels, step, far, tiles, _ = self._row(s, stage)
             lines[stage.name] = levels, far
             parts.append(Section(stage.name, tiles, columns=6, style=style if len(styles) > 1 else None))
-            for i, (t, d) in enumerate(zip(levels, far, strict=True)):
-                ring, tip = style['color'] if i == step else '', f'{stage.name}, step {i}, t {t:.2f}: {d:.3f}'
-                spots.append(Spot(t, d, ring, dict(step=i), tip))
-                rows.append(dict(stage=stage.name, step=i, t=t, distance=d))
+            points = [*enumerate(zip(levels, far, strict=True))]
+            rows += [dict(stage=stage.name, step=i, t=t, distance=d) for i, (t, d) in points]
+            spots += [Spot(t, d, style['color'] if i == step else '', dict(step=i),
+                           f'{stage.name}, step {i}, t {t:.2f}: {d:.3f}') for i, (t, d) in points]
             end = f'rms distance of the latent from the end {far[step]:.3f} (at the start {far[0]:.3f})'
             words.append(f'{stage.name}: step {step} of {s.steps} by {s.method}, noise level {levels[step]:.3f}; '
                          f'{end if complete else "sampling ..."}.')
@@ -298,7 +294,6 @@ class _Prompts(_Ways[PromptState]):
                  **changes: object):                       # fields of the state
         self.encoder = encoder
         super().__init__(nets, tokenizer, state, side, device, **changes)
-        self.options = dict(self.options, encoder=encoder)
     def encode(self, state: PromptState) -> Text:
         "The prompt, and nothing."
         return encoder_of(self.stages(state)[0].net, self.encoder)([state.prompt, ''])

@@ -164,12 +164,12 @@ class FeatureCache:
     def job(self, sources: Sequence[FeatureSource], view: View, seed: int = 0) -> Job:
         "Computes what `get` lacks of these sources, all their layers in one pass."
         def run(free: Callable, tick: Callable) -> None:
-            todo = {str(self.key(s, view, seed)): (s, s.layers) for s in sources if self.get(s, view, seed) is None}
+            todo = {f'{s.name} ({self.who(s)})': (s, s.layers) for s in sources if self.get(s, view, seed) is None}
             found = extract_views(todo, _yielding(self.images, free, tick), [view] if view else (), batch_size=8,
                                   seed=seed, quiet=True, clean=view is None)
             for name, (s, layers) in todo.items():
                 key, made = self.key(s, view, seed), {k: found[view_name(view), name, k].features for k in layers}
-                if str(key) != name: continue       # somebody wrote into its weights meanwhile
+                if name != f'{s.name} ({key[0]})': continue       # somebody wrote into its weights meanwhile
                 self._held[key] = made, s
                 if (path := self._path(s, key)) is None: continue
                 about = dict(source=s.name, view=key[1], images=self.images.names[:3]+['...'], n=len(self.images),
@@ -228,7 +228,7 @@ def decode_cpu(z: Tensor, tokenizer: Tokenizer) -> Tensor:
 class _Opened:
     "Data sets and nets that a lab has opened, each once, until a file behind it is rewritten."
     def __init__(self, own: Nets, size: int, n: int, device: Device = None): # as for `SetLab`
-        self.size, self.n, self.device = whole(size, 'size', 8, 4096), whole(n, 'n', 0), best_device(device)
+        self.size, self.n, self.device = whole(size, 'size', 8, 4096), whole(n, 'n', 12), best_device(device)
         self.own = nets_by_name(own, self.device)
         self.sets: dict[str, Dataset] = {}      # name -> data set that was handed over
         self.made: dict[tuple, Any] = {}
@@ -382,7 +382,7 @@ class SetLab(_Choices[LabState]):
         super().__init__(state)
         self.session = Session(own, size, n, device)
         self.images = self.session.give(images)
-        self.begin(changes, images=images, size=size, n=n, own=own)
+        self.begin(changes)
     def check_counts(self, image: int, total: int, k: int = 0) -> None: # images to choose from, neighbours
         "UserError: an image that is not there, or more neighbours than there can be."
         need(image < total, f'no image {image}; there are {total}, counted from 0')
