@@ -285,6 +285,14 @@ def test_a_lab_overwrites_no_notebook_and_opens_the_same_state_again(tmp_path, c
     assert "n=32)" in json.loads(other.read_text())['cells'][1]['source'] and len([*first.parent.iterdir()]) == 2
 
 
+def test_a_space_after_a_comma_is_no_part_of_a_name(tmp_path, monkeypatch, capsys):
+    for name in ('jupyterlab', 'ipywidgets'): pytest.importorskip(name, reason='the [notebooks] or [widgets] extra is not installed')
+    monkeypatch.setenv('VFMVAE_HOME', str(tmp_path/'home'))
+    Image.new('RGB', (64, 64)).save(tmp_path/'a.png')
+    assert main(['lab', '--tokenizers', 'conv-f8d16, rae-tiny-f8d128', '--data', 'world', '--dry-run']) == 0
+    assert 'give a set of at least 12' in one_line(capsys, 'lab', '--data', str(tmp_path), '--dry-run')    # was: choose at most -1
+
+
 def test_words_after_two_dashes_are_jupyters(tmp_path, capsys, monkeypatch):
     for name in ('jupyterlab', 'ipywidgets'): pytest.importorskip(name, reason='the [notebooks] or [widgets] extra is not installed')
     monkeypatch.setenv('VFMVAE_HOME', str(tmp_path))

@@ -102,7 +102,7 @@ def _settings(o: Option) -> dict[str, Any]:
     number = next((t for t in (int, float) if re.match(rf'{t.__name__}\b', o.kind)), None)
     if number: return more | dict(type=_number(number, *_RANGES.get(o.name, (1, 10**10))), metavar='N')
     if 'Sequence' in o.kind or 'tuple' in o.kind:
-        return more | dict(type=lambda s: tuple(_named(s).split(',')), metavar='A,B')
+        return more | dict(type=lambda s: tuple(map(str.strip, _named(s).split(','))), metavar='A,B')
     return more | dict(type=_one_of(_BUNDLED[o.name]) if o.name in _BUNDLED else _named, metavar=o.name.upper())
 
 # %% ../nbs/62_cli.ipynb #df0641f6

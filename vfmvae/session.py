@@ -387,6 +387,7 @@ class SetLab(_Choices[LabState]):
         "UserError: an image that is not there, or more neighbours than there can be."
         need(image < total, f'no image {image}; there are {total}, counted from 0')
         n = min(self.session.n, total)
+        need(not k or n >= 12, f'{n} images give no neighbourhood; give a set of at least 12')
         need(k <= (most := min(_MOST, n-2)) or not k, f'k = {k} neighbours among {n} images; choose at most {most}')
     def k_control(self, k: int, values: Sequence[int] = (2, 3, 5, 10, 20)) -> Control:
         "For the number of neighbours."
