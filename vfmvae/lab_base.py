@@ -142,6 +142,10 @@ class _States(Generic[LabState]):
         self._to(replace(self.state, **self.follow(changes)), self.past)
         self.future.clear()
         return self
+    def begin(self, changes: dict) -> None:
+        "The last step of a constructor: the changes of the state."
+        self.set(**changes)
+        self.past.clear()
     def _to(self, state: LabState, behind: list) -> None:
         self.allow(state)
         if state != self._state: behind.append(self._state)
@@ -169,10 +173,6 @@ class _Picture(_States[LabState]):
         there.pop()
         return self
     def __repr__(self) -> str: return f'{type(self).__name__}({self.state})'
-    def begin(self, changes: dict) -> None:
-        "The last step of a constructor: the changes of the state."
-        self.set(**changes)
-        self.past.clear()
     def compute(self, state: LabState) -> Any:
         "What there is to see: a pure and quick function of the state. UserError on what cannot be shown."
         raise NotImplementedError

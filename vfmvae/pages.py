@@ -234,7 +234,8 @@ def _lay(s: Section, x: float, y: float, width: float, page: Any = None) -> floa
             left, top = x+gap+j*(side+gap), y+high-side*a.shape[0]/a.shape[1]
             page.imshow(a, extent=(left, left+side, y+high, top), aspect='auto', interpolation='nearest')
             page.plot([left, left+side, left+side, left, left], [top, top, y+high, y+high, top], color=colour, lw=1.5)
-            page.text(left+side/2, y+high+.03, literal(f'{glyph} {t.caption}'.strip()), fontsize=7, va='top', ha='center')
+            caption = literal(f'{glyph} {t.caption}'.strip())
+            page.text(left+side/2, y+high+.03, caption, fontsize=7, va='top', ha='center')
         y += high+.07+.115*max(t.caption.count('\n')+bool(t.caption or g) for t, _, g, _ in line)
     if s.chart and page:
         ax = _add_chart(page.figure, s.chart, x, y, width)

@@ -167,7 +167,7 @@ def _array(x: Any) -> np.ndarray:
     return x.detach().cpu().double().numpy() if hasattr(x, 'detach') else np.asarray(x)
 
 def literal(name: object) -> str:
-    "A name as Matplotlib writes it letter by letter: no formula between dollars, and in a legend whatever it begins with."
+    "A name as Matplotlib writes it letter by letter: no formula between dollars, and in every legend."
     return '\u200b'*str(name).startswith('_') + str(name).replace('$', r'\$')
 
 def _pixels(image: Any) -> np.ndarray:
@@ -259,7 +259,8 @@ def bars(values: Mapping[str, float | Mapping[str, float]], # name -> number, or
     w = .8/max(1, len(names))
     with paper_style():
         for j, s in enumerate(names): _bar_series(fig, ax, s, j, w, (j-(len(names)-1)/2)*w, nested, spread, names)
-        ax.set_xticks(range(len(nested)), [*map(literal, nested)], rotation=20 if max(map(len, nested), default=0) > 10 else 0)
+        long = max(map(len, nested), default=0) > 10
+        ax.set_xticks(range(len(nested)), [*map(literal, nested)], rotation=20 if long else 0)
         ax.set(ylabel=ylabel, title=title)
         ax.grid(False, axis='x')
         _legend(ax, len(names))
