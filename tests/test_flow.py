@@ -379,6 +379,15 @@ def test_a_record_says_the_steps_that_were_taken(how):
     assert s.facts()['steps'] == len(s.levels())-1 and s.facts()['shift'] == 1. and replace(s, guidance=2.).levels() == s.levels()
 
 
+@pytest.mark.parametrize('ask', [
+    lambda: sample_t(4, interval='ab'), lambda: sample_t(4, interval=(0, .5, 1)), lambda: time_grid(3, interval=3), lambda: time_grid(3, interval=(.5,)),
+    lambda: dimension_shift(3), lambda: dimension_shift((16, 8, 8), 0), *(lambda g=g: Sampler(grid=g).levels() for g in (3, 'ab', [[1, 0], [0]])),
+    *(lambda i=i: classifier_free(gaussian, torch.tensor([0]), 10, 2., interval=i) for i in (3, 'ab', (0, .5, 1), None))])
+def test_what_is_no_sequence_of_numbers_is_one_line(ask):
+    with pytest.raises(UserError) as e: ask()
+    assert '\n' not in str(e.value)
+
+
 # guidance -----------------------------------------------------------------------------------------------------------------------------------------
 
 class Counting:

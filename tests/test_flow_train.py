@@ -494,3 +494,9 @@ def test_channels_that_a_file_names_are_not_those_of_a_weaker_net():
     assert torch.equal(ask().images, ask(sampler=Sampler(2, guidance=2.)).images)
     for both in (dict(channels=3), dict(sampler=Sampler(2, channels=3))):
         with pytest.raises(UserError, match='null label alone'): ask(**both)
+
+
+@pytest.mark.parametrize('shape', [3, 'abc', (3, 4), (3, 4, 4, 4), (3, 0, 4), (3, 4.5, 4), None], ids=str)
+def test_a_shape_that_is_none_is_one_line(shape):
+    with pytest.raises(UserError, match='shape') as e: sample_latents(net_of(), [0], shape, sampler=Sampler(1))
+    assert '\n' not in str(e.value)

@@ -244,6 +244,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'vfmvae.core.pick': ('core.html#pick', 'vfmvae/core.py'),
                              'vfmvae.core.raises': ('core.html#raises', 'vfmvae/core.py'),
                              'vfmvae.core.real': ('core.html#real', 'vfmvae/core.py'),
+                             'vfmvae.core.reals': ('core.html#reals', 'vfmvae/core.py'),
                              'vfmvae.core.resized': ('core.html#resized', 'vfmvae/core.py'),
                              'vfmvae.core.rounding': ('core.html#rounding', 'vfmvae/core.py'),
                              'vfmvae.core.rows': ('core.html#rows', 'vfmvae/core.py'),

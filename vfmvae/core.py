@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Device', 'PathLike', 'V', 'Words', 'DrawsLike', 'Config', 'shorten', 'UserError', 'need', 'first_line', 'Notice',
-           'notice', 'extra', 'raises', 'whole', 'real', 'nearest', 'one_of', 'pick', 'Registry', 'philox',
+           'notice', 'extra', 'raises', 'whole', 'real', 'reals', 'nearest', 'one_of', 'pick', 'Registry', 'philox',
            'box_muller', 'Draws', 'normal_like', 'uniforms_for', 'Gaussian', 'at_least_float32', 'resized', 'to_tokens',
            'to_grid', 'some_of', 'numbers', 'rows', 'rounding', 'Moments', 'DataclassLike', 'check_fields',
            'build_config']
@@ -117,6 +117,19 @@ def real(value: object,            # a number of Python, numpy or torch
     need(math.isfinite(x), f'{name}: {x} is not a finite number; give one')
     _range(x, name, low, high, above)
     return x
+
+# %% ../nbs/00_core.ipynb #5e1a7c30
+def reals(values: object,          # a sequence, array or tensor of numbers
+          name: str,
+          n: int | None = None,    # how many; None: any number of them
+          low: float | None = None # of each, inclusive
+         ) -> tuple[float, ...]:
+    "Finite numbers, as `real`. UserError: no sequence, more or fewer than n, one that `real` refuses."
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable) or not getattr(values, 'ndim', 1):
+        raise UserError(f"{name}: {shorten(values, 40)!r} is no sequence of numbers; give {n or 'some'}")
+    found = tuple(real(v, name, low) for v in values)
+    need(n in (None, len(found)), f'{name}: {len(found)} numbers; give {n}')
+    return found
 
 # %% ../nbs/00_core.ipynb #10cf5a99
 def nearest(name: str, names: Iterable[str], n: int = 3) -> str:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/35_flow.ipynb #8480a0e1
-from .core import (at_least_float32, Device, DrawsLike, need, normal_like, one_of, pick, real, uniforms_for,
-                         UserError, whole)
+from .core import (at_least_float32, Device, DrawsLike, need, normal_like, one_of, pick, real, reals,
+                         uniforms_for, UserError, whole)
 from .text import Text
 
 # %% ../nbs/35_flow.ipynb #c497606d
@@ -129,7 +129,7 @@ def shift_t(t: _LevelT, # noise level
 def dimension_shift(shape: Sequence[int], base: int = 4096) -> float:
     """RAE's shift for latents of `shape` (c,h,w): sqrt(c h w/base), never below 1. More dimensions drown in noise
     later, so spend more time there."""
-    return max(1., math.sqrt(math.prod(shape)/base))
+    return max(1., math.sqrt(math.prod(reals(shape, 'shape of the latent', low=1))/real(base, 'base', above=0)))
 
 class TimeLaw(TypedDict, total=False):
     "Arguments of `sample_t` that say how noise levels are distributed."
@@ -157,7 +157,7 @@ def sample_t(n: int,                             # how many
     """Noise levels (n,) in float32 by the inverse distribution function: no rejection, no clamping (Esser et al. 2024,
     section 3.1; Ma et al. 2024)."""
     maps = pick(law, TIME_DISTRIBUTIONS, 'time law')
-    low, high = interval or (0., .999 if law.startswith('truncated') else 1.)
+    low, high = reals(interval or (0., .999 if law.startswith('truncated') else 1.), 'interval of the law', 2)
     n, mean = whole(n, 'noise levels, n > 0', 1), real(mean, 'mean of the law', -1e3, 1e3)
     std = real(std, 'std of the law, std > 0', above=0, high=1e3)
     need(0 <= low < high <= 1, f'noise levels in [{low}, {high}]; give 0 <= low < high <= 1')

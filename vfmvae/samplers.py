@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/38_samplers.ipynb #db621d6b
-from .core import check_fields, Draws, extra, first_line, need, one_of, pick, real, UserError, whole
+from .core import check_fields, Draws, extra, first_line, need, one_of, pick, real, reals, UserError, whole
 from .runtime import device_of, in_eval_mode
 from .flow import (check_shapes, coefficients, convert, DATA_FLOOR, half_diffusion, noise_level, shift_t,
                          t_interval)
@@ -73,7 +73,7 @@ def time_grid(steps: int,                 # intervals; published ODE samplers co
               last_step: float | None = None # as for SDEs: even down to this noise level, then one step to the end
              ) -> Tensor:
     "Noise levels (steps+1,) from high to low, float64."
-    (low, high), steps = interval, whole(steps, 'sampling steps', 1, 10**6)
+    (low, high), steps = reals(interval, 'ends of the time grid', 2), whole(steps, 'sampling steps', 1, 10**6)
     need(0 <= low < high <= 1 and (last_step is None or low < last_step < high),
          f'a time grid from {high} by {last_step} to {low}; give 0 <= low < last step < high <= 1')
     even = torch.linspace(high, low if last_step is None else last_step, steps+(last_step is None), dtype=torch.float64)
@@ -144,9 +144,8 @@ class ImageNoise:
 LAST_STEPS = ('mean', 'euler', 'tweedie')
 
 def _interval(interval: tuple[float, float]) -> tuple[float, float]:
-    try: low, high = (real(v, 'guidance interval', low=0, high=1) for v in interval)
-    except (TypeError, ValueError): low, high = 1., 0.
-    need(low <= high, f'a guidance interval of {interval}; give (low, high) noise levels in [0, 1]')
+    low, high = reals(interval, 'guidance interval', 2)
+    need(0 <= low <= high <= 1, f'a guidance interval of {interval}; give (low, high) noise levels in [0, 1]')
     return low, high
 
 def _inside(t: float, interval: tuple[float, float]) -> bool:       # a grid's .3 may be a rounding away from .3
@@ -163,7 +162,7 @@ def _settings(s: 'Sampler') -> dict[str, Any]:
                   steps=whole(s.steps, 'sampling steps', 1, 10**6))
     if s.channels is not None: found['channels'] = whole(s.channels, 'guided channels (None: all)', 1)
     if s.grid is not None:
-        found |= dict(grid=(g := tuple(real(t, 'noise level of the grid') for t in s.grid)), steps=len(g)-1, shift=1.)
+        found |= dict(grid=(g := reals(s.grid, 'noise levels of the grid')), steps=len(g)-1, shift=1.)
     need(s.channels is None or s.weak is None,
          'channels are guided away from the null label alone; give channels=None, or no weaker net')
     return found
@@ -381,6 +380,7 @@ def sample_latents(net: DiT,
     """Latents (n,c,h,w) on unit scale, on the CPU; with `states` (steps+1,n,c,h,w), noise first. The net is called in
     eval mode, on its own device. UserError: labels, numbers or a weaker net that do not fit."""
     c, batch_size = net.config, whole(batch_size, 'batch_size', 1)
+    shape = [whole(v, 'shape of the latent', 1) for v in reals(shape, 'shape (c,h,w) of the latent', 3)]
     given: Any = torch.atleast_1d(labels).tolist() if isinstance(labels, Tensor) else (     # once, for any device
         labels if isinstance(labels, Iterable) else ())
     y: Condition = labels if isinstance(labels, Text) else torch.tensor(
