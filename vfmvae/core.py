@@ -497,16 +497,19 @@ def check_fields(c: DataclassLike) -> None: # for its `__post_init__`
         if isinstance(v := getattr(c, f.name), np.generic): object.__setattr__(c, f.name, v.item())
     _check_types(type(c), {f.name: getattr(c, f.name) for f in dataclasses.fields(c)})
 
+# %% ../nbs/00_core.ipynb #5e1a7c32
 def build_config(cls: type[Config],
                  values: Mapping # field name -> value; lists become tuples
                 ) -> Config:
     """`cls(**values)`; an unknown key is a UserError that lists it with the nearest field, a value of another type one
     that says what is wanted."""
     need(isinstance(values, Mapping), f'{cls.__name__} is made from names and values, not from {type(values).__name__}')
-    fields = [f.name for f in dataclasses.fields(cls)]
+    fields = {f.name: f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(cls)}
     if bad := [str(k) for k in values if k not in fields]:
         said = f"{', '.join(map(repr, bad[:8]))}{nearest(bad[0], fields)} (known: {', '.join(fields)})"
         raise UserError(f'{cls.__name__} has no setting {said}')
+    lacks = ', '.join(k for k, wanted in fields.items() if wanted and k not in values)
+    need(not lacks, f'{cls.__name__} lacks {lacks}; give what has no default')
     _check_types(cls, values)
     try: return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except UserError: raise
