@@ -12,7 +12,7 @@ from scope import ALL
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 SECONDS, SECONDS_ALONE, BYTES = 10, 30, 2*1024**3       # a case may take so long (if it takes longer: once more, alone), and so much memory
-SEED, COUNT = int(os.environ.get('VFMVAE_FUZZ_SEED') or 15), int(os.environ.get('VFMVAE_FUZZ_COUNT') or (1560 if ALL else 390))
+SEED, COUNT = int(os.environ.get('VFMVAE_FUZZ_SEED') or 15), int(os.environ.get('VFMVAE_FUZZ_COUNT') or (1560 if ALL else 520))
 SHARES = dict(images=12, shards=12, configs=20, settings=6, tensors=10, pickles=9, published=10, banks=6, caches=10,
               statistics=6, cli=11)
 GOOD = ('line', 'right')
