@@ -100,7 +100,6 @@ def _widget(name: str, c: Control, value: Any) -> Any:
     kind, how = kinds[c.kind]
     return _stepped(kind(**how)) if c.options else kind(**how)
 
-
 # %% ../nbs/52_lab_base.ipynb #c12eee90
 LabState = TypeVar('LabState', bound=DataclassLike) # the state of a lab: a frozen dataclass with defaults
 
